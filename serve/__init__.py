@@ -1,0 +1,1 @@
+"""Ray Serve: the OpenAI protocol, the engine replica, the chat page."""

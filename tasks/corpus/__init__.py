@@ -1,0 +1,1 @@
+"""From web addresses to clean, deduplicated documents."""

@@ -1,0 +1,1 @@
+"""Suites of items that score a model."""

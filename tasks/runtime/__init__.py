@@ -1,0 +1,1 @@
+"""Artifact store, manifests, stages, Ray sessions and jobs, progress."""

@@ -1,0 +1,9 @@
+"""Mistakes a person can mend, told in one sentence."""
+
+
+class UserError(Exception):
+    """A wrong value, a missing thing or a taken place: the message names it and says what to do.
+
+    Stages that raise it are not retried, leave nothing half-written behind, and the command line
+    prints the message without a traceback.
+    """

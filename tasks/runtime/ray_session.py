@@ -1,0 +1,108 @@
+"""The one door to Ray for work that is cut into shards.
+
+`ray.init` replaces SIGTERM's handler and a blocking `ray.get` swallows Prefect's termination for
+30 s, so the session restores the handler, polls, and cancels every reference on its way out: a run
+cancelled from the dashboard loses its workers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import ray
+
+from tasks.runtime.progress import Progress
+from tasks.runtime.settings import Settings
+
+POLL_SECONDS = 0.1
+
+
+@contextlib.contextmanager
+def ray_session(settings: Settings | None = None) -> Iterator[RaySession]:
+    """Connect this process to the cluster of `settings`; leave it connected only if it was."""
+    settings = settings or Settings.load()
+    settings.apply()
+    was_connected = ray.is_initialized()
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    if not was_connected:
+        ray.init(
+            address=settings.ray,
+            namespace="gristmill",
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            configure_logging=False,
+        )
+    if on_main_thread:
+        signal.signal(signal.SIGTERM, handler)
+    session = RaySession()
+    try:
+        yield session
+    finally:
+        session.cancel()
+        if not was_connected:
+            ray.shutdown()
+            if on_main_thread:
+                signal.signal(signal.SIGTERM, handler)
+
+
+class RaySession:
+    """References in flight, so that all of them can be cancelled."""
+
+    def __init__(self) -> None:
+        self._pending: list[Any] = []
+
+    @property
+    def cpus(self) -> int:
+        return max(int(ray.cluster_resources().get("CPU", 1)), 1)
+
+    def map(
+        self,
+        function: Callable[..., Any],
+        items: Iterable[tuple[Any, ...]],
+        *,
+        label: str,
+        unit: str = "shards",
+        num_cpus: float = 1,
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[int, Any]]:
+        """Run `function(*item)` for every item; yields `(index, result)` as results come.
+
+        A bounded number is in flight, so memory does not grow with the number of items. The first
+        failure is raised and cancels the rest. Ray itself never retries (Prefect does).
+        """
+        remote = ray.remote(num_cpus=num_cpus, max_retries=0)(function)
+        work = list(items)
+        progress = progress or Progress(label, len(work), unit)
+        in_flight = 2 * max(int(self.cpus / max(num_cpus, 0.1)), 1)
+        index_of: dict[Any, int] = {}
+        waiting = iter(enumerate(work))
+        done = 0
+        while True:
+            while len(self._pending) < in_flight:
+                following = next(waiting, None)
+                if following is None:
+                    break
+                reference = remote.remote(*following[1])
+                index_of[reference] = following[0]
+                self._pending.append(reference)
+            if not self._pending:
+                break
+            ready, _ = ray.wait(self._pending, num_returns=1, timeout=POLL_SECONDS)
+            for reference in ready:
+                self._pending.remove(reference)
+                done += 1
+                progress.update(progress.start + done)
+                yield index_of.pop(reference), ray.get(reference)
+        progress.finish()
+
+    def cancel(self) -> None:
+        for reference in self._pending:
+            with contextlib.suppress(Exception):
+                ray.cancel(reference, force=True)
+        self._pending.clear()

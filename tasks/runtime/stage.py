@@ -1,0 +1,407 @@
+"""A stage: config and manifests in, one manifest out, cached by fingerprint, run as a Prefect task.
+
+    @stage("extract", version=1)
+    def extract(config: ExtractConfig, work: Workspace, *, crawl: Manifest) -> Outcome: ...
+
+    pages = extract(params.extract, crawl=crawled)      # in a flow: returns a Manifest
+
+Called inside a Prefect flow it is a task: Cached if the store has the manifest, else run under a
+lease and committed. Called inside `planning()` nothing runs: each call is recorded with the reason
+it would run or not, and returns the manifest as far as it is known. Anywhere else it simply runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import datetime
+import json
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+from prefect import task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.states import Completed, State
+from pydantic import BaseModel, ConfigDict
+
+from tasks.runtime import fingerprint as identities
+from tasks.runtime.errors import UserError
+from tasks.runtime.manifest import FileEntry, Manifest, Scalar
+from tasks.runtime.progress import Progress, run_logger
+from tasks.runtime.settings import Settings
+from tasks.runtime.store import MANIFEST, REPORT, Directory, Store
+from tasks.state.leases import lease
+
+PACKAGES = ("ray", "torch", "pyarrow", "prefect", "mlflow", "sentencepiece", "trafilatura", "numpy")
+UNKNOWN = "unknown"
+
+
+class StageConfig(BaseModel):
+    """Base of every stage's configuration: frozen, unknown keys refused, described fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def resolve(self) -> StageConfig:
+        """The config with every `auto` replaced by what it means here; identity is taken of it."""
+        return self
+
+
+C = TypeVar("C", bound=StageConfig)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Something a person reads on the run page: a table, Markdown or a link."""
+
+    key: str
+    kind: Literal["table", "markdown", "link"]
+    body: Any
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage says of what it made. Files found in its directory are added by the runner."""
+
+    counts: Mapping[str, int] = field(default_factory=dict)
+    rules: Mapping[str, int] = field(default_factory=dict)
+    metrics: Mapping[str, Scalar] = field(default_factory=dict)
+    world: Mapping[str, Scalar] = field(default_factory=dict)
+    files: tuple[FileEntry, ...] = ()
+    content: str | None = None
+    reports: tuple[Report, ...] = ()
+
+
+@dataclass(frozen=True)
+class Workspace(Directory):
+    """The directory a stage writes into; invisible as an artifact until committed. Picklable.
+
+    What stands there on entry was written by an earlier attempt at the same fingerprint: a shard
+    stage skips shards that are there. Names starting with `_` are scratch (checkpoints, state):
+    kept for resuming, never part of the artifact, removed on commit.
+    """
+
+    stage: str
+    fingerprint: str
+    home: Path
+
+    @property
+    def store(self) -> Store:
+        return Store(self.uri, self.home / "cache")
+
+    def scratch(self, name: str = "") -> Path:
+        """A directory on this machine's disk that survives a restart, removed on commit."""
+        path = self.home / "work" / f"{self.stage}-{self.fingerprint[:16]}" / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def progress(self, label: str, total: float, unit: str, start: float = 0) -> Progress:
+        return Progress(label, total, unit, start)
+
+
+@dataclass
+class Planned:
+    """What `plan` says of one stage."""
+
+    stage: str
+    fingerprint: str
+    status: Literal["cached", "run", "unknown"]
+    why: str
+
+
+_plan: contextvars.ContextVar[list[Planned] | None] = contextvars.ContextVar("plan", default=None)
+
+
+@contextlib.contextmanager
+def planning() -> Iterator[list[Planned]]:
+    """Inside, calling a stage records what it would do instead of doing it."""
+    planned: list[Planned] = []
+    token = _plan.set(planned)
+    try:
+        yield planned
+    finally:
+        _plan.reset(token)
+
+
+def is_planning() -> bool:
+    return _plan.get() is not None
+
+
+class Stage(Generic[C]):
+    """A stage function with a name, a version and a place in the store."""
+
+    def __init__(
+        self,
+        function: Callable[..., Outcome],
+        name: str,
+        version: int,
+        retries: int,
+        content_addressed: bool,
+    ) -> None:
+        self.function, self.name, self.version = function, name, version
+        self.retries, self.content_addressed = retries, content_addressed
+        self.__doc__ = function.__doc__
+        self.__name__ = name
+
+    def fingerprint(self, config: C, inputs: Mapping[str, Manifest]) -> str:
+        contents = {key: manifest.content for key, manifest in inputs.items()}
+        return identities.fingerprint(self.name, self.version, config.resolve(), contents)
+
+    def __call__(self, config: C, **inputs: Manifest) -> Manifest:
+        planned = _plan.get()
+        if planned is not None:
+            return self._plan(config, inputs, planned)
+        if FlowRunContext.get() is None:
+            return self.run(config, inputs)
+        bodies = {key: manifest.model_dump(mode="json") for key, manifest in inputs.items()}
+        state = self._task(config, bodies, return_state=True)
+        return Manifest.model_validate(state.result())
+
+    @cached_property
+    def _task(self) -> Any:
+        def run_stage(config: Any, inputs: dict[str, Any]) -> State[Any]:
+            manifests = {key: Manifest.model_validate(body) for key, body in inputs.items()}
+            found = self.find(config, manifests)
+            if found is not None:
+                publish(Store.open().of(found))
+                return Completed(
+                    name="Cached",
+                    message=f"{self.name} {found.fingerprint[:12]} was made {found.created}",
+                    data=found.model_dump(mode="json"),
+                )
+            manifest = self.run(config, manifests)
+            return Completed(data=manifest.model_dump(mode="json"))
+
+        return task(
+            name=self.name,
+            description=(self.__doc__ or "").strip().split("\n")[0],
+            task_run_name=self.name,
+            retries=self.retries,
+            retry_delay_seconds=5,
+            retry_condition_fn=is_worth_retrying,
+            cache_policy=NO_CACHE,
+            persist_result=False,
+        )(run_stage)
+
+    def find(self, config: C, inputs: Mapping[str, Manifest]) -> Manifest | None:
+        return Store.open().find(self.name, self.fingerprint(config, inputs))
+
+    def run(self, config: C, inputs: Mapping[str, Manifest]) -> Manifest:
+        """Make the artifact, or return it if another run made it meanwhile."""
+        settings = Settings.load()
+        store = Store.open(settings)
+        resolved = config.resolve()
+        mark = self.fingerprint(config, inputs)
+        directory = store.directory(self.name, mark)
+        work = Workspace(directory.uri, directory.path, self.name, mark, settings.home)
+        with lease(settings.database_url, f"{self.name}/{mark}", patience=24 * 3600):
+            found = store.find(self.name, mark)
+            if found is not None:
+                return found
+            begun, cpu = time.monotonic(), _cpu_seconds()
+            try:
+                outcome = self.function(resolved, work, **inputs)
+                manifest = self._commit(work, resolved, inputs, outcome, begun, cpu)
+            except UserError:
+                discard(work)
+                raise
+            except OSError as error:
+                if error.errno == 28:
+                    discard(work)
+                    raise UserError(
+                        f"no space left on the disk of {work.path} during stage {self.name!r}; "
+                        "free some space or point GRISTMILL_STORE elsewhere, then run again"
+                    ) from error
+                raise
+        publish(work)
+        run_logger().info(f"{self.name} {mark[:12]} made in {time.monotonic() - begun:.1f} s")
+        return manifest
+
+    def _commit(
+        self,
+        work: Workspace,
+        config: StageConfig,
+        inputs: Mapping[str, Manifest],
+        outcome: Outcome,
+        begun: float,
+        cpu: float,
+    ) -> Manifest:
+        work.write_json(REPORT, [vars(report) for report in outcome.reports])
+        known = {entry.name: entry for entry in outcome.files}
+        names = [n for n in work.names() if not n.startswith("_") and n != MANIFEST]
+        manifest = Manifest(
+            stage=self.name,
+            version=self.version,
+            fingerprint=work.fingerprint,
+            content=outcome.content or work.fingerprint,
+            inputs={key: m.fingerprint for key, m in inputs.items()},
+            input_contents={key: m.content for key, m in inputs.items()},
+            config=config.model_dump(mode="json"),
+            counts=dict(outcome.counts),
+            rules=dict(outcome.rules),
+            metrics=dict(outcome.metrics),
+            world={"machine": platform.machine(), **outcome.world},
+            files=tuple(known.get(name) or work.entry(name) for name in names),
+            code=code_version(),
+            packages=package_versions(),
+            cost={
+                "wall_seconds": round(time.monotonic() - begun, 3),
+                "driver_cpu_seconds": round(_cpu_seconds() - cpu, 3),
+            },
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
+        )
+        work.write_bytes(MANIFEST, (manifest.model_dump_json(indent=1) + "\n").encode())
+        clean_scratch(work)
+        return manifest
+
+    def _plan(self, config: C, inputs: Mapping[str, Manifest], planned: list[Planned]) -> Manifest:
+        open_inputs = [key for key, m in inputs.items() if m.content == UNKNOWN]
+        if open_inputs:
+            why = f"depends on what {' and '.join(open_inputs)} will find"
+            planned.append(Planned(self.name, UNKNOWN, "unknown", why))
+            return self._stub(config, UNKNOWN, UNKNOWN)
+        mark = self.fingerprint(config, inputs)
+        found = Store.open().find(self.name, mark)
+        if found is not None:
+            planned.append(Planned(self.name, mark, "cached", f"made {found.created}"))
+            return found
+        planned.append(Planned(self.name, mark, "run", self._why(config, inputs)))
+        return self._stub(config, mark, UNKNOWN if self.content_addressed else mark)
+
+    def _stub(self, config: C, mark: str, content: str) -> Manifest:
+        return Manifest(
+            stage=self.name,
+            version=self.version,
+            fingerprint=mark,
+            content=content,
+            config=config.resolve().model_dump(mode="json"),
+        )
+
+    def _why(self, config: C, inputs: Mapping[str, Manifest]) -> str:
+        """What differs from the artifact of this stage that is nearest to the one asked for."""
+        wanted = identities.identity(config.resolve(), self.name)
+        best: list[str] | None = None
+        for earlier in reversed(Store.open().all(self.name)):
+            reasons = _differences(earlier.config, wanted, self.name)
+            if earlier.version != self.version:
+                reasons.insert(0, f"{self.name} version {earlier.version} → {self.version}")
+            reasons += [
+                f"{key} changed"
+                for key, manifest in inputs.items()
+                if earlier.input_contents.get(key) != manifest.content
+            ]
+            if reasons and (best is None or len(reasons) < len(best)):
+                best = reasons
+        return "; ".join(best) if best else "never made before"
+
+
+def stage(
+    name: str, version: int, *, retries: int = 1, content_addressed: bool = False
+) -> Callable[[Callable[..., Outcome]], Stage[Any]]:
+    """Make a function a stage. Raise `version` whenever the same config would give other output.
+
+    `content_addressed` says that the outcome's `content` is known only after it ran.
+    """
+
+    def wrap(function: Callable[..., Outcome]) -> Stage[Any]:
+        return Stage(function, name, version, retries, content_addressed)
+
+    return wrap
+
+
+def is_worth_retrying(_task: Any, _run: Any, state: State[Any]) -> bool:
+    """A person's mistake stays one however often it is tried."""
+    try:
+        state.result()
+    except UserError:
+        return False
+    except Exception:
+        return True
+    return False
+
+
+def publish(directory: Directory) -> None:
+    """Put an artifact's reports on the page of the present Prefect task run."""
+    if TaskRunContext.get() is None:
+        return
+    for report in json.loads(directory.read_bytes(REPORT)):
+        key, body, text = report["key"], report["body"], report["description"]
+        if report["kind"] == "table":
+            create_table_artifact(table=body, key=key, description=text)
+        elif report["kind"] == "link":
+            create_link_artifact(link=body, key=key, description=text)
+        else:
+            create_markdown_artifact(markdown=body, key=key, description=text)
+
+
+def discard(work: Workspace) -> None:
+    """Remove what an attempt wrote that cannot be continued."""
+    work.remove()
+    clean_scratch(work)
+
+
+def clean_scratch(work: Workspace) -> None:
+    for name in {name.split("/")[0] for name in work.names() if name.startswith("_")}:
+        location = work.location(name)
+        if work.filesystem.get_file_info(location).is_file:
+            work.filesystem.delete_file(location)
+        else:
+            work.filesystem.delete_dir(location)
+    shutil.rmtree(work.home / "work" / f"{work.stage}-{work.fingerprint[:16]}", ignore_errors=True)
+
+
+@cache
+def code_version() -> str:
+    """The checkout's commit, with `+` when files differ from it; empty outside a checkout."""
+    root = Path(__file__).parents[2]
+    try:
+        commit = _git(root, "rev-parse", "--short=12", "HEAD")
+        return commit + ("+" if _git(root, "status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout.strip()
+
+
+@cache
+def package_versions() -> dict[str, str]:
+    versions = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def _cpu_seconds() -> float:
+    own, children = (
+        resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def _differences(old: Any, new: Any, where: str) -> list[str]:
+    """`where.key old → new` for every leaf of `new` that differs from `old`."""
+    if isinstance(new, dict) and isinstance(old, dict):
+        return [
+            line
+            for key, value in new.items()
+            for line in _differences(old.get(key), value, f"{where}.{key}")
+        ]
+    return [] if old == new else [f"{where} {json.dumps(old)} → {json.dumps(new)}"]

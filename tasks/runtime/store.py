@@ -1,0 +1,227 @@
+"""The artifact store: immutable artifacts under `<store>/<stage>/<fingerprint>/`.
+
+A directory or anything `pyarrow.fs` opens (`s3://bucket/prefix`). `manifest.json`, written last and
+atomically, is the commit marker: without it there is no artifact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from tasks.runtime.errors import UserError
+from tasks.runtime.manifest import FileEntry, Manifest
+from tasks.runtime.settings import Settings
+
+MANIFEST = "manifest.json"
+REPORT = "report.json"
+
+
+def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem and root path behind a directory name or URI."""
+    if "://" not in uri:
+        return fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+    try:
+        return fs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(
+            f"store {uri!r} cannot be opened: {error}; use a directory or s3://…"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Directory:
+    """One directory of the store; small, picklable, usable from any Ray worker."""
+
+    uri: str
+    path: str
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        return open_filesystem(self.uri)[0]
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.uri
+
+    def location(self, name: str) -> str:
+        return f"{self.path}/{name}"
+
+    def has(self, name: str) -> bool:
+        info = self.filesystem.get_file_info(self.location(name))
+        return info.type == fs.FileType.File
+
+    def names(self) -> list[str]:
+        """Names of all committed files below, relative and sorted; partial writes are left out."""
+        selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        found = self.filesystem.get_file_info(selector)
+        names = [
+            info.path[len(self.path) :].lstrip("/")
+            for info in found
+            if info.type == fs.FileType.File
+        ]
+        return sorted(name for name in names if ".partial-" not in name)
+
+    def read_bytes(self, name: str) -> bytes:
+        with self.filesystem.open_input_stream(self.location(name)) as stream:
+            return stream.read()
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        return pq.read_table(self.location(name), columns=columns, filesystem=self.filesystem)
+
+    def write_bytes(self, name: str, data: bytes) -> FileEntry:
+        """Write a whole file atomically: readers see the old file or the new one."""
+        filesystem, target = self.filesystem, self.location(name)
+        filesystem.create_dir(os.path.dirname(target), recursive=True)
+        if self.is_local:
+            partial = f"{target}.partial-{uuid.uuid4().hex[:8]}"
+            with open(partial, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(partial, target)
+        else:
+            with filesystem.open_output_stream(target) as stream:
+                stream.write(data)
+        return FileEntry(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    def write_table(self, name: str, table: pa.Table) -> FileEntry:
+        """Write Parquet (zstd) atomically."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        return self.write_bytes(name, sink.getvalue().to_pybytes())
+
+    def write_json(self, name: str, value: object) -> FileEntry:
+        return self.write_bytes(name, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+    def put(self, source: Path, name: str) -> FileEntry:
+        """Copy a local file in, atomically and without holding it in memory."""
+        filesystem, target = self.filesystem, self.location(name)
+        filesystem.create_dir(os.path.dirname(target), recursive=True)
+        partial = f"{target}.partial-{uuid.uuid4().hex[:8]}" if self.is_local else target
+        digest, size = hashlib.sha256(), 0
+        with open(source, "rb") as stream, filesystem.open_output_stream(partial) as out:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+                size += len(block)
+                out.write(block)
+        if self.is_local:
+            os.replace(partial, target)
+        return FileEntry(name=name, size=size, sha256=digest.hexdigest())
+
+    def entry(self, name: str) -> FileEntry:
+        """Size and digest of a file as it lies there."""
+        digest, size = hashlib.sha256(), 0
+        with self.filesystem.open_input_stream(self.location(name)) as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+                size += len(block)
+        return FileEntry(name=name, size=size, sha256=digest.hexdigest())
+
+    def remove(self) -> None:
+        if self.filesystem.get_file_info(self.path).type == fs.FileType.Directory:
+            self.filesystem.delete_dir(self.path)
+
+
+@dataclass(frozen=True)
+class Store:
+    """All artifacts of one home or cluster."""
+
+    uri: str
+    cache: Path
+
+    @classmethod
+    def open(cls, settings: Settings | None = None) -> Store:
+        settings = settings or Settings.load()
+        return cls(settings.store_uri, settings.home / "cache")
+
+    def directory(self, stage: str, fingerprint: str) -> Directory:
+        return Directory(self.uri, f"{open_filesystem(self.uri)[1]}/{stage}/{fingerprint}")
+
+    def of(self, manifest: Manifest) -> Directory:
+        """Where that artifact's files lie."""
+        return self.directory(manifest.stage, manifest.fingerprint)
+
+    def find(self, stage: str, fingerprint: str) -> Manifest | None:
+        directory = self.directory(stage, fingerprint)
+        if not directory.has(MANIFEST):
+            return None
+        return Manifest.model_validate_json(directory.read_bytes(MANIFEST))
+
+    def get(self, stage: str, fingerprint: str) -> Manifest:
+        """The manifest of an artifact; a unique prefix of the fingerprint is enough."""
+        matches = [m for m in self.all(stage) if m.fingerprint.startswith(fingerprint)]
+        if len(matches) != 1:
+            raise UserError(
+                f"{len(matches)} artifacts of stage {stage!r} match {fingerprint!r}; "
+                "name one fingerprint (gristmill plan shows them)"
+            )
+        return matches[0]
+
+    def all(self, stage: str) -> list[Manifest]:
+        """Committed artifacts of a stage, oldest first."""
+        filesystem, root = open_filesystem(self.uri)
+        selector = fs.FileSelector(f"{root}/{stage}", allow_not_found=True)
+        found = (
+            self.find(stage, info.base_name)
+            for info in filesystem.get_file_info(selector)
+            if info.type == fs.FileType.Directory
+        )
+        return sorted((m for m in found if m), key=lambda m: (m.created, m.fingerprint))
+
+    def latest(self, stage: str) -> Manifest | None:
+        manifests = self.all(stage)
+        return manifests[-1] if manifests else None
+
+    def local(self, manifest: Manifest, name: str) -> Path:
+        """A local path of one file: the file itself, or a verified copy of a remote one.
+
+        Raises UserError when the copy's digest differs from the manifest's.
+        """
+        directory = self.of(manifest)
+        if directory.is_local:
+            return Path(directory.location(name))
+        target = self.cache / manifest.stage / manifest.fingerprint / name
+        expected = manifest.file(name)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}")
+            partial.write_bytes(directory.read_bytes(name))
+            partial.replace(target)
+        digest = hashlib.sha256(target.read_bytes()).hexdigest()
+        if digest != expected.sha256:
+            target.unlink()
+            raise UserError(
+                f"{directory.location(name)} has digest {digest[:12]}, its manifest says "
+                f"{expected.sha256[:12]}; the store is damaged: remove the artifact and run again"
+            )
+        return target
+
+    def verify(self, manifest: Manifest) -> None:
+        """Compare every file with the manifest; raises UserError naming the first that differs."""
+        directory = self.of(manifest)
+        for expected in manifest.files:
+            present = directory.has(expected.name)
+            if not present or directory.entry(expected.name) != expected:
+                raise UserError(
+                    f"{directory.location(expected.name)} "
+                    f"{'differs from its manifest' if present else 'is missing'}; "
+                    "remove the artifact's directory and run again"
+                )
+
+    def tables(
+        self, manifest: Manifest, prefix: str = "", columns: list[str] | None = None
+    ) -> Iterator[pa.Table]:
+        """The Parquet files of an artifact whose names start with `prefix`, in order."""
+        directory = self.of(manifest)
+        for name in manifest.names(prefix, ".parquet"):
+            yield directory.read_table(name, columns)

@@ -1,0 +1,42 @@
+"""The SQL schema of everything that changes: SQLite embedded, Postgres in production."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData()
+
+leases = sa.Table(
+    "leases",
+    metadata,
+    sa.Column("key", sa.String(200), primary_key=True),
+    sa.Column("holder", sa.String(300), nullable=False),
+    sa.Column("expires", sa.Float, nullable=False, comment="seconds since the epoch"),
+)
+
+gate_decisions = sa.Table(
+    "gate_decisions",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("at", sa.Float, nullable=False, comment="seconds since the epoch"),
+    sa.Column("model", sa.String(200), nullable=False),
+    sa.Column("challenger", sa.String(50), nullable=False),
+    sa.Column("champion", sa.String(50), nullable=True),
+    sa.Column("moved", sa.Boolean, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("scores", sa.JSON, nullable=False),
+)
+
+
+def database(url: str) -> sa.Engine:
+    """An engine with the schema in place."""
+    prefix = "sqlite:///"
+    if url.startswith(prefix):
+        Path(url[len(prefix) :]).parent.mkdir(parents=True, exist_ok=True)
+        engine = sa.create_engine(url, connect_args={"timeout": 30})
+    else:
+        engine = sa.create_engine(url)
+    metadata.create_all(engine, checkfirst=True)
+    return engine

@@ -1,0 +1,1 @@
+"""Ray Train shells around model/."""

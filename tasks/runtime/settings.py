@@ -19,7 +19,11 @@ from tasks.runtime.errors import UserError
 
 
 class Ports(BaseModel):
-    """Loopback ports of the embedded stack, outside the range 10002–19999 that Ray workers use."""
+    """Loopback ports of the embedded stack, outside the range 10002–19999 that Ray workers use.
+
+    Whatever Ray and HAProxy listen on by a fixed number is here, so that two stacks on one machine
+    never meet; Ray chooses the rest itself.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,6 +33,13 @@ class Ports(BaseModel):
     ray_gcs: int = Field(4203, ge=1, le=65535)
     ray_dashboard: int = Field(8265, ge=1, le=65535)
     serve: int = Field(8000, ge=1, le=65535)
+    ray_client: int = Field(4204, ge=1024, le=65535)
+    ray_agent: int = Field(4205, ge=1024, le=65535)
+    ray_metrics: int = Field(4206, ge=1024, le=65535)
+    ray_autoscaler: int = Field(4207, ge=1024, le=65535)
+    serve_fallback: int = Field(4208, ge=1024, le=65535)
+    serve_metrics: int = Field(4209, ge=1024, le=65535)
+    serve_stats: int = Field(4210, ge=1024, le=65535)
 
 
 class Settings(BaseModel):
@@ -46,6 +57,8 @@ class Settings(BaseModel):
     ray_address: str | None = None
     ray_dashboard_url: str | None = None
     serve_url: str | None = None
+    ray_cpus: int | None = Field(None, ge=1, description="logical CPUs of the embedded Ray node")
+    ray_object_store_mb: int = Field(512, ge=80, description="MB of the embedded object store")
 
     @classmethod
     def load(cls, home: str | Path | None = None) -> Self:
@@ -130,6 +143,9 @@ class Settings(BaseModel):
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "RAY_USAGE_STATS_ENABLED": "0",
         }
+        if self.ray_address is None:
+            # Ray otherwise takes 127.0.0.1 as the machine's public address and listens everywhere.
+            environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         if self.ray_token_path.exists():
             environment |= {
                 "RAY_AUTH_MODE": "token",

@@ -1,0 +1,113 @@
+"""Checkpoints: a directory per step, written atomically, verified on load, never pickled.
+
+    step-00000200/
+      model.safetensors       parameters
+      optimizer.safetensors   optimiser state, by parameter name
+      checkpoint.json         step, the run's own state, size and SHA-256 of the two
+
+A checkpoint is written under another name, flushed to disk and renamed: what is called step-… is whole.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+MANIFEST = "checkpoint.json"
+FILES = ("model.safetensors", "optimizer.safetensors")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that must not be used. The message names it, the reason and the remedy."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    step: int  # steps completed
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    state: Mapping[str, Any]  # JSON: what else the run must know to go on
+
+
+def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
+    """Write `checkpoint` below `directory` and remove all but the newest `keep`; returns its path."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"step-{checkpoint.step:08d}"
+    partial = directory / f".partial-{path.name}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    files = {}
+    for name, tensors in zip(FILES, (checkpoint.model, checkpoint.optimizer), strict=True):
+        save_file(
+            {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()},
+            partial / name,
+        )
+        files[name] = {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)}
+        _flush(partial / name)
+    manifest = {"step": checkpoint.step, "state": checkpoint.state, "files": files}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
+    _flush(partial / MANIFEST)
+    shutil.rmtree(path, ignore_errors=True)  # a step replayed after a restart is written again
+    partial.rename(path)
+    _flush(directory)
+    for old in list_checkpoints(directory)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify one checkpoint; raises `CheckpointError` when a byte is missing or changed."""
+    remedy = f"delete {path} to go on from an older one"
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path.name} has no readable {MANIFEST}; {remedy}"
+        ) from error
+    for name, expected in manifest["files"].items():
+        file = path / name
+        size = file.stat().st_size if file.exists() else 0
+        if size != expected["bytes"]:
+            raise CheckpointError(
+                f"checkpoint {path.name} is cut short: {name} has {size} of {expected['bytes']} bytes; "
+                f"{remedy}"
+            )
+        if _digest(file) != expected["sha256"]:
+            raise CheckpointError(
+                f"checkpoint {path.name} is damaged: {name} does not have its recorded SHA-256; {remedy}"
+            )
+    model, optimizer = (load_file(path / name) for name in FILES)
+    return Checkpoint(manifest["step"], model, optimizer, manifest["state"])
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints below `directory`, oldest first; a directory that does not exist has none."""
+    if not directory.exists():
+        return []
+    return sorted(p for p in directory.iterdir() if re.fullmatch(r"step-\d{8,}", p.name))
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint below `directory`."""
+    return next(reversed(list_checkpoints(directory)), None)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,195 @@
+"""Data order: which sequences make up the global batch of each step, and how they are read.
+
+Order is a function of (seed, epoch); state is one number, the sequences consumed; slicing by rank comes
+last. So a run resumes exactly, at any world size: the global batch of a step is the same set of
+sequences, only dealt to other ranks. (The habit is OLMo-core's `data_loader.py`.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int64]
+
+
+class DataError(ValueError):
+    """Token data that cannot be trained on. The message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences (B, T) as the loss wants them.
+
+    targets: the token after each token; mask: which targets count (None: all); positions and segments:
+    for packed rows (see `Transformer.forward`).
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    mask: Tensor | None = None
+    positions: Tensor | None = None
+    segments: Tensor | None = None
+
+    def micro_batches(self, size: int) -> list["Batch"]:
+        """The batch cut into pieces of at most `size` rows."""
+        rows = range(0, len(self.tokens), size)
+        return [Batch(*(_rows(value, row, size) for value in self._tensors())) for row in rows]
+
+    def to(self, device: torch.device) -> "Batch":
+        tensors = self._tensors()
+        return Batch(*(v if v is None else v.to(device, non_blocking=True) for v in tensors))  # type: ignore[arg-type]
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.tokens, self.targets, self.mask, self.positions, self.segments
+
+
+def _rows(value: Tensor | None, first: int, count: int):  # type: ignore[no-untyped-def]
+    return None if value is None else value[first : first + count]
+
+
+class Loader(Protocol):
+    """What the training loop asks of its data."""
+
+    sequence: int  # tokens in a row
+
+    def order(self, first: int, count: int) -> Ints:
+        """Ids (count,) of the sequences number first..first+count-1 of the endless run."""
+        ...
+
+    def read(self, ids: Ints) -> Batch:
+        """The sequences with these ids, in this order."""
+        ...
+
+    def targets(self, ids: Ints) -> int:
+        """How many targets of these sequences count in the loss."""
+        ...
+
+
+def rank_slice(ids: Ints, rank: int, world: int) -> Ints:
+    """The part of a global batch that `rank` of `world` reads: contiguous, sizes differing by at most 1."""
+    return ids[len(ids) * rank // world : len(ids) * (rank + 1) // world]
+
+
+def shuffled(indices: Ints, size: int, seed: int, epoch: int) -> Ints:
+    """Where a pseudo-random permutation of 0..size-1, chosen by (seed, epoch), sends `indices`.
+
+    A six-round Feistel network with cycle walking: the order of a trillion windows costs no memory, and
+    does not change with numpy's version as `Generator.permutation` may.
+    """
+    bits = max(2, (size - 1).bit_length())
+    bits += bits % 2
+    half, low = np.uint64(bits // 2), np.uint64((1 << (bits // 2)) - 1)
+    base = np.random.SeedSequence([seed, epoch]).generate_state(6, np.uint64)
+    values = indices.astype(np.uint64)
+    pending = np.ones(len(values), dtype=bool)
+    while pending.any():
+        left, right = values[pending] >> half, values[pending] & low
+        for key in base:
+            left, right = right, left ^ (_mix(right ^ key) & low)
+        values[pending] = left << half | right
+        pending = values >= size  # the domain is a power of four: walk on until back inside
+    return values.astype(np.int64)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's finaliser: every input bit reaches every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class WindowLoader:
+    """Fixed-length windows over the concatenated token stream, for pretraining.
+
+    shards: paths of flat token arrays (`tokens-00000.npy`, uint16 or uint32), in order, each document
+        ending in its end-of-document token; they are memory mapped.
+    sequence: T; window i reads tokens i·T .. i·T + T, the last one only as a target.
+    document_masking: a token sees only its own document, and positions restart with it; needs the
+        `.documents.npy` file of int64 document starts beside each shard.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        sequence: int,
+        seed: int,
+        *,
+        document_masking: bool = False,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.sequence = sequence
+        self.seed = seed
+        self.document_masking = document_masking
+        self._shards = [np.load(path, mmap_mode="r") for path in shards]
+        for path, shard in zip(shards, self._shards, strict=True):
+            if shard.ndim != 1 or shard.dtype not in (np.uint16, np.uint32):
+                raise DataError(
+                    f"{path.name} is {shard.dtype} {shard.shape}, not flat uint16/uint32"
+                )
+            if vocab_size is not None and len(shard) and int(shard.max()) >= vocab_size:
+                raise DataError(
+                    f"{path.name} holds token {int(shard.max())}, outside the model's vocabulary of "
+                    f"{vocab_size}; use the tokenizer the shards were written with"
+                )
+        self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
+        if document_masking:
+            self._documents = np.concatenate(
+                [
+                    np.load(path.with_suffix(".documents.npy")) + start
+                    for path, start in zip(shards, self._starts, strict=False)
+                ]
+            )
+        self.tokens = int(self._starts[-1])
+        self.windows = (self.tokens - 1) // sequence
+        if self.windows < 1:
+            raise DataError(
+                f"the corpus has {self.tokens} tokens, fewer than one sequence of {sequence} + 1; "
+                "lower the sequence length or add documents"
+            )
+
+    def order(self, first: int, count: int) -> Ints:
+        numbers = np.arange(first, first + count, dtype=np.int64)
+        epochs = numbers // self.windows
+        parts = [
+            shuffled(numbers[epochs == epoch] % self.windows, self.windows, self.seed, int(epoch))
+            for epoch in np.unique(epochs)
+        ]
+        return np.concatenate(parts)
+
+    def read(self, ids: Ints) -> Batch:
+        length = self.sequence
+        rows = np.empty((len(ids), length + 1), dtype=np.int64)
+        for row, window in zip(rows, ids, strict=True):
+            self._copy(int(window) * length, row)
+        stream = torch.from_numpy(rows)
+        tokens, targets = stream[:, :-1], stream[:, 1:]
+        if not self.document_masking:
+            return Batch(tokens, targets)
+        places = ids[:, None] * length + np.arange(length)
+        segments = np.searchsorted(self._documents, places, side="right") - 1
+        positions = places - np.maximum(self._documents[segments], places[:, :1])
+        return Batch(
+            tokens,
+            targets,
+            positions=torch.from_numpy(positions),
+            segments=torch.from_numpy(segments),
+        )
+
+    def targets(self, ids: Ints) -> int:
+        return len(ids) * self.sequence
+
+    def _copy(self, start: int, row: Ints) -> None:
+        filled = 0
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while filled < len(row):
+            offset = start + filled - int(self._starts[shard])
+            piece = self._shards[shard][offset : offset + len(row) - filled]
+            row[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            shard += 1

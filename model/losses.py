@@ -1,0 +1,78 @@
+"""Losses as pure functions. All are sums divided by a count that the caller knows for the whole global
+batch, so that neither sharding nor gradient accumulation changes the normalisation.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_ROWS = 1024  # rows of logits alive at once: 8 MB in bf16 at vocabulary 4096, near the caches
+
+
+def cross_entropy_sum(
+    hidden: Tensor, output_weight: Tensor, targets: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Summed negative log-likelihood in nats, float32 scalar, of the targets that count.
+
+    hidden: (B, T, C), the last hidden state; output_weight: (V, C); targets: (B, T) int; mask: (B, T)
+    bool, which targets count (None: all). The logits are never held as a whole: the output matrix, the
+    softmax and both gradients are computed chunk by chunk, and masked rows are never computed at all.
+    """
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    targets = targets.reshape(-1)
+    if mask is not None:
+        chosen = mask.reshape(-1).nonzero().squeeze(1)
+        hidden, targets = hidden.index_select(0, chosen), targets.index_select(0, chosen)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, output_weight = hidden.to(dtype), output_weight.to(dtype)
+    result: Tensor = _LinearCrossEntropy.apply(hidden, output_weight, targets)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(hidden Wᵀ)[target], with gradients made in the forward pass.
+
+    Everything is linear in the incoming gradient, a scalar, so backward only scales. The softmax is in
+    the dtype of `hidden`; its normaliser and the loss are accumulated in float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden) if need else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if need else None
+        for first in range(0, len(hidden), CHUNK_ROWS):
+            rows = slice(first, first + CHUNK_ROWS)
+            h, wanted = hidden[rows], targets[rows, None]
+            logits = h @ weight.T
+            normaliser = torch.logsumexp(logits.float(), dim=-1, keepdim=True)
+            loss += (normaliser - logits.gather(1, wanted).float()).sum()
+            if hidden_gradient is not None and weight_gradient is not None:
+                # d loss / d logits = softmax - one-hot
+                error = logits.sub_(normaliser.to(logits.dtype)).exp_()
+                error.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=error.dtype))
+                torch.mm(error, weight, out=hidden_gradient[rows])
+                weight_gradient += error.T @ h
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        (scale,) = gradients
+        return (
+            hidden_gradient * scale.to(hidden_gradient.dtype),
+            (weight_gradient * scale).to(ctx.weight_dtype),
+            None,
+        )
+
+
+def bits_per_byte(nats: float, bytes_: int) -> float:
+    """Summed nats over the UTF-8 bytes they encode, in bits: comparable across tokenizers and with
+    compressors, as loss per token is not."""
+    return nats / (math.log(2) * bytes_) if bytes_ else math.nan

@@ -1,0 +1,197 @@
+"""Optimisers: Muon for the matrices inside the blocks, AdamW for everything else.
+
+Both are kept under their parameters' names, so that a checkpoint is plain tensors and does not depend on
+the order in which parameters were registered.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ConfigError
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Peak rates and decay. Weight decay is decoupled: parameter *= 1 - rate * decay (arXiv:1711.05101).
+
+    learning_rate: AdamW's, for norms, biases and an untied output matrix (and for all, with kind adamw);
+    embedding_learning_rate: AdamW's, for the embedding (tied or not); None: as learning_rate;
+    muon_learning_rate: for the matrices inside the blocks.
+    """
+
+    kind: Literal["muon", "adamw"] = "muon"
+    learning_rate: float = 3e-3
+    embedding_learning_rate: float | None = None
+    muon_learning_rate: float = 0.02
+    muon_momentum: float = 0.95
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-10
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("muon", "adamw"):
+            raise ConfigError(f"optimizer kind {self.kind!r} is not one of muon, adamw")
+        for name in ("learning_rate", "muon_learning_rate", "eps"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"optimizer {name} {getattr(self, name)} must be above 0")
+        for name in ("muon_momentum", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer {name} {getattr(self, name)} must be in [0, 1)")
+
+
+# Coefficients of the quintic whose iteration drives all singular values towards 1, found by Keller Jordan
+# to maximise the slope at 0: it converges not to 1 but into about [0.7, 1.2], which serves as well.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """U Vᵀ of each matrix (n, rows, columns), roughly: Newton-Schulz in `dtype` instead of an SVD.
+
+    Source: Keller Jordan, "Muon" (2024), https://kellerjordan.github.io/posts/muon/.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.to(dtype)
+    wide = x.mT if x.shape[-2] > x.shape[-1] else x  # the Gram matrix is then the smaller one
+    # The Frobenius norm bounds the largest singular value, so all start in [0, 1].
+    x = wide / (wide.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(dtype)
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if matrices.shape[-2] > matrices.shape[-1] else x
+
+
+class Muon:
+    """Nesterov momentum, orthogonalised; same-shaped matrices go through Newton-Schulz as one batch.
+
+    The update is scaled by √max(1, rows/columns), so that one rate suits all shapes.
+    """
+
+    def __init__(
+        self, parameters: dict[str, Tensor], config: OptimConfig, dtype: torch.dtype
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.groups: list[tuple[list[str], list[Tensor], Tensor]] = []
+        by_shape: dict[torch.Size, list[str]] = defaultdict(list)
+        for name, parameter in parameters.items():
+            by_shape[parameter.shape].append(name)
+        for shape, names in by_shape.items():
+            first = parameters[names[0]]
+            momentum = torch.zeros((len(names), *shape), dtype=first.dtype, device=first.device)
+            self.groups.append((names, [parameters[name] for name in names], momentum))
+
+    @torch.no_grad()
+    def step(self, multiplier: float) -> None:
+        rate = self.config.muon_learning_rate * multiplier
+        beta = self.config.muon_momentum
+        for _, parameters, momentum in self.groups:
+            gradients = torch.stack([_gradient(parameter) for parameter in parameters])
+            momentum.lerp_(gradients, 1 - beta)
+            update = orthogonalise(gradients.lerp_(momentum, beta), dtype=self.dtype)
+            rows, columns = momentum.shape[1:]
+            update = update.to(momentum.dtype).contiguous().unbind(0)
+            if self.config.weight_decay:
+                torch._foreach_mul_(parameters, 1 - rate * self.config.weight_decay)
+            torch._foreach_add_(parameters, update, alpha=-rate * max(1, rows / columns) ** 0.5)
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.momentum": momentum[index]
+            for names, _, momentum in self.groups
+            for index, name in enumerate(names)
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        for key, tensor in self.state().items():
+            tensor.copy_(state[key])
+
+
+class Optimizer:
+    """All of a model's parameters under one `step`; which goes where is `split`."""
+
+    def __init__(self, model: nn.Module, config: OptimConfig, *, bf16: bool = True) -> None:
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices, embeddings, rest = split(named) if config.kind == "muon" else ({}, {}, named)
+        if config.kind == "adamw":
+            embeddings = {n: p for n, p in rest.items() if "embed_tokens" in n}
+            rest = {n: p for n, p in rest.items() if n not in embeddings}
+        self.config = config
+        self.muon = Muon(matrices, config, torch.bfloat16 if bf16 else torch.float32)
+        self.names = [*rest, *embeddings]
+        embedding_rate = config.embedding_learning_rate or config.learning_rate
+        groups: list[dict[str, Any]] = [
+            {"params": list(rest.values()), "rate": config.learning_rate},
+            {"params": list(embeddings.values()), "rate": embedding_rate},
+        ]
+        self.adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.parameters = list(named.values())
+
+    def step(self, multiplier: float) -> None:
+        """One update at `multiplier` times the peak rates, from the gradients in place."""
+        for group in self.adamw.param_groups:
+            group["lr"] = group["rate"] * multiplier
+        self.adamw.step()
+        self.muon.step(multiplier)
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def clip(self, limit: float | None) -> Tensor:
+        """The global gradient norm; gradients are scaled down to `limit` when it is above."""
+        gradients = [_gradient(parameter) for parameter in self.parameters]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if limit is not None:
+            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor of the state, by parameter name; safetensors-ready."""
+        tensors = self.muon.state()
+        for name, parameter in zip(self.names, self._adamw_parameters(), strict=True):
+            for key, value in self.adamw.state[parameter].items():
+                tensors[f"{name}.{key}"] = value
+        return tensors
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`, for the same parameters."""
+        self.muon.load_state(state)
+        for name, parameter in zip(self.names, self._adamw_parameters(), strict=True):
+            self.adamw.state[parameter] = {
+                key: state[f"{name}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+
+    def _adamw_parameters(self) -> Iterable[Tensor]:
+        return (parameter for group in self.adamw.param_groups for parameter in group["params"])
+
+
+def split(
+    named: dict[str, nn.Parameter],
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """(matrices inside blocks, input embeddings, the rest): Muon's, AdamW's, AdamW's.
+
+    Muon is for matrices that map hidden to hidden; embeddings and the output matrix have one side that is
+    a vocabulary, where the spectral norm means nothing.
+    """
+    matrices = {n: p for n, p in named.items() if p.ndim == 2 and ".layers." in n}
+    embeddings = {n: p for n, p in named.items() if "embed_tokens" in n}
+    rest = {n: p for n, p in named.items() if n not in matrices and n not in embeddings}
+    return matrices, embeddings, rest
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad

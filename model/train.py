@@ -1,0 +1,266 @@
+"""The training loop: one function for pretraining and supervised fine-tuning.
+
+It runs bare, or on every rank of a `torch.distributed` process group that the caller has initialised.
+Each step takes the same global batch whatever the number of ranks: a rank reads its slice of it, in
+micro-batches, and every loss is divided by the global count of targets. A run that resumes from a
+checkpoint goes on with the same batches, and on one CPU with the same threads with the same bits.
+"""
+
+import contextlib
+import math
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from model.config import ConfigError
+from model.loader import Batch, Loader, rank_slice
+from model.losses import bits_per_byte, cross_entropy_sum
+from model.optim import OptimConfig, Optimizer
+from model.precision import Precision, resolve_precision
+from model.schedule import Schedule
+from model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run is. total_tokens: tokens to train on, rounded up to whole steps; batch: sequences of one
+    step over all ranks; micro_batch: sequences a rank holds at once (memory only: it does not change the
+    result but for rounding); clip: global gradient norm; checkpoint_every, log_every: steps.
+    """
+
+    total_tokens: int
+    batch: int = 16
+    micro_batch: int = 16
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: Schedule = field(default_factory=Schedule)
+    clip: float | None = 1.0
+    precision: Precision = "auto"
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        names = "total_tokens", "batch", "micro_batch", "checkpoint_every", "log_every"
+        for name in (*names, "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.clip is not None and self.clip <= 0:
+            raise ConfigError(f"clip {self.clip} must be above 0; use None for no clipping")
+
+    def steps(self, sequence: int) -> int:
+        """Steps of the run at `sequence` tokens a row."""
+        return math.ceil(self.total_tokens / (self.batch * sequence))
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that change the result, for comparison with a checkpoint's."""
+        places = ("micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "precision")
+        return {name: value for name, value in asdict(self).items() if name not in places}
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of the curve. loss and bits_per_byte are means over the steps since the last record."""
+
+    step: int  # steps completed
+    steps: int
+    tokens: int  # consumed since the beginning, over all ranks
+    loss: float  # nats per counted target
+    bits_per_byte: float | None  # None when the bytes of each token are not known
+    learning_rate: float  # multiplier of the peak rates
+    grad_norm: float  # before clipping, of the last step
+    tokens_per_second: float  # since the last record, over all ranks
+    memory_mb: float  # peak resident (CPU) or allocated (GPU) memory of this rank
+    eta_seconds: float
+
+
+class DivergedError(RuntimeError):
+    """The loss or the gradient stopped being a number. The message names step and sequences."""
+
+
+class _Loss(nn.Module):
+    """Model and loss as one module, so that DDP sees a forward pass that returns a scalar."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        hidden = self.model.hidden(batch.tokens, batch.positions, segments=batch.segments)
+        return cross_entropy_sum(hidden, self.model.output_weight, batch.targets, batch.mask)
+
+
+def train(
+    model: Transformer,
+    loader: Loader,
+    config: TrainConfig,
+    *,
+    checkpoints: Path | None = None,
+    token_bytes: Tensor | None = None,
+    on_step: Callable[[StepRecord], None] = lambda record: None,
+    on_checkpoint: Callable[[Path | None, int], None] = lambda path, step: None,
+) -> list[StepRecord]:
+    """Train `model` in place to `config.total_tokens`; returns the records of the steps taken here.
+
+    checkpoints: directory, shared by all ranks; training resumes from the newest checkpoint in it.
+    token_bytes: (V,) int, the UTF-8 bytes each token stands for, for bits per byte.
+    on_step: called every `log_every` steps and after the last, on every rank alike.
+    on_checkpoint: called on every rank after a checkpoint is whole, with its path (None on ranks other
+        than 0) and the step; a checkpoint is also made after the last step.
+
+    Raises `ConfigError` for settings that contradict each other or the checkpoint, `CheckpointError` for
+    a damaged checkpoint, `DivergedError` when loss or gradient is not finite.
+    """
+    if loader.sequence > model.config.context:
+        raise ConfigError(
+            f"sequence {loader.sequence} is longer than the model's context {model.config.context}; "
+            "lower one or raise the other"
+        )
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if world > config.batch:
+        raise ConfigError(
+            f"{world} workers for a batch of {config.batch} sequences; use fewer workers"
+        )
+    device = model.output_weight.device
+    precision = resolve_precision(config.precision, device.type)
+    optimizer = Optimizer(model, config.optim, bf16=precision == "bf16")
+    steps = config.steps(loader.sequence)
+    identity = {
+        "train": config.identity() | {"precision": precision, "sequence": loader.sequence},
+        "model": model.config.to_dict(),
+    }
+    first = _resume(model, optimizer, checkpoints, identity)
+    module: nn.Module = _Loss(model)
+    if world > 1:
+        # Every parameter is used in every step; the gradient is the sum over ranks, which DDP averages.
+        module = DistributedDataParallel(module, broadcast_buffers=False)
+    model.train()
+    if token_bytes is not None:
+        token_bytes = token_bytes.to(device)
+
+    meter = _Meter(loader.sequence * config.batch, first, steps)
+    records: list[StepRecord] = []
+    for step in range(first, steps):
+        ids = loader.order(step * config.batch, config.batch)
+        counted = loader.targets(ids)
+        mine = loader.read(rank_slice(ids, rank, world))
+        micro = mine.micro_batches(config.micro_batch)
+        totals = torch.zeros(2, dtype=torch.float64)  # nats, bytes
+        for number, piece in enumerate(micro):
+            piece = piece.to(device)
+            last = number == len(micro) - 1
+            sync = contextlib.nullcontext() if last or world == 1 else module.no_sync()  # type: ignore[operator]
+            with sync:
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    nats = module(piece)
+                (nats * (world / max(counted, 1))).backward()
+            totals[0] += nats.detach().double().cpu()
+            totals[1] += _bytes(piece, token_bytes)
+        if world > 1:
+            dist.all_reduce(totals)
+        grad_norm = float(optimizer.clip(config.clip))
+        loss = float(totals[0]) / max(counted, 1)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergedError(
+                f"loss {loss} and gradient norm {grad_norm} at step {step + 1} on sequences "
+                f"{', '.join(map(str, ids.tolist()))}; lower the learning rate or look at these sequences"
+            )
+        multiplier = config.schedule.multiplier(step, steps)
+        optimizer.step(multiplier)
+        optimizer.zero_grad()
+        meter.add(float(totals[0]), counted, int(totals[1]))
+        done = step + 1
+        if done % config.log_every == 0 or done == steps:
+            records.append(meter.record(done, multiplier, grad_norm, device))
+            on_step(records[-1])
+        if checkpoints is not None and (done % config.checkpoint_every == 0 or done == steps):
+            path = None
+            if rank == 0:
+                saved = Checkpoint(done, model.state_dict(), optimizer.state(), identity)
+                path = save_checkpoint(checkpoints, saved, keep=config.keep_checkpoints)
+            if world > 1:
+                dist.barrier()
+            on_checkpoint(path, done)
+    return records
+
+
+def _resume(
+    model: Transformer, optimizer: Optimizer, checkpoints: Path | None, identity: dict[str, Any]
+) -> int:
+    """Load the newest checkpoint, if there is one; returns the number of steps it has behind it."""
+    path = None if checkpoints is None else latest_checkpoint(checkpoints)
+    if path is None:
+        return 0
+    checkpoint = load_checkpoint(path)
+    for part, wanted in identity.items():
+        for name, value in wanted.items():
+            saved = checkpoint.state[part].get(name)
+            if saved != value:
+                raise CheckpointError(
+                    f"checkpoint {path.name} was made with {part} setting {name} = {saved}, not {value}; "
+                    f"delete {checkpoints} to start anew"
+                )
+    model.load_state_dict(dict(checkpoint.model))
+    optimizer.load_state(dict(checkpoint.optimizer))
+    return checkpoint.step
+
+
+def _bytes(batch: Batch, token_bytes: Tensor | None) -> int:
+    if token_bytes is None:
+        return 0
+    sizes = token_bytes[batch.targets]
+    return int((sizes if batch.mask is None else sizes * batch.mask).sum())
+
+
+class _Meter:
+    """Sums between two records."""
+
+    def __init__(self, step_tokens: int, first: int, steps: int) -> None:
+        self.step_tokens, self.steps = step_tokens, steps
+        self._reset(first)
+
+    def _reset(self, step: int) -> None:
+        self._since, self._started = step, time.perf_counter()
+        self._nats, self._counted, self._bytes = 0.0, 0, 0
+
+    def add(self, nats: float, counted: int, bytes_: int) -> None:
+        self._nats += nats
+        self._counted += counted
+        self._bytes += bytes_
+
+    def record(
+        self, step: int, multiplier: float, grad_norm: float, device: torch.device
+    ) -> StepRecord:
+        seconds = (time.perf_counter() - self._started) / (step - self._since)
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(device) / 2**20
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        record = StepRecord(
+            step=step,
+            steps=self.steps,
+            tokens=step * self.step_tokens,
+            loss=self._nats / max(self._counted, 1),
+            bits_per_byte=bits_per_byte(self._nats, self._bytes) if self._bytes else None,
+            learning_rate=multiplier,
+            grad_norm=grad_norm,
+            tokens_per_second=self.step_tokens / seconds,
+            memory_mb=memory,
+            eta_seconds=seconds * (self.steps - step),
+        )
+        self._reset(step)
+        return record

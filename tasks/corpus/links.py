@@ -1,0 +1,137 @@
+"""What a fetched page says to a crawler: its links, robots directives, canonical address, sitemaps."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lxml import etree
+from lxml import html as lxml_html
+
+from tasks.corpus.urls import canonical_url
+
+MAX_LINKS = 10_000  # of one page
+MAX_SITEMAP_LINKS = 50_000  # sitemaps.org's own limit
+MAX_SITEMAP_BYTES = 50 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class PageLinks:
+    """`links` are canonical, without duplicates, in document order; nofollow ones are left out."""
+
+    links: tuple[str, ...] = ()
+    canonical: str = ""
+    noindex: bool = False
+    nofollow: bool = False
+    invalid: int = 0
+
+
+def page_links(body: bytes, url: str, charset: str | None, directives: str, agent: str) -> PageLinks:
+    """Read an HTML page. `directives` is its X-Robots-Tag header; `agent` our product token."""
+    noindex, nofollow = _directives(directives.split(","), agent)
+    try:
+        known = codecs.lookup(charset).name if charset else None
+    except LookupError:
+        known = None
+    parser = lxml_html.HTMLParser(encoding=known, no_network=True)
+    try:
+        tree = lxml_html.document_fromstring(body.replace(b"\x00", b""), parser=parser)
+    except (etree.ParserError, etree.XMLSyntaxError, ValueError, AssertionError):
+        return PageLinks(noindex=noindex, nofollow=nofollow)
+    base, canonical = url, ""
+    hrefs: list[str] = []
+    for element in tree.iter("base", "meta", "link", "a", "area"):
+        tag = element.tag
+        if tag == "base" and base == url and element.get("href"):
+            base = _canonical(element.get("href"), url) or url
+        elif tag == "meta" and (element.get("name") or "").lower() in ("robots", agent.lower()):
+            found = _directives((element.get("content") or "").split(","), agent)
+            noindex, nofollow = noindex or found[0], nofollow or found[1]
+        elif tag == "link" and "canonical" in (element.get("rel") or "").lower().split():
+            canonical = _canonical(element.get("href") or "", base)
+        elif tag in ("a", "area") and element.get("href"):
+            if "nofollow" not in (element.get("rel") or "").lower().split():
+                hrefs.append(element.get("href"))
+    links, invalid = _resolve(hrefs, base) if not nofollow else ((), 0)
+    return PageLinks(links, canonical, noindex, nofollow, invalid)
+
+
+def _directives(values: Iterable[str], agent: str) -> tuple[bool, bool]:
+    """(noindex, nofollow) of robots directives; `otherbot: noindex` speaks to somebody else."""
+    noindex = nofollow = False
+    for value in values:
+        text = value.strip().lower()
+        name, colon, rest = text.partition(":")
+        if colon and name not in ("unavailable_after", "max-snippet", "max-image-preview"):
+            if name.strip() != agent.lower():
+                continue
+            text = rest.strip()
+        noindex = noindex or text in ("noindex", "none")
+        nofollow = nofollow or text in ("nofollow", "none")
+    return noindex, nofollow
+
+
+def _canonical(href: str, base: str) -> str:
+    try:
+        return canonical_url(href, base)
+    except ValueError:
+        return ""
+
+
+def _resolve(hrefs: Iterable[str], base: str) -> tuple[tuple[str, ...], int]:
+    found: dict[str, None] = {}
+    invalid = 0
+    for href in hrefs:
+        text = href.strip()
+        if not text or text.startswith("#"):
+            continue
+        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)
+        if scheme and scheme.group(1).lower() not in ("http", "https"):
+            continue  # mailto:, javascript:, data: are no pages
+        address = _canonical(text, base)
+        if address:
+            found.setdefault(address)
+        else:
+            invalid += 1
+        if len(found) >= MAX_LINKS:
+            break
+    return tuple(found), invalid
+
+
+def sitemap_links(body: bytes, url: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(pages, further sitemaps) of a sitemap: XML or one address per line, gzip or not.
+
+    Raises ValueError when it is neither or unpacks to more than MAX_SITEMAP_BYTES.
+    """
+    if body.startswith(b"\x1f\x8b"):
+        unpacker = zlib.decompressobj(31)
+        try:
+            body = unpacker.decompress(body, MAX_SITEMAP_BYTES)
+        except zlib.error as error:
+            raise ValueError(f"its gzip data are damaged ({error})") from error
+        if unpacker.unconsumed_tail:
+            raise ValueError(f"it unpacks to more than {MAX_SITEMAP_BYTES} bytes")
+    text = body.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if not text.startswith(b"<"):
+        lines = [line.decode("utf-8", "replace") for line in text.splitlines()]
+        return _resolve(lines[:MAX_SITEMAP_LINKS], url)[0], ()
+    parser = etree.XMLParser(
+        recover=True, resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False
+    )
+    root = etree.fromstring(text, parser)
+    if root is None:
+        raise ValueError("it is not XML")
+    pages: list[str] = []
+    maps: list[str] = []
+    for element in root.iter("{*}loc"):
+        parent = element.getparent()
+        name = etree.QName(parent).localname if parent is not None else ""
+        address = _canonical(element.text or "", url)
+        if address and name in ("url", "sitemap"):
+            (pages if name == "url" else maps).append(address)
+        if len(pages) + len(maps) >= MAX_SITEMAP_LINKS:
+            break
+    return tuple(dict.fromkeys(pages)), tuple(dict.fromkeys(maps))

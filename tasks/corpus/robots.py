@@ -1,0 +1,63 @@
+"""robots.txt by RFC 9309, read by protego."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from protego import Protego
+
+MAX_BYTES = 512 * 1024  # RFC 9309, section 2.5 asks for at least 500 KiB
+MAX_REDIRECTS = 5  # section 2.3.1.2
+
+
+@dataclass(frozen=True)
+class Robots:
+    """What one origin's robots.txt says; plain data, so that it can be kept between rounds.
+
+    `policy` is "rules" (parse `text`), "all" (no file: everything is allowed) or "none" (the server
+    could not say: nothing is).
+    """
+
+    policy: str
+    text: str = ""
+    status: int = 0
+
+    @classmethod
+    def of_response(cls, status: int, body: bytes) -> Robots:
+        """Section 2.3.1: 2xx are rules, 4xx mean no restriction, everything else means none allowed.
+
+        429 is counted with the server errors: such a server wants fewer requests, not more.
+        """
+        if 200 <= status < 300:
+            text = body[:MAX_BYTES].decode("utf-8-sig", "replace").replace("\x00", "")
+            return cls("rules", text, status)
+        if 400 <= status < 500 and status != 429:
+            return cls("all", "", status)
+        return cls("none", "", status)
+
+    @cached_property
+    def _rules(self) -> Any:
+        return Protego.parse(self.text)
+
+    def allows(self, url: str, agent: str) -> bool:
+        """Whether the product token `agent` may fetch `url`."""
+        if self.policy == "rules":
+            return bool(self._rules.can_fetch(url, agent))
+        return self.policy == "all"
+
+    def crawl_delay(self, agent: str) -> float | None:
+        """Seconds between requests the site asks for; None when it says nothing."""
+        if self.policy != "rules":
+            return None
+        delay = self._rules.crawl_delay(agent)
+        rate = self._rules.request_rate(agent)
+        slowest = [float(delay)] if delay is not None else []
+        if rate is not None and rate.requests:
+            slowest.append(rate.seconds / rate.requests)
+        return max(slowest) if slowest else None
+
+    @property
+    def sitemaps(self) -> list[str]:
+        return list(self._rules.sitemaps) if self.policy == "rules" else []

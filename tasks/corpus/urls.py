@@ -1,0 +1,199 @@
+"""URLs: one canonical spelling per page, what is in scope, what is a trap, what is aliased."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from urllib.parse import urljoin, urlsplit, urlunsplit
+
+import idna
+
+MAX_LENGTH = 2048  # characters; longer addresses are session state or attacks
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+_UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
+_PATH = _UNRESERVED | frozenset("!$&'()*+,;=:@/")
+_QUERY = _PATH | frozenset("?")
+_TRACKING = re.compile(
+    r"(?:utm_\w+|gclid|dclid|fbclid|msclkid|yclid|mc_[ce]id|igshid|_ga|_gl"
+    r"|phpsessid|jsessionid|aspsessionid\w*|sessionid|session_id|sid)$",
+    re.IGNORECASE,
+)
+_PATH_SESSION = re.compile(r";(?:jsessionid|phpsessid|sid)=[^/;]*", re.IGNORECASE)
+_BINARY = re.compile(
+    r"\.(?:7z|aac|apk|avi|bin|bmp|bz2|css|deb|dmg|docx?|eot|epub|exe|flac|gif|gz|ico|iso|jar|jpe?g"
+    r"|js|m4[av]|mkv|mov|mp[34]|mpe?g|msi|odt|og[agv]|otf|pdf|png|pptx?|ps|rar|rpm|rss|svg|tar|tgz"
+    r"|tiff?|ttf|wasm|wav|web[mp]|whl|wmv|woff2?|xlsx?|xz|zip|zst)$",
+    re.IGNORECASE,
+)
+
+
+def canonical_url(url: str, base: str | None = None) -> str:
+    """The one spelling of a page's address (RFC 3986, section 6; IDNA 2008).
+
+    Lower-case scheme and host, no default port, no fragment, no dot segments, percent-encoding only
+    where needed and in capitals, no tracking or session parameters. The order of parameters stays:
+    it can matter. Canonical addresses are fixed points. Raises ValueError with a reason for
+    everything a crawler cannot ask for.
+    """
+    text = re.sub(r"[\t\r\n]", "", url.strip("\x00\x01\x02\x03\x04\x05\x06\x07\x08 \t\r\n\f\v"))
+    parts = urlsplit(urljoin(base, text) if base else text)
+    scheme = parts.scheme.lower()
+    if scheme not in DEFAULT_PORTS:
+        raise ValueError(f"scheme {scheme!r} is not http or https")
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("the address carries credentials")
+    host, port = _host(parts.hostname), parts.port
+    netloc = host if port in (None, DEFAULT_PORTS[scheme]) else f"{host}:{port}"
+    path = _percent(parts.path, _PATH)
+    while (stripped := _PATH_SESSION.sub("", path)) != path:
+        path = stripped
+    path = _without_dot_segments(path)
+    pairs = [pair for pair in _percent(parts.query, _QUERY).split("&") if pair]
+    query = "&".join(pair for pair in pairs if not _TRACKING.match(pair.partition("=")[0]))
+    result = urlunsplit((scheme, netloc, path, query, ""))
+    if len(result) > MAX_LENGTH:
+        raise ValueError(f"the address has {len(result)} characters, more than {MAX_LENGTH}")
+    return result
+
+
+def _host(hostname: str | None) -> str:
+    host = (hostname or "").rstrip(".")
+    if not host:
+        raise ValueError("the address names no host")
+    if ":" in host:
+        return f"[{ipaddress.IPv6Address(host.partition('%')[0]).compressed}]"
+    if not host.isascii():
+        try:
+            host = idna.encode(host, uts46=True).decode()
+        except idna.IDNAError as error:
+            raise ValueError(f"host {host!r} is not a valid name: {error}") from error
+    host = host.lower()
+    if not re.fullmatch(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_-])?", host) or ".." in host:
+        raise ValueError(f"host {host!r} is not a valid name")
+    return host
+
+
+def _percent(text: str, allowed: frozenset[str]) -> str:
+    result, position = [], 0
+    while position < len(text):
+        character = text[position]
+        code = text[position + 1 : position + 3]
+        if character == "%" and re.fullmatch(r"[0-9A-Fa-f]{2}", code):
+            decoded = chr(int(code, 16))
+            result.append(decoded if decoded in _UNRESERVED else f"%{code.upper()}")
+            position += 3
+            continue
+        if character in allowed:
+            result.append(character)
+        else:
+            encoded = character.encode("utf-8", "replace")
+            result.append("".join(f"%{byte:02X}" for byte in encoded))
+        position += 1
+    return "".join(result)
+
+
+def _without_dot_segments(path: str) -> str:
+    """RFC 3986, section 5.2.4."""
+    kept: list[str] = []
+    segments = path.split("/")[1:] if path.startswith("/") else path.split("/")
+    for position, segment in enumerate(segments):
+        last = position == len(segments) - 1
+        if segment == "..":
+            if kept:
+                kept.pop()
+            if last:
+                kept.append("")
+        elif segment == ".":
+            if last:
+                kept.append("")
+        else:
+            kept.append(segment)
+    return "/" + "/".join(kept)
+
+
+def host_of(url: str) -> str:
+    """Host with port where it is not the scheme's own: one unit of politeness."""
+    return urlsplit(url).netloc
+
+
+def trap_reason(url: str) -> str:
+    """Why an address looks like a crawler trap; empty when it does not."""
+    parts = urlsplit(url)
+    segments = [segment for segment in parts.path.split("/") if segment]
+    if len(segments) > 24:
+        return "trap: path too deep"
+    for width in (1, 2, 3):
+        for start in range(len(segments) - 4 * width + 1):
+            unit = segments[start : start + width]
+            if all(segments[start + k * width :][:width] == unit for k in range(1, 4)):
+                return "trap: repeating path"
+    if parts.query.count("&") >= 12:
+        return "trap: too many parameters"
+    return ""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which addresses a crawl may fetch.
+
+    `hosts` are exact (host and port), `domains` cover their subdomains. A pattern that starts with
+    `/` is a prefix of the path, any other is a glob over the whole address.
+    """
+
+    hosts: frozenset[str]
+    domains: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    max_depth: int = 16
+
+    def reason(self, url: str, depth: int) -> str:
+        """Why `url` stays out; empty when it is in scope."""
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        if parts.netloc not in self.hosts and not any(
+            host == domain or host.endswith("." + domain) for domain in self.domains
+        ):
+            return "other host"
+        if depth > self.max_depth:
+            return "too deep"
+        if _BINARY.search(parts.path):
+            return "file type"
+        if _matches(url, parts.path, self.exclude):
+            return "excluded"
+        if self.include and not _matches(url, parts.path, self.include):
+            return "not included"
+        return trap_reason(url)
+
+
+def _matches(url: str, path: str, patterns: Iterable[str]) -> bool:
+    return any(
+        path.startswith(p) if p.startswith("/") and "*" not in p else fnmatchcase(url, p)
+        for p in patterns
+    )
+
+
+@dataclass(frozen=True)
+class Aliases:
+    """Names that stand for a place: `embedded://stdlib` for wherever the embedded site listens.
+
+    Documents carry the name, so their addresses do not change with a port; requests and WARC
+    records carry the place.
+    """
+
+    places: tuple[tuple[str, str], ...] = ()  # (name prefix, place prefix), without final slashes
+
+    def place(self, url: str) -> str:
+        return self._replace(url, 0, 1)
+
+    def name(self, url: str) -> str:
+        return self._replace(url, 1, 0)
+
+    def _replace(self, url: str, old: int, new: int) -> str:
+        for pair in self.places:
+            if url == pair[old] or url.startswith(pair[old] + "/"):
+                return pair[new] + url[len(pair[old]) :]
+        return url

@@ -1,0 +1,113 @@
+"""The tokenizer in Hugging Face's files: tokenizer.json, tokenizer_config.json, special_tokens_map.json.
+
+SentencePiece merges the adjacent pair whose union has the best score; Hugging Face's BPE applies a list
+of pairs in order. Listing every way to cut each piece into two pieces, in the order of the pieces'
+scores, makes them the same. One difference is left: there, a text that contains U+2581 is read as if it
+held a space, and one that spells a special token as that token.
+"""
+
+import json
+from typing import Any
+
+from model.chat import (
+    BEGIN_PIECE,
+    BYTE_TOKENS,
+    CHAT_TEMPLATE,
+    END_OF_DOCUMENT_PIECE,
+    PAD_PIECE,
+    SPACE_MARK,
+    SPECIAL_TOKENS,
+    UNKNOWN_PIECE,
+    Tokenizer,
+)
+
+
+def tokenizer_files(tokenizer: Tokenizer, context: int | None = None) -> dict[str, bytes]:
+    """File name → content. context: the model's, in tokens, for callers that cut to it."""
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BEGIN_PIECE,
+        "eos_token": END_OF_DOCUMENT_PIECE,
+        "unk_token": UNKNOWN_PIECE,
+        "pad_token": PAD_PIECE,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    if context is not None:
+        config["model_max_length"] = context
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    return {
+        "tokenizer.json": _json(tokenizer_json(tokenizer)),
+        "tokenizer_config.json": _json(config),
+        "special_tokens_map.json": _json({name: config[name] for name in names}),
+    }
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the `tokenizers` library loads."""
+    vocabulary = {tokenizer.piece(token): token for token in range(len(tokenizer))}
+    begin = {"SpecialToken": {"id": BEGIN_PIECE, "type_id": 0}}
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": token,
+                "content": tokenizer.piece(token),
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for token in range(SPECIAL_TOKENS)
+        ],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [begin, sequence],
+            "pair": [begin, sequence, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {
+                BEGIN_PIECE: {"id": BEGIN_PIECE, "ids": [tokenizer.begin], "tokens": [BEGIN_PIECE]}
+            },
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": UNKNOWN_PIECE,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": _merges(tokenizer, vocabulary),
+        },
+    }
+
+
+def _merges(tokenizer: Tokenizer, vocabulary: dict[str, int]) -> list[list[str]]:
+    learned = range(SPECIAL_TOKENS + BYTE_TOKENS, len(tokenizer))
+    usable = {tokenizer.piece(token) for token in learned}
+    merges = []
+    for token in sorted(learned, key=lambda token: -tokenizer.score(token)):
+        piece = tokenizer.piece(token)
+        cuts = [(piece[:at], piece[at:]) for at in range(1, len(piece))]
+        pairs = [(left, right) for left, right in cuts if left in usable and right in usable]
+        merges += [list(pair) for pair in sorted(pairs, key=lambda p: [vocabulary[q] for q in p])]
+    return merges
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()

@@ -40,10 +40,10 @@ def client(tracking_uri: str | None = None) -> MlflowClient:
 def experiment_id(mlflow: MlflowClient, name: str = EXPERIMENT) -> str:
     try:
         found = mlflow.get_experiment_by_name(name)
-        return found.experiment_id if found else mlflow.create_experiment(name)
+        return str(found.experiment_id) if found else mlflow.create_experiment(name)
     except MlflowException as error:
         if "already exists" in str(error):
-            return mlflow.get_experiment_by_name(name).experiment_id
+            return experiment_id(mlflow, name)
         if "Max retries exceeded" in str(error) or "Connection" in str(error):
             raise UserError(
                 f"MLflow does not answer at {mlflow.tracking_uri}; start it with: gristmill up"

@@ -149,9 +149,11 @@ class Stage(Generic[C]):
         version: int,
         retries: int,
         content_addressed: bool,
+        still_true: Callable[[Manifest], bool] | None,
     ) -> None:
         self.function, self.name, self.version = function, name, version
         self.retries, self.content_addressed = retries, content_addressed
+        self.still_true = still_true
         self.__doc__ = function.__doc__
         self.__name__ = name
 
@@ -196,7 +198,11 @@ class Stage(Generic[C]):
         )(run_stage)
 
     def find(self, config: C, inputs: Mapping[str, Manifest]) -> Manifest | None:
-        return Store.open().find(self.name, self.fingerprint(config, inputs))
+        """The artifact, if it is there and what it says of the outside world still holds."""
+        found = Store.open().find(self.name, self.fingerprint(config, inputs))
+        if found is None or (self.still_true is not None and not self.still_true(found)):
+            return None
+        return found
 
     def run(self, config: C, inputs: Mapping[str, Manifest]) -> Manifest:
         """Make the artifact, or return it if another run made it meanwhile."""
@@ -207,7 +213,7 @@ class Stage(Generic[C]):
         directory = store.directory(self.name, mark)
         work = Workspace(directory.uri, directory.path, self.name, mark, settings.home)
         with lease(settings.database_url, f"{self.name}/{mark}", patience=24 * 3600):
-            found = store.find(self.name, mark)
+            found = self.find(config, inputs)
             if found is not None:
                 return found
             begun, cpu = time.monotonic(), _cpu_seconds()
@@ -273,7 +279,7 @@ class Stage(Generic[C]):
             planned.append(Planned(self.name, UNKNOWN, "unknown", why))
             return self._stub(config, UNKNOWN, UNKNOWN)
         mark = self.fingerprint(config, inputs)
-        found = Store.open().find(self.name, mark)
+        found = self.find(config, inputs)
         if found is not None:
             planned.append(Planned(self.name, mark, "cached", f"made {found.created}"))
             return found
@@ -308,15 +314,22 @@ class Stage(Generic[C]):
 
 
 def stage(
-    name: str, version: int, *, retries: int = 1, content_addressed: bool = False
+    name: str,
+    version: int,
+    *,
+    retries: int = 1,
+    content_addressed: bool = False,
+    still_true: Callable[[Manifest], bool] | None = None,
 ) -> Callable[[Callable[..., Outcome]], Stage[Any]]:
     """Make a function a stage. Raise `version` whenever the same config would give other output.
 
-    `content_addressed` says that the outcome's `content` is known only after it ran.
+    `content_addressed` says that the outcome's `content` is known only after it ran. A stage whose
+    result stands outside the store (a registered version, a served model) passes `still_true`: a
+    manifest that no longer holds counts as missing.
     """
 
     def wrap(function: Callable[..., Outcome]) -> Stage[Any]:
-        return Stage(function, name, version, retries, content_addressed)
+        return Stage(function, name, version, retries, content_addressed, still_true)
 
     return wrap
 

@@ -1,0 +1,52 @@
+"""The `corpus` flow: from web addresses to clean, deduplicated, split documents."""
+
+from __future__ import annotations
+
+from prefect import flow
+from pydantic import Field
+
+from flows.hooks import HOOKS
+from tasks.corpus.crawl import CrawlConfig, CrawlOptions, crawl
+from tasks.corpus.dedup import DeduplicateConfig, deduplicate
+from tasks.corpus.extract import ExtractConfig, extract
+from tasks.corpus.language import LanguageConfig, language
+from tasks.corpus.quality import QualityConfig, quality
+from tasks.corpus.split import SplitConfig, split
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.stage import StageConfig
+
+
+class CorpusParams(StageConfig):
+    """Which pages, and which of them stay."""
+
+    seeds: list[str] = Field(
+        default=["embedded:stdlib"],
+        min_length=1,
+        description="Addresses to start from. embedded:stdlib is the site that comes along.",
+    )
+    epoch: int = Field(
+        default=0, ge=0, description="A higher number crawls the same seeds anew, conditionally."
+    )
+    crawl: CrawlOptions = CrawlOptions()
+    extract: ExtractConfig = ExtractConfig()
+    language: LanguageConfig = LanguageConfig()
+    quality: QualityConfig = QualityConfig()
+    deduplicate: DeduplicateConfig = DeduplicateConfig()
+    split: SplitConfig = SplitConfig()
+
+
+def build_corpus(params: CorpusParams) -> Manifest:
+    """crawl → extract → language → quality → deduplicate → split, each cached by itself."""
+    options = params.crawl.model_dump()
+    crawled = crawl(CrawlConfig(seeds=params.seeds, epoch=params.epoch, **options))
+    extracted = extract(params.extract, crawl=crawled)
+    identified = language(params.language, documents=extracted)
+    good = quality(params.quality, documents=identified)
+    unique = deduplicate(params.deduplicate, documents=good)
+    return split(params.split, documents=unique)
+
+
+@flow(name="corpus", **HOOKS)
+def corpus(corpus: CorpusParams = CorpusParams()) -> None:
+    """Crawl, extract, filter, deduplicate and split a corpus."""
+    build_corpus(corpus)

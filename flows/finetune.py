@@ -1,0 +1,53 @@
+"""The `finetune` flow: a model that answers, from a base model and pairs of the corpus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefect import flow
+
+from flows.corpus import CorpusParams
+from flows.hooks import HOOKS
+from flows.pretrain import train_base
+from tasks.corpus.pairs import PairsConfig, write_instruction_pairs
+from tasks.runtime.manifest import Manifest
+from tasks.tokenizer.shards import ShardsConfig
+from tasks.tokenizer.train import TokenizerConfig
+from tasks.training.finetune import FinetuneConfig, finetune
+from tasks.training.pretrain import PretrainConfig
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A fine-tuned model and what it is judged with."""
+
+    corpus: Manifest
+    pairs: Manifest
+    model: Manifest
+
+
+def train_chat(
+    corpus: CorpusParams,
+    tokenizer: TokenizerConfig,
+    shards: ShardsConfig,
+    pretrain: PretrainConfig,
+    pairs: PairsConfig,
+    finetuning: FinetuneConfig,
+) -> Chat:
+    base = train_base(corpus, tokenizer, shards, pretrain)
+    questions = write_instruction_pairs(pairs, corpus=base.corpus)
+    model = finetune(finetuning, base=base.model, pairs=questions)
+    return Chat(base.corpus, questions, model)
+
+
+@flow(name="finetune", **HOOKS)
+def finetune_flow(
+    corpus: CorpusParams = CorpusParams(),
+    tokenizer: TokenizerConfig = TokenizerConfig(),
+    shards: ShardsConfig = ShardsConfig(),
+    pretrain: PretrainConfig = PretrainConfig(),
+    pairs: PairsConfig = PairsConfig(),
+    finetune: FinetuneConfig = FinetuneConfig(),
+) -> None:
+    """Train a model that answers questions about the corpus."""
+    train_chat(corpus, tokenizer, shards, pretrain, pairs, finetune)

@@ -1,0 +1,43 @@
+"""The `pretrain` flow: a base model of the corpus."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefect import flow
+
+from flows.corpus import CorpusParams, build_corpus
+from flows.hooks import HOOKS
+from tasks.runtime.manifest import Manifest
+from tasks.tokenizer.shards import ShardsConfig, write_token_shards
+from tasks.tokenizer.train import TokenizerConfig, train_tokenizer
+from tasks.training.pretrain import PretrainConfig, pretrain
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pretrained model and what it was made from."""
+
+    corpus: Manifest
+    tokenizer: Manifest
+    model: Manifest
+
+
+def train_base(
+    corpus: CorpusParams, tokenizer: TokenizerConfig, shards: ShardsConfig, model: PretrainConfig
+) -> Base:
+    documents = build_corpus(corpus)
+    trained = train_tokenizer(tokenizer, corpus=documents)
+    tokens = write_token_shards(shards, corpus=documents, tokenizer=trained)
+    return Base(documents, trained, pretrain(model, shards=tokens, tokenizer=trained))
+
+
+@flow(name="pretrain", **HOOKS)
+def pretrain_flow(
+    corpus: CorpusParams = CorpusParams(),
+    tokenizer: TokenizerConfig = TokenizerConfig(),
+    shards: ShardsConfig = ShardsConfig(),
+    pretrain: PretrainConfig = PretrainConfig(),
+) -> None:
+    """Train a base model on the corpus, from whatever stage is not made yet."""
+    train_base(corpus, tokenizer, shards, pretrain)

@@ -139,6 +139,13 @@ def is_planning() -> bool:
     return _plan.get() is not None
 
 
+def plan_unknown(stage: str, why: str) -> None:
+    """Record, while planning, a stage of which nothing can be said yet."""
+    planned = _plan.get()
+    if planned is not None:
+        planned.append(Planned(stage, UNKNOWN, "unknown", why))
+
+
 class Stage(Generic[C]):
     """A stage function with a name, a version and a place in the store."""
 

@@ -1,0 +1,81 @@
+"""The `retrain` flow: the same seeds anew, and a new champion only if it is better.
+
+Schedule it from the dashboard by cron. One at a time: a run that finds another at work ends as
+Skipped.
+"""
+
+from __future__ import annotations
+
+from prefect import flow
+from prefect.states import Completed, State
+
+from flows.corpus import CorpusParams
+from flows.deploy import DeployConfig, serve_version
+from flows.evaluate import score
+from flows.finetune import Chat, train_chat
+from flows.hooks import HOOKS
+from flows.promote import PromoteConfig, promote
+from tasks.corpus.crawl import CrawlConfig
+from tasks.corpus.pairs import PairsConfig
+from tasks.evaluation.baseline import BaselineConfig
+from tasks.evaluation.evaluate import EvaluateConfig
+from tasks.registry import models
+from tasks.registry.register import RegisterConfig, register
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.settings import Settings
+from tasks.runtime.store import Store
+from tasks.state.leases import lease
+from tasks.tokenizer.shards import ShardsConfig
+from tasks.tokenizer.train import TokenizerConfig
+from tasks.training.finetune import FinetuneConfig
+from tasks.training.pretrain import PretrainConfig
+
+
+def next_epoch(params: CorpusParams) -> int:
+    """The epoch after the last committed crawl of these seeds.
+
+    A retrain that died while crawling left no manifest, so the next one continues its epoch.
+    """
+    wanted = CrawlConfig(seeds=params.seeds, epoch=0, **params.crawl.model_dump())
+    same = wanted.model_dump(mode="json") | {"epoch": None}
+    crawls = [m for m in Store.open().all("crawl") if m.config | {"epoch": None} == same]
+    return max((int(m.config["epoch"]) for m in crawls), default=-1) + 1
+
+
+def champion_artifact(model: str) -> Manifest | None:
+    """The artifact of the model that is served now, if there is one."""
+    champion = models.find(model, models.CHAMPION)
+    return Store.open().find(champion.stage, champion.fingerprint) if champion else None
+
+
+@flow(name="retrain", **HOOKS)
+def retrain(
+    corpus: CorpusParams = CorpusParams(),
+    tokenizer: TokenizerConfig = TokenizerConfig(),
+    shards: ShardsConfig = ShardsConfig(),
+    pretrain: PretrainConfig = PretrainConfig(),
+    pairs: PairsConfig = PairsConfig(),
+    finetune: FinetuneConfig = FinetuneConfig(),
+    baseline: BaselineConfig = BaselineConfig(),
+    evaluate: EvaluateConfig = EvaluateConfig(),
+    register_as: RegisterConfig = RegisterConfig(),
+    promotion: PromoteConfig = PromoteConfig(rule="if_better"),
+    deploy: DeployConfig = DeployConfig(),
+) -> State[None] | None:
+    """Recrawl, rebuild what changed, train, compare with the served model, deploy the better."""
+    try:
+        with lease(Settings.load().database_url, f"retrain/{register_as.model}", patience=0):
+            anew = corpus.model_copy(update={"epoch": next_epoch(corpus)})
+            chat = train_chat(anew, tokenizer, shards, pretrain, pairs, finetune)
+            report = score(evaluate, baseline, chat)
+            version = register(register_as, model=chat.model, report=report)
+            champion = champion_artifact(register_as.model)
+            rival = (
+                score(evaluate, baseline, Chat(chat.corpus, chat.pairs, champion))
+                if champion and champion.fingerprint != chat.model.fingerprint
+                else None
+            )
+            serve_version(deploy, promote(promotion, version, report, rival))
+    except TimeoutError as busy:
+        return Completed(name="Skipped", message=f"another retrain is at work: {busy}")
+    return None

@@ -193,6 +193,7 @@ def _ray(settings: Settings) -> Service:
             RAY_AUTH_MODE="token",
             RAY_AUTH_TOKEN_PATH=str(settings.ray_token_path),
             RAY_JOB_STOP_WAIT_TIME_S="2",
+            RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",  # there is no other node to drain to
             RAY_ROTATION_MAX_BYTES=str(16 * 2**20),
             RAY_ROTATION_BACKUP_COUNT="1",
             DASHBOARD_METRIC_PORT=str(ports.ray_metrics),
@@ -241,7 +242,7 @@ def _site(settings: Settings) -> Service:
 def _worker(settings: Settings) -> Service:
     return Service(
         name="worker",
-        command=(sys.executable, "-m", "flows.deployments"),
+        command=(sys.executable, "-m", settings.runner),
         environment=_base(settings, PREFECT_RUNNER_POLL_FREQUENCY="1"),
         healthy=lambda record: _polls_since(settings, record.since),
         url="",

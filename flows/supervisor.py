@@ -22,6 +22,7 @@ from typing import Literal
 
 from flows import processes
 from flows.processes import Record
+from flows.reaper import Reaper
 from flows.services import (
     CHECKOUT,
     Service,
@@ -109,14 +110,23 @@ class Supervisor:
                 self._start_watcher()
 
     def down(self) -> None:
-        """Stop everything in the reverse order of starting; nothing that we started stays."""
+        """Stop everything, each before what it needs; nothing that we started stays.
+
+        Flow runs that were at work are closed as Crashed before Prefect ends: they can be run again
+        and go on where they were.
+        """
         with self.lock():
             (self.run / "wanted").unlink(missing_ok=True)
             self._end("watcher", 3)
-            for service in reversed(self.services.values()):
-                if service.stays:
-                    self._stop(service)
-                (self.run / f"{service.name}.json").unlink(missing_ok=True)
+            first = [s for s in self.services.values() if s.stays and s.after]
+            for service in reversed(first):
+                self._stop(service)
+            Reaper(self.settings, self.say).reap(at_once=True)
+            rest = [s for s in self.services.values() if s.stays and not s.after]
+            with ThreadPoolExecutor(len(rest)) as pool:
+                list(pool.map(self._stop, rest))
+            for record in self.run.glob("*.json"):
+                record.unlink()
             processes.terminate(None, self.mark(), 2)
             keep_ray_logs(self.settings)
 

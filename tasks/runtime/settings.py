@@ -57,6 +57,7 @@ class Settings(BaseModel):
     ray_address: str | None = None
     ray_dashboard_url: str | None = None
     serve_url: str | None = None
+    runner: str = Field("flows.deployments", description="module that serves the deployments")
     ray_cpus: int | None = Field(None, ge=1, description="logical CPUs of the embedded Ray node")
     ray_object_store_mb: int = Field(512, ge=80, description="MB of the embedded object store")
 

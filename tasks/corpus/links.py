@@ -1,4 +1,4 @@
-"""What a fetched page says to a crawler: its links, robots directives, canonical address, sitemaps."""
+"""What a page says to a crawler: links, robots directives, canonical address; sitemaps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ class PageLinks:
     invalid: int = 0
 
 
-def page_links(body: bytes, url: str, charset: str | None, directives: str, agent: str) -> PageLinks:
+def page_links(
+    body: bytes, url: str, charset: str | None, directives: str, agent: str
+) -> PageLinks:
     """Read an HTML page. `directives` is its X-Robots-Tag header; `agent` our product token."""
     noindex, nofollow = _directives(directives.split(","), agent)
     try:
@@ -52,9 +54,12 @@ def page_links(body: bytes, url: str, charset: str | None, directives: str, agen
             noindex, nofollow = noindex or found[0], nofollow or found[1]
         elif tag == "link" and "canonical" in (element.get("rel") or "").lower().split():
             canonical = _canonical(element.get("href") or "", base)
-        elif tag in ("a", "area") and element.get("href"):
-            if "nofollow" not in (element.get("rel") or "").lower().split():
-                hrefs.append(element.get("href"))
+        elif (
+            tag in ("a", "area")
+            and element.get("href")
+            and "nofollow" not in (element.get("rel") or "").lower().split()
+        ):
+            hrefs.append(element.get("href"))
     links, invalid = _resolve(hrefs, base) if not nofollow else ((), 0)
     return PageLinks(links, canonical, noindex, nofollow, invalid)
 

@@ -3,7 +3,7 @@
 A crawl artifact holds
     pages.parquet       one row per document, sorted by url (PAGES)
     urls.parquet        every address ever seen and what became of it (tasks.corpus.frontier.URLS)
-    hosts.parquet       one row per host: fetched, failed, bytes, delay (tasks.corpus.frontier.HOSTS)
+    hosts.parquet       one row per host: delay, robots, requests (tasks.corpus.frontier.HOSTS)
     links.parquet       url → links, for pages whose next fetch may answer 304 (LINKS)
     warc/NNNNN.warc.gz  segments; self-contained: an unchanged page's record is copied from the
                         epoch before, beside the revisit record of this one
@@ -60,7 +60,9 @@ def page_rows(directory: Directory) -> pa.Table:
     return directory.read_table("pages.parquet")
 
 
-def read_pages(directory: Directory, rows: Sequence[dict[str, Any]] | pa.Table) -> Iterator[CrawledPage]:
+def read_pages(
+    directory: Directory, rows: Sequence[dict[str, Any]] | pa.Table
+) -> Iterator[CrawledPage]:
     """The pages of some rows of `page_rows`, in their order, without reading any other record.
 
     A shard function gets a slice of the table. Raises ValueError when a row points at something
@@ -100,5 +102,3 @@ def read_pages(directory: Directory, rows: Sequence[dict[str, Any]] | pa.Table) 
     finally:
         if file is not None:
             file.close()
-
-

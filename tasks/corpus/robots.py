@@ -17,16 +17,17 @@ class Robots:
     """What one origin's robots.txt says; plain data, so that it can be kept between rounds.
 
     `policy` is "rules" (parse `text`), "all" (no file: everything is allowed) or "none" (the server
-    could not say: nothing is).
+    could not say, or `failure` kept it from answering: nothing is).
     """
 
     policy: str
     text: str = ""
     status: int = 0
+    failure: str = ""
 
     @classmethod
     def of_response(cls, status: int, body: bytes) -> Robots:
-        """Section 2.3.1: 2xx are rules, 4xx mean no restriction, everything else means none allowed.
+        """Section 2.3.1: 2xx are rules, 4xx mean no restriction, all else means nothing allowed.
 
         429 is counted with the server errors: such a server wants fewer requests, not more.
         """

@@ -118,7 +118,8 @@ _FOOTER = (
     "<p>Rendered from the docstrings and sources of the Python standard library, copyright Python "
     "Software Foundation, under the PSF License Agreement.</p>"
     '<p><a href="/index.html">All modules</a> <a href="/search.html">Search</a> '
-    '<a href="/private/calendar/2024-01-01" rel="nofollow">Calendar</a></p>'
+    '<a href="/private/calendar/2024-01-01">Calendar</a> '
+    '<a href="/private/drafts.html" rel="nofollow">Drafts</a></p>'
 )
 
 
@@ -136,17 +137,16 @@ def _module_link(name: str) -> str:
     return f'<a href="/library/{name}.html"><code>{name}</code></a>'
 
 
-def _module_page(
-    module: ModuleDoc, known: set[str], before: str | None, after: str | None
-) -> str:
+def _module_page(module: ModuleDoc, known: set[str], before: str | None, after: str | None) -> str:
     name = module.name
     parts = [f"<h1><code>{name}</code></h1>", block_html(module.doc)]
     parts.append(_see_also(module, known))
-    for heading, members in (("Functions", module.functions), ("Classes", module.classes)):
+    for heading, members in (
+        ("Functions", [function.name for function in module.functions]),
+        ("Classes", [class_doc.name for class_doc in module.classes]),
+    ):
         if members:
-            links = ", ".join(
-                f'<a href="#{m.name}"><code>{name}.{m.name}</code></a>' for m in members
-            )
+            links = ", ".join(f'<a href="#{m}"><code>{name}.{m}</code></a>' for m in members)
             parts.append(f"<p>{heading}: {links}.</p>")
     parts.extend(_functions(name, module.functions, "h2"))
     for class_doc in module.classes:
@@ -223,12 +223,13 @@ def _index_entries(modules: list[ModuleDoc]) -> dict[str, list[tuple[str, str, s
     """Letter → sorted (qualified name, address, one-sentence summary) of all documented names."""
     letters: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
     for module in modules:
-        for member in (*module.functions, *module.classes):
+        entries = letters[_letter(module.name)]
+        members: list[FunctionDoc | ClassDoc] = [*module.functions, *module.classes]
+        for member in members:
             summary = first_sentence(member.doc)
             if summary:
                 address = f"/library/{module.name}.html#{member.name}"
-                entry = (f"{module.name}.{member.name}", address, summary)
-                letters[_letter(module.name)].append(entry)
+                entries.append((f"{module.name}.{member.name}", address, summary))
     return {letter: sorted(letters[letter]) for letter in sorted(letters)}
 
 
@@ -273,7 +274,7 @@ def _search_page() -> str:
     )
 
 
-# --- files for crawlers; the server puts its own address in place of {base} ------------------------
+# --- files for crawlers; the server puts its own address in place of {base} ----------------------
 
 
 def _robots() -> str:

@@ -111,7 +111,7 @@ def _calendar(text: str) -> web.Response:
     except (ValueError, OverflowError):
         raise web.HTTPNotFound(text="No such day.\n") from None
     return web.Response(
-        text=f'<!DOCTYPE html>\n<title>{text}</title>\n<p>Nothing happened on {text}.</p>\n'
+        text=f"<!DOCTYPE html>\n<title>{text}</title>\n<p>Nothing happened on {text}.</p>\n"
         f'<p><a href="/private/calendar/{following}">Next day</a></p>\n',
         content_type="text/html",
     )

@@ -331,9 +331,10 @@ def _literal_all(tree: ast.Module) -> tuple[frozenset[str], bool]:
                 names, complete = frozenset(ast.literal_eval(node.value)), True
             except (ValueError, TypeError):
                 return frozenset(), False
-        elif isinstance(node, ast.AugAssign | ast.Expr | ast.For | ast.If | ast.Try):
-            if any(isinstance(n, ast.Name) and n.id == "__all__" for n in ast.walk(node)):
-                complete = False
+        elif isinstance(node, ast.AugAssign | ast.Expr | ast.For | ast.If | ast.Try) and any(
+            isinstance(n, ast.Name) and n.id == "__all__" for n in ast.walk(node)
+        ):
+            complete = False
     return names, complete
 
 

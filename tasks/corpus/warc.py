@@ -71,7 +71,7 @@ def record(kind: str, fields: Mapping[str, str], block: bytes) -> bytes:
 
 
 def warcinfo(filename: str, **fields: str) -> bytes:
-    """The record a segment starts with; `fields` describe the crawl (operator, robots policy, …)."""
+    """The record a segment starts with; `fields` describe the crawl and its software."""
     block = "".join(f"{name}: {value}\r\n" for name, value in fields.items()).encode()
     return record(
         "warcinfo",
@@ -177,7 +177,7 @@ class SegmentWriter:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         mend(path)
-        self._file = open(path, "ab", buffering=0)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
         self.size = self._file.tell()
         if self.size == 0:
             self.append([warcinfo(path.name, **info)])

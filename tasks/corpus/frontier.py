@@ -1,0 +1,332 @@
+"""The crawl's state: every address ever seen, what became of it, and what to ask for next.
+
+Generate → fetch → update, the round of the engines that crawl the whole web. `generate` and
+`update` are deterministic: the same answers give the same state, whatever the timing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+
+from tasks.corpus.fetch import HostPlan, HostResult, Outcome, Request
+from tasks.corpus.robots import Robots
+from tasks.corpus.urls import Scope, host_of
+
+MAX_QUERIES = 500  # distinct query strings below one path; more is an endless space
+MAX_REQUESTS_PER_ROUND = 1000  # of one host
+DOCUMENT_STATES = frozenset({"fetched", "not_modified"})
+
+URLS = pa.schema(
+    [
+        ("url", pa.string()),
+        ("kind", pa.string()),  # page or sitemap
+        ("state", pa.string()),  # queued, or as in tasks.corpus.fetch.Outcome
+        ("reason", pa.string()),  # why it is not a document
+        ("status", pa.int32()),  # HTTP
+        ("depth", pa.int32()),  # links from a seed
+        ("redirects", pa.int32()),  # hops that led here
+        ("source", pa.string()),  # the page that named it; empty for seeds
+        ("robots", pa.string()),  # allowed, denied, or empty where nobody asked
+        ("noindex", pa.bool_()),
+        ("content_type", pa.string()),
+        ("etag", pa.string()),
+        ("modified", pa.string()),
+        ("digest", pa.string()),
+        ("bytes", pa.int64()),
+        ("seconds", pa.float64()),
+        ("fetched_at", pa.string()),
+        ("canonical", pa.string()),
+        ("location", pa.string()),  # where a redirect points
+        ("record_id", pa.string()),
+        ("segment", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+    ]
+)
+HOSTS = pa.schema(
+    [
+        ("host", pa.string()),
+        ("in_scope", pa.bool_()),
+        ("delay", pa.float64()),  # seconds between requests; null until robots.txt was asked
+        ("not_before", pa.float64()),
+        ("robots", pa.string()),  # JSON: origin → what its robots.txt said
+        ("requests", pa.int64()),
+        ("bytes", pa.int64()),
+        ("paused", pa.float64()),  # seconds
+        ("links", pa.int64()),  # links to a host out of scope
+    ]
+)
+
+
+@dataclass
+class Address:
+    """One row of the URL table."""
+
+    url: str
+    kind: str = "page"
+    state: str = "queued"
+    reason: str = ""
+    status: int = 0
+    depth: int = 0
+    redirects: int = 0
+    source: str = ""
+    robots: str = ""
+    noindex: bool = False
+    content_type: str = ""
+    etag: str = ""
+    modified: str = ""
+    digest: str = ""
+    bytes: int = 0
+    seconds: float = 0.0
+    fetched_at: str = ""
+    canonical: str = ""
+    location: str = ""
+    record_id: str = ""
+    segment: str = ""
+    offset: int = 0
+    length: int = 0
+
+    @property
+    def is_document(self) -> bool:
+        return self.kind == "page" and self.state in DOCUMENT_STATES and not self.noindex
+
+
+@dataclass
+class Host:
+    """One row of the host table."""
+
+    host: str
+    in_scope: bool = False
+    delay: float | None = None
+    not_before: float = 0.0
+    robots: dict[str, Robots] = field(default_factory=dict)
+    requests: int = 0
+    bytes: int = 0
+    paused: float = 0.0
+    links: int = 0
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What the epoch before knew of a page: enough for a conditional request and for its 304."""
+
+    address: Address
+    links: tuple[str, ...]
+
+
+class Frontier:
+    """URL and host tables in memory, in order of discovery.
+
+    A row costs some 600 bytes, so one driver holds a few million addresses; beyond that the tables
+    are to be cut by host, as rounds already are.
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        max_pages: int,
+        max_redirects: int,
+        round_seconds: float,
+        earlier: Mapping[str, Earlier] | None = None,
+    ) -> None:
+        self.scope, self.max_pages, self.max_redirects = scope, max_pages, max_redirects
+        self.round_seconds = round_seconds
+        self.earlier = earlier or {}
+        self.addresses: dict[str, Address] = {}
+        self.hosts: dict[str, Host] = {}
+        self.counts: Counter[str] = Counter()
+        self._queries: Counter[tuple[str, str]] = Counter()
+
+    # --- discovery -------------------------------------------------------------------------------
+
+    def add_seed(self, url: str) -> None:
+        self._include_host(host_of(url))
+        self._add(Address(url))
+
+    def _include_host(self, host: str) -> None:
+        self.hosts.setdefault(host, Host(host)).in_scope = True
+        self.scope = dataclasses.replace(self.scope, hosts=self.scope.hosts | {host})
+
+    def _add(self, address: Address) -> None:
+        if address.url in self.addresses:
+            self.counts["links to a known address"] += 1
+            return
+        reason = self.scope.reason(address.url, address.depth)
+        if address.kind == "sitemap" and reason in ("file type", "excluded", "not included"):
+            reason = ""  # sitemaps are read, not kept: their own names say nothing
+        if reason == "other host":
+            host = host_of(address.url)
+            self.hosts.setdefault(host, Host(host)).links += 1
+            self.counts["links to another host"] += 1
+            return
+        parts = urlsplit(address.url)
+        if parts.query and not reason:
+            self._queries[parts.netloc, parts.path] += 1
+            if self._queries[parts.netloc, parts.path] > MAX_QUERIES:
+                reason = "trap: too many query strings"
+        if reason:
+            address.state, address.reason = "skipped", reason
+        self.addresses[address.url] = address
+        self.hosts.setdefault(parts.netloc, Host(parts.netloc)).in_scope = True
+
+    # --- generate --------------------------------------------------------------------------------
+
+    def generate(self) -> list[HostPlan]:
+        """The next round's requests by host: nearest to the seeds first, as many as fit."""
+        left = self.max_pages - sum(a.is_document for a in self.addresses.values())
+        queued = [a for a in self.addresses.values() if a.state == "queued"]
+        queued.sort(key=lambda a: (a.kind != "sitemap", a.depth))  # stable: then by discovery
+        chosen: dict[str, list[Request]] = {}
+        for address in queued:
+            if address.kind == "page" and left <= 0:
+                continue
+            host = host_of(address.url)
+            requests = chosen.setdefault(host, [])
+            if len(requests) < self._room(host):
+                requests.append(self._request(address))
+                left -= address.kind == "page"
+        plans = []
+        for host, requests in sorted(chosen.items()):
+            row = self.hosts[host]
+            plans.append(HostPlan(host, tuple(requests), row.robots, row.delay, row.not_before))
+        return plans
+
+    def _room(self, host: str) -> int:
+        """Requests of one host that fit a round; a first round is small, its delay is unknown."""
+        delay = self.hosts[host].delay
+        if delay is None:
+            return 10
+        return max(5, min(int(self.round_seconds / max(delay, 1e-3)), MAX_REQUESTS_PER_ROUND))
+
+    def _request(self, address: Address) -> Request:
+        earlier = self.earlier.get(address.url)
+        if earlier is None:
+            return Request(address.url, address.kind)
+        known = earlier.address
+        return Request(
+            address.url,
+            address.kind,
+            known.etag,
+            known.modified,
+            known.digest,
+            known.record_id,
+            known.fetched_at,
+        )
+
+    # --- update ----------------------------------------------------------------------------------
+
+    def update(
+        self, plans: Iterable[HostPlan], outcomes: Iterable[Outcome], hosts: Iterable[HostResult]
+    ) -> dict[str, tuple[str, ...]]:
+        """Merge a round's outcomes in the order of its plan; returns the links of pages read."""
+        by_url = {outcome.url: outcome for outcome in outcomes}
+        links: dict[str, tuple[str, ...]] = {}
+        for plan in plans:
+            for request in plan.requests:
+                outcome = by_url.get(request.url)
+                if outcome is None:
+                    continue
+                address = self.addresses[request.url]
+                found = self._merge(address, outcome)
+                if found:
+                    links[address.url] = found
+                self._follow(address, outcome, found)
+        for result in hosts:
+            row = self.hosts[result.host]
+            row.delay, row.not_before, row.robots = result.delay, result.not_before, result.robots
+            row.requests += result.requests
+            row.bytes += result.bytes
+            row.paused += result.paused
+            for sitemap in result.sitemaps:
+                if sitemap not in self.addresses:
+                    self._add(Address(sitemap, "sitemap", source=f"robots.txt of {result.host}"))
+        return links
+
+    def _merge(self, address: Address, outcome: Outcome) -> tuple[str, ...]:
+        for name in (
+            *("state", "reason", "status", "content_type", "etag", "modified", "digest", "bytes"),
+            *("seconds", "fetched_at", "noindex", "canonical", "location", "record_id"),
+            *("segment", "offset", "length"),
+        ):
+            setattr(address, name, getattr(outcome, name))
+        address.robots = "denied" if outcome.state == "denied" else "allowed"
+        if outcome.state == "error" and not outcome.status:
+            address.robots = ""
+        links = outcome.links
+        earlier = self.earlier.get(address.url)
+        if outcome.state == "not_modified" and earlier is not None:
+            known, links = earlier.address, earlier.links
+            address.content_type, address.bytes = known.content_type, known.bytes
+            address.canonical, address.noindex = known.canonical, known.noindex
+            address.etag = address.etag or known.etag
+            address.modified = address.modified or known.modified
+            # The body stands in the earlier epoch's record.
+            address.record_id, address.fetched_at = known.record_id, known.fetched_at
+            address.segment, address.offset, address.length = "", known.offset, known.length
+        return links
+
+    def _follow(self, address: Address, outcome: Outcome, links: tuple[str, ...]) -> None:
+        if outcome.location:
+            if address.redirects >= self.max_redirects:
+                address.state, address.reason = "error", "too many redirects"
+                return
+            if address.depth == 0 and address.kind == "page":
+                self._include_host(host_of(outcome.location))  # a seed may have moved
+            self._add(
+                Address(
+                    outcome.location,
+                    address.kind,
+                    depth=address.depth,
+                    redirects=address.redirects + 1,
+                    source=address.url,
+                )
+            )
+        for link in links:
+            self._add(Address(link, depth=address.depth + 1, source=address.url))
+        for sitemap in outcome.sitemaps:
+            if address.depth < 3:  # an index of indexes, and no deeper
+                self._add(Address(sitemap, "sitemap", depth=address.depth + 1, source=address.url))
+
+    def close(self) -> None:
+        """Name the reason of what is still queued when nothing more may be fetched."""
+        for address in self.addresses.values():
+            if address.state == "queued":
+                address.state, address.reason = "skipped", "over max_pages"
+
+    # --- persistence -----------------------------------------------------------------------------
+
+    def url_table(self) -> pa.Table:
+        return pa.Table.from_pylist([vars(a) for a in self.addresses.values()], schema=URLS)
+
+    def host_table(self) -> pa.Table:
+        rows = [
+            vars(host)
+            | {"robots": json.dumps({o: dataclasses.asdict(r) for o, r in host.robots.items()})}
+            for host in self.hosts.values()
+        ]
+        return pa.Table.from_pylist(rows, schema=HOSTS)
+
+    def restore(self, urls: pa.Table, hosts: pa.Table, counts: Mapping[str, int]) -> None:
+        """Take up the state another process saved."""
+        self.addresses = {row["url"]: Address(**row) for row in urls.to_pylist()}
+        self.hosts = {row["host"]: _host(row) for row in hosts.to_pylist()}
+        self.counts = Counter(counts)
+        known = frozenset(name for name, host in self.hosts.items() if host.in_scope)
+        self.scope = dataclasses.replace(self.scope, hosts=self.scope.hosts | known)
+        for address in self.addresses.values():
+            parts = urlsplit(address.url)
+            if parts.query:
+                self._queries[parts.netloc, parts.path] += 1
+
+
+def _host(row: dict[str, Any]) -> Host:
+    robots = {origin: Robots(**values) for origin, values in json.loads(row["robots"]).items()}
+    return Host(**(row | {"robots": robots}))

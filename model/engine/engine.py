@@ -1,0 +1,190 @@
+"""The engine behind a thread: submit and abort from anywhere, updates by callback.
+
+One thread owns torch and every structure of `Core`. Others reach it through an inbox, and an
+event loop never waits for it.
+"""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from model.chat import Tokenizer
+from model.engine.core import Core, Counters, FinishReason, Update
+from model.engine.sampling import Sampling
+from model.engine.scheduler import Sequence
+from model.transformer import Transformer
+
+log = logging.getLogger(__name__)
+
+Listener = Callable[[list[Update]], None]
+"""Called in the engine's thread with the news of one step; must return at once and not raise."""
+
+
+class EngineBusy(RuntimeError):
+    """Too many sequences wait already; ask again later."""
+
+
+class EngineClosed(RuntimeError):
+    """The engine takes no more sequences."""
+
+
+class Engine:
+    """Continuous batching of one model.
+
+    slots: sequences in a batch at most. max_waiting: sequences that may queue for a slot. threads:
+    cores torch may use; one is best for models of a few million parameters on a shared machine,
+    where a second thread's barriers cost more than its arithmetic saves.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        slots: int = 32,
+        max_waiting: int = 256,
+        prefill_tokens: int = 1024,
+        threads: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.context = model.config.context
+        self.max_waiting = max_waiting
+        self.threads = threads
+        self._core = Core(model, tokenizer, slots=slots, prefill_tokens=prefill_tokens, dtype=dtype)
+        self._names = itertools.count()
+        self._changed = threading.Condition()
+        # Guarded by _changed:
+        self._inbox: list[Sequence] = []
+        self._aborts: list[str] = []
+        self._listeners: dict[str, Listener] = {}
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        listener: Listener,
+        *,
+        streamed: bool = True,
+    ) -> str:
+        """Queue a prompt and return the id of its sequence.
+
+        streamed: report every token; else only the finished answer. The last update has a
+        `finish_reason`. Raises PromptError, EngineBusy or EngineClosed.
+        """
+        sequence = self._core.sequence(
+            f"seq-{next(self._names)}", prompt, sampling, streamed=streamed
+        )
+        with self._changed:
+            if self._closed or self._failure:
+                raise EngineClosed("the engine is shutting down")
+            if len(self._inbox) + self._core.counters.waiting >= self.max_waiting:
+                raise EngineBusy(f"{self.max_waiting} requests are waiting already")
+            self._inbox.append(sequence)
+            self._listeners[sequence.id] = listener
+            self._changed.notify()
+        return sequence.id
+
+    def abort(self, id: str) -> None:
+        """Stop a sequence and free its slot; its listener hears nothing more. Harmless when
+        finished.
+        """
+        with self._changed:
+            if self._listeners.pop(id, None):
+                self._aborts.append(id)
+                self._changed.notify()
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Take no more, end what is under way with finish_reason "abort", and stop the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(timeout)
+
+    @property
+    def healthy(self) -> bool:
+        return self._thread.is_alive() and self._failure is None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for an answer."""
+        with self._changed:
+            return not self._listeners and not self._inbox
+
+    def counters(self) -> Counters:
+        return replace(self._core.counters)
+
+    def check(self) -> None:
+        """Raise AssertionError when slots and sequences do not match; for tests, on an idle
+        engine.
+        """
+        self._core.check()
+
+    def _run(self) -> None:
+        torch.set_num_threads(self.threads)  # counts per thread, so that others keep theirs
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:
+            log.exception("the engine failed; every request in it ends with an error")
+            self._failure = error
+            self._end_all("error")
+
+    def _turn(self) -> bool:
+        """Wait for work, do one step of it. False when closed."""
+        with self._changed:
+            while not (self._inbox or self._aborts or self._closed or self._core.has_work):
+                self._changed.wait()
+            arrived, self._inbox = self._inbox, []
+            aborts, self._aborts = self._aborts, []
+            closed = self._closed
+        for sequence in arrived:
+            self._core.add(sequence)
+        if aborts:
+            self._core.abort(aborts)
+        if closed:
+            self._end_all("abort")
+            return False
+        if self._core.has_work:
+            self._publish(self._core.step())
+        return True
+
+    def _end_all(self, reason: FinishReason) -> None:
+        with self._changed:
+            arrived, self._inbox = self._inbox, []
+        for sequence in arrived:
+            self._core.add(sequence)
+        scheduler = self._core.scheduler
+        everyone = [s.id for s in (*scheduler.waiting, *scheduler.running)]
+        self._publish(self._core.abort(everyone, reason))
+
+    def _publish(self, updates: list[Update]) -> None:
+        """Hand updates to their listeners, those of one listener together."""
+        grouped: dict[Listener, list[Update]] = {}
+        with self._changed:
+            for update in updates:
+                take = self._listeners.get if update.finish_reason is None else self._listeners.pop
+                listener = take(update.id, None)
+                if listener is not None:
+                    grouped.setdefault(listener, []).append(update)
+        for listener, news in grouped.items():
+            listener(news)
+
+
+def wait_idle(engine: Engine, timeout: float) -> bool:
+    """Whether the engine finished everything within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not engine.idle:
+        if time.monotonic() >= deadline or not engine.healthy:
+            return engine.idle
+        time.sleep(0.02)
+    return True

@@ -1,0 +1,34 @@
+"""A model directory made ready to generate."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from model.chat import Tokenizer
+from model.config import ModelConfig
+from model.huggingface import FormatError, load_directory
+from model.transformer import Transformer
+
+
+class LoadedModel(NamedTuple):
+    """What a model directory holds."""
+
+    config: ModelConfig
+    model: Transformer
+    tokenizer: Tokenizer
+
+
+def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Read config.json, model.safetensors and tokenizer.model of a directory.
+
+    Raises FormatError or TokenizerError naming the file that is missing or wrong.
+    """
+    model = load_directory(directory, dtype=dtype).eval().requires_grad_(False)
+    tokenizer = Tokenizer.load(directory)
+    if len(tokenizer) > model.config.vocab_size:
+        raise FormatError(
+            f"{directory.name}: tokenizer.model has {len(tokenizer)} tokens, "
+            f"the model's vocabulary only {model.config.vocab_size}"
+        )
+    return LoadedModel(model.config, model, tokenizer)

@@ -1,0 +1,133 @@
+"""Choosing the next token: greedy, or by a seed whose noise depends on nobody else in the batch."""
+
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CANDIDATES = 256  # sorted first; the whole vocabulary only where these do not hold the answer
+_WORD = 2**64 - 1
+
+
+def _random_seed() -> int:
+    return int.from_bytes(os.urandom(8), "little")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one sequence is continued. Raises ValueError, naming the field, for an impossible value.
+
+    temperature 0 is greedy, and then top_k, top_p, min_p and seed have nothing to choose.
+    Otherwise the logits are divided by the temperature, the top_k best are kept (0: all), of
+    these the fewest whose probability reaches top_p (arXiv:1904.09751), of these the ones at
+    least min_p times as likely as the best (arXiv:2407.01082), and one of what is left is drawn.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = field(default_factory=_random_seed)
+    choice: int = 0  # which of several answers to the same prompt: each has its own noise
+    max_tokens: int | None = None  # None: as many as the context holds
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature {self.temperature} must be 0 or more, and finite")
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k} must be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p {self.min_p} must be between 0 and 1")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens {self.max_tokens} must be at least 1")
+        if "" in self.stop:
+            raise ValueError("stop holds an empty text; leave it out")
+
+
+def uniforms(seeds: list[int], choices: list[int], positions: list[int]) -> Tensor:
+    """One number in [0, 1) for each (seed, choice, position), the same whenever it is asked for.
+
+    The mixing function is SplitMix64's (Steele, Lea, Flood 2014), chained over the three words.
+    """
+    state = np.zeros(len(seeds), dtype=np.uint64)
+    for words in (seeds, choices, positions):
+        state = state ^ np.array([word & _WORD for word in words], dtype=np.uint64)
+        state = state + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+@torch.inference_mode()
+def choose(logits: Tensor, samplings: list[Sampling], positions: list[int]) -> list[int]:
+    """The next token of each row of `logits` (n, V); positions: index of that token in its
+    sequence.
+    """
+    best = logits.argmax(-1).tolist()
+    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if not drawn:
+        return best
+    truncated: list[int] = []
+    plain: list[int] = []
+    for row in drawn:
+        s = samplings[row]
+        (truncated if s.top_k or s.top_p < 1 or s.min_p > 0 else plain).append(row)
+    for rows, draw in ((plain, _draw), (truncated, _draw_truncated)):
+        if rows:
+            chosen = [samplings[row] for row in rows]
+            noise = uniforms(
+                [s.seed for s in chosen],
+                [s.choice for s in chosen],
+                [positions[row] for row in rows],
+            )
+            temperature = torch.tensor([s.temperature for s in chosen], dtype=torch.float64)
+            scaled = logits[rows].cpu().double() / temperature[:, None]
+            tokens = draw(scaled, noise, chosen)
+            for row, token in zip(rows, tokens.tolist(), strict=True):
+                best[row] = token
+    return best
+
+
+def _draw(logits: Tensor, noise: Tensor, samplings: list[Sampling]) -> Tensor:
+    """One token for each row of logits (R, V), from the whole vocabulary."""
+    return _invert(logits.softmax(-1), noise)
+
+
+def _draw_truncated(logits: Tensor, noise: Tensor, samplings: list[Sampling]) -> Tensor:
+    """As `_draw`, after top_k, top_p and min_p."""
+    vocabulary = logits.shape[1]
+    top_k = torch.tensor([s.top_k or vocabulary for s in samplings])[:, None]
+    top_p = torch.tensor([s.top_p for s in samplings], dtype=logits.dtype)[:, None]
+    min_p = torch.tensor([s.min_p for s in samplings], dtype=logits.dtype)[:, None]
+    total = logits.logsumexp(-1, keepdim=True)
+    # The best top_k must all be among the candidates, or their sum would be wrong.
+    count = min(max(CANDIDATES, *(s.top_k for s in samplings), 0), vocabulary)
+    while True:
+        values, tokens = logits.topk(count, dim=-1)
+        ranked = torch.arange(count) < top_k
+        masked = values.masked_fill(~ranked, float("-inf"))
+        norm = torch.where(top_k < vocabulary, masked.logsumexp(-1, keepdim=True), total)
+        probabilities = (masked - norm).exp()
+        before = probabilities.cumsum(-1) - probabilities
+        keep = ranked & (before < top_p) & (probabilities >= min_p * probabilities[:, :1])
+        if count == vocabulary or not bool(keep[:, -1].any()):
+            break
+        count = vocabulary
+    keep[:, 0] = True
+    index = _invert(probabilities * keep, noise)
+    return tokens.gather(1, index[:, None])[:, 0]
+
+
+def _invert(weights: Tensor, noise: Tensor) -> Tensor:
+    """Where `noise` (R,) in [0, 1) falls in the running sums of `weights` (R, K); never on a 0."""
+    sums = weights.cumsum(-1)
+    target = noise[:, None] * sums[:, -1:]
+    index = (sums <= target).sum(-1)
+    last = weights.shape[1] - 1 - (weights > 0).flip(-1).to(torch.uint8).argmax(-1)
+    return torch.minimum(index, last)

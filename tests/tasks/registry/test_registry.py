@@ -1,0 +1,107 @@
+"""Runs and versions in a real MLflow store: found again, not logged twice, loadable, explained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.huggingface import save_directory
+from model.transformer import Transformer
+from tasks.registry import models, tracking
+from tasks.runtime.errors import UserError
+from tasks.runtime.manifest import Manifest
+from tasks.tokenizer.train import train_sentencepiece
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def mlflow(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("GRISTMILL_HOME", str(home))
+    monkeypatch.setenv("GRISTMILL_MLFLOW_URL", f"sqlite:///{home}/mlflow.db")
+    monkeypatch.setenv("PREFECT_HOME", str(home))
+
+
+@pytest.fixture(scope="module")
+def directory(home: Path) -> Path:
+    """A tiny random model in Hugging Face format."""
+    target = home / "model"
+    texts = ["the quick brown fox jumps over the lazy dog and sleeps\n" * 20]
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=300,
+        width=32,
+        layers=2,
+        heads=2,
+        context=64,
+    )
+    save_directory(target, Transformer(config))
+    (target / "tokenizer.model").write_bytes(train_sentencepiece(texts, 300))
+    return target
+
+
+def manifest(stage: str, mark: str) -> Manifest:
+    return Manifest(stage=stage, version=1, fingerprint=mark, content=mark, counts={"rows": 3})
+
+
+def test_a_resumed_run_continues_the_same_curve() -> None:
+    inputs = {"shards": manifest("shards", "5" * 64)}
+    run_id = tracking.open_run("pretrain", "f1", {"model": {"layers": 6}}, inputs)
+    logger = tracking.MetricLogger(tracking.client().tracking_uri, run_id)
+    for step in range(5):
+        logger.log(step, {"loss": 5.0 - step, "learning_rate": 0.1})
+    logger.close()
+    assert tracking.open_run("pretrain", "f1", {}, inputs) == run_id
+    logger = tracking.MetricLogger(tracking.client().tracking_uri, run_id)
+    for step in range(3, 8):
+        logger.log(step, {"loss": -1.0, "learning_rate": 0.1})
+    logger.close()
+    points = tracking.client().get_metric_history(run_id, "loss")
+    assert [(point.step, point.value) for point in points] == [
+        *((step, 5.0 - step) for step in range(5)),
+        *((step, -1.0) for step in range(5, 8)),
+    ]
+    run = tracking.client().get_run(run_id)
+    assert run.data.params["model.layers"] == "6"
+    assert run.inputs.dataset_inputs[0].dataset.digest == "5" * 36
+
+
+def test_a_failed_stage_shows_as_failed() -> None:
+    with pytest.raises(ZeroDivisionError), tracking.tracked("finetune", "f2", {}, {}) as run_id:
+        _ = 1 / 0
+    assert tracking.client().get_run(run_id).info.status == "FAILED"
+
+
+def test_a_version_is_registered_once_with_lineage_and_answers(directory: Path) -> None:
+    run_id = tracking.open_run("finetune", "f3", {}, {})
+    arguments = ("tiny", run_id, directory, "finetune/f3", {"exact": 0.8}, {"input.pairs": "p"})
+    version = models.register(*arguments)
+    assert (version.version, version.artifact, version.scores) == (
+        "1",
+        "finetune/f3",
+        {"exact": 0.8},
+    )
+    assert version.lineage["input.pairs"] == "p"
+    assert models.register(*arguments) == version
+    models.set_alias("tiny", models.CHAMPION, "1")
+    assert models.get("tiny", "champion").aliases == ("champion",)
+    import mlflow
+
+    mlflow.set_tracking_uri(tracking.client().tracking_uri)
+    mlflow.set_registry_uri(tracking.client().tracking_uri)
+    loaded = mlflow.pyfunc.load_model("models:/tiny@champion")
+    assert [column.name for column in loaded.metadata.signature.inputs] == ["question"]
+    answers = loaded.predict([{"question": "what is a fox?"}], params={"max_tokens": 4})
+    assert len(answers) == 1 and isinstance(answers[0], str)
+
+
+def test_a_missing_alias_names_what_exists() -> None:
+    with pytest.raises(UserError, match=r"'tiny' has no version or alias 'best'; it has: 1 \(cha"):
+        models.get("tiny", "best")
+    with pytest.raises(UserError, match="no version exists; run: gristmill run pipeline"):
+        models.get("other", "champion")

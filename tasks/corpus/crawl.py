@@ -40,21 +40,9 @@ ROUNDS = "_rounds"
 Mapper = Callable[[Callable[..., Any], list[tuple[Any, ...]]], Iterable[tuple[int, Any]]]
 
 
-class CrawlConfig(StageConfig):
-    """What to crawl and how politely."""
+class CrawlOptions(StageConfig):
+    """How politely and how far to crawl."""
 
-    seeds: tuple[str, ...] = Field(
-        (EMBEDDED,),
-        min_length=1,
-        description="Addresses the crawl starts from. embedded:stdlib is the standard library's "
-        "documentation on this machine and needs no network.",
-    )
-    epoch: int = Field(
-        0,
-        ge=0,
-        description="Raise it to crawl again: pages are asked for with If-None-Match and "
-        "If-Modified-Since, and if none changed nothing after the crawl runs again.",
-    )
     domains: tuple[str, ...] = Field(
         (),
         description="Domains, subdomains included, to follow links to besides the seeds' hosts.",
@@ -108,6 +96,23 @@ class CrawlConfig(StageConfig):
     )
     segment_bytes: int = place(
         64 * 1024 * 1024, ge=1, description="Size in bytes at which a WARC file is closed."
+    )
+
+
+class CrawlConfig(CrawlOptions):
+    """What to crawl and how politely."""
+
+    seeds: tuple[str, ...] = Field(
+        (EMBEDDED,),
+        min_length=1,
+        description="Addresses the crawl starts from. embedded:stdlib is the standard library's "
+        "documentation on this machine and needs no network.",
+    )
+    epoch: int = Field(
+        0,
+        ge=0,
+        description="Raise it to crawl again: pages are asked for with If-None-Match and "
+        "If-Modified-Since, and if none changed nothing after the crawl runs again.",
     )
 
     @field_validator("seeds")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from prefect import flow
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flows.hooks import HOOKS
-from tasks.corpus.crawl import CrawlConfig, CrawlOptions, crawl
+from tasks.corpus.crawl import EMBEDDED, CrawlConfig, CrawlOptions, crawl
 from tasks.corpus.dedup import DeduplicateConfig, deduplicate
 from tasks.corpus.extract import ExtractConfig, extract
 from tasks.corpus.language import LanguageConfig, language
@@ -19,8 +21,8 @@ from tasks.runtime.stage import StageConfig
 class CorpusParams(StageConfig):
     """Which pages, and which of them stay."""
 
-    seeds: list[str] = Field(
-        default=["embedded:stdlib"],
+    seeds: tuple[str, ...] = Field(
+        default=(EMBEDDED,),
         min_length=1,
         description="Addresses to start from. embedded:stdlib is the site that comes along.",
     )
@@ -34,11 +36,18 @@ class CorpusParams(StageConfig):
     deduplicate: DeduplicateConfig = DeduplicateConfig()
     split: SplitConfig = SplitConfig()
 
+    @model_validator(mode="after")
+    def _seeds_can_be_crawled(self) -> Self:
+        self.crawl_config()
+        return self
+
+    def crawl_config(self) -> CrawlConfig:
+        return CrawlConfig(seeds=self.seeds, epoch=self.epoch, **self.crawl.model_dump())
+
 
 def build_corpus(params: CorpusParams) -> Manifest:
     """crawl → extract → language → quality → deduplicate → split, each cached by itself."""
-    options = params.crawl.model_dump()
-    crawled = crawl(CrawlConfig(seeds=params.seeds, epoch=params.epoch, **options))
+    crawled = crawl(params.crawl_config())
     extracted = extract(params.extract, crawl=crawled)
     identified = language(params.language, documents=extracted)
     good = quality(params.quality, documents=identified)

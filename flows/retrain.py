@@ -21,6 +21,7 @@ from tasks.evaluation.baseline import BaselineConfig
 from tasks.evaluation.evaluate import EvaluateConfig
 from tasks.registry import models
 from tasks.registry.register import RegisterConfig, register
+from tasks.runtime.fingerprint import identity
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import Store
@@ -36,9 +37,12 @@ def next_epoch(params: CorpusParams) -> int:
 
     A retrain that died while crawling left no manifest, so the next one continues its epoch.
     """
-    wanted = CrawlConfig(seeds=params.seeds, epoch=0, **params.crawl.model_dump())
-    same = wanted.model_dump(mode="json") | {"epoch": None}
-    crawls = [m for m in Store.open().all("crawl") if m.config | {"epoch": None} == same]
+    same = identity(params.crawl_config().model_copy(update={"epoch": 0}))
+    crawls = [
+        manifest
+        for manifest in Store.open().all("crawl")
+        if identity(CrawlConfig.model_validate(manifest.config | {"epoch": 0})) == same
+    ]
     return max((int(m.config["epoch"]) for m in crawls), default=-1) + 1
 
 

@@ -1,0 +1,64 @@
+"""Bytes of a page to text, whatever its server, its author and its history say about them.
+
+The order departs from the HTML standard in one point: bytes that are valid UTF-8 are UTF-8 even
+when a header claims Latin-1, because that lie is common and the coincidence is not.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+
+from charset_normalizer import from_bytes
+
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_HEADER = re.compile(r"charset\s*=\s*[\"']?([\w.:-]+)", re.IGNORECASE)
+_META = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
+# What the Encoding Standard (WHATWG) reads these labels as.
+_WINDOWS = {"iso8859-1": "cp1252", "ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030"}
+_SAMPLE = 5000
+
+
+def decode(body: bytes, content_type: str = "") -> tuple[str, tuple[str, ...]]:
+    """The text, and what had to be mended: `nul-bytes`, `wrong-charset`, `undecodable-bytes`."""
+    for mark, encoding in _MARKS:
+        if body.startswith(mark):
+            return body.decode(encoding, "replace").replace("\x00", ""), ()
+    mended: list[str] = []
+    if b"\x00" in body:
+        body = body.replace(b"\x00", b"")
+        mended.append("nul-bytes")
+    declared = _declared(body, content_type)
+    stateful = [name for name in declared if name.startswith(("iso2022", "hz")) and b"\x1b" in body]
+    for encoding in (*stateful, "utf-8", *declared):
+        try:
+            return body.decode(encoding), tuple(mended)
+        except (UnicodeDecodeError, LookupError):
+            continue
+    # charset_normalizer reads every byte many times over: the ends of a long page are enough.
+    sample = body if len(body) <= 2 * _SAMPLE else body[:_SAMPLE] + body[-_SAMPLE:]
+    for match in from_bytes(sample):
+        try:
+            return body.decode(match.encoding), (*mended, "wrong-charset")
+        except (UnicodeDecodeError, LookupError):
+            continue
+    return body.decode("utf-8", "replace"), (*mended, "undecodable-bytes")
+
+
+def _declared(body: bytes, content_type: str) -> list[str]:
+    labels = [match.group(1) for match in _HEADER.finditer(content_type)]
+    labels += [match.group(1).decode("ascii", "replace") for match in _META.finditer(body[:4096])]
+    names = []
+    for label in labels:
+        try:
+            name = codecs.lookup(label).name
+        except LookupError:
+            continue
+        names.append(_WINDOWS.get(name, name))
+    return names

@@ -1,0 +1,250 @@
+"""The extract stage: WARC records to documents.
+
+Each page is parsed in a child process under a time and a memory limit (`killable`); a page that
+hangs, swallows memory or brings the parser down is counted by rule and the shard goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from tasks.corpus.documents import (
+    DOCUMENTS,
+    REMOVED,
+    Removal,
+    Tally,
+    counts,
+    document_id,
+    require_some,
+    selection_reports,
+)
+from tasks.corpus.killable import ChildDied, ChildTimeout, KillableChild
+from tasks.corpus.pages import page_rows
+from tasks.corpus.records import DamagedRecord, Fetched, read_record, scan
+from tasks.corpus.sharding import run_shards
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+
+PAGES = "pages.parquet"
+HTML_TYPES = ("text/html", "application/xhtml+xml")
+EXCERPT = 2000  # characters of a rejected page's HTML that are kept for inspection
+REMEDIES = {
+    "": "check the seeds and the crawl's report of failures",
+    "status": "check that the seeds answer with 200",
+    "content-type": "only HTML pages are read; seed pages, not files",
+    "noindex": "the site asks not to be indexed; crawl another",
+    "no-text": "the pages may need JavaScript, which is not run; seed static pages",
+    "time-limit": "raise extract.seconds_per_document",
+    "memory-limit": "raise extract.megabytes_per_document",
+    "too-large": "raise extract.largest_page_megabytes",
+}
+
+
+class ExtractConfig(StageConfig):
+    """How text is taken out of pages."""
+
+    seconds_per_document: float = Field(20.0, gt=0)
+    """A page that takes longer is given up (rule time-limit)."""
+    megabytes_per_document: int = Field(2048, ge=512)
+    """Address space of the process that parses; a page that needs more is given up."""
+    largest_page_megabytes: float = Field(10.0, gt=0)
+    """Larger pages are not parsed (rule too-large)."""
+    shard_megabytes: float = Field(2.0, gt=0)
+    """HTML in one shard: the grain of parallelism and of resuming."""
+
+
+@stage("extract", version=1)
+def extract(config: ExtractConfig, work: Workspace, *, crawl: Manifest) -> Outcome:
+    """Take the text out of every crawled page."""
+    damaged = 0
+    if PAGES in crawl.names():
+        table = page_rows(work.store.of(crawl)).select(
+            ["url", "fetched_at", "warc", "offset", "length", "record_id", "bytes"]
+        )
+    else:
+        table, damaged = _scanned(work, crawl)
+    ranges = _ranges(table["bytes"].to_pylist(), int(config.shard_megabytes * 2**20))
+    items = [(config, crawl, table.slice(start, stop - start)) for start, stop in ranges]
+    tally = Tally.total(run_shards(work, "extracted", extract_shard, items, label="Extract"))
+    tally.seen += damaged
+    if damaged:
+        tally.rules["damaged-record"] = tally.rules.get("damaged-record", 0) + damaged
+        tally.examples.setdefault("damaged-record", []).append(
+            {"url": "(unknown)", "reason": "a gzip member of a segment is damaged", "text": ""}
+        )
+    require_some("extract", tally, REMEDIES, "pages")
+    return Outcome(
+        counts=counts(tally),
+        rules=tally.rules,
+        metrics={f"mended_{name}": count for name, count in tally.mended.items()},
+        reports=selection_reports("extract", tally, "pages"),
+    )
+
+
+def _ranges(sizes: list[int], largest: int) -> list[tuple[int, int]]:
+    """Row ranges of about `largest` bytes each."""
+    ranges, start, total = [], 0, 0
+    for row, size in enumerate(sizes):
+        total += size
+        if total >= largest:
+            ranges.append((start, row + 1))
+            start, total = row + 1, 0
+    if start < len(sizes):
+        ranges.append((start, len(sizes)))
+    return ranges
+
+
+def _scanned(work: Workspace, crawl: Manifest) -> tuple[pa.Table, int]:
+    """A table of records for segments that came without one, and the count of damaged stretches."""
+    names = crawl.names(suffix=".warc.gz")
+    items = [(crawl, name) for name in names]
+    reports = run_shards(work, "scanned", _scan_shard, items, label="Scan", unit="segments")
+    tables = [work.read_table(f"_places-{number:05d}.parquet") for number in range(len(names))]
+    return pa.concat_tables([PLACES.empty_table(), *tables]), sum(reports)
+
+
+PLACES = pa.schema(
+    [
+        ("url", pa.string()),
+        ("fetched_at", pa.string()),
+        ("warc", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+        ("record_id", pa.string()),
+        ("bytes", pa.int64()),  # compressed here; only the balance of shards depends on it
+    ]
+)
+
+
+def _scan_shard(work: Workspace, number: int, crawl: Manifest, name: str) -> int:
+    rows, damaged = [], 0
+    for found in scan(work.store.local(crawl, name)):
+        if isinstance(found, int):
+            damaged += 1
+            continue
+        row = asdict(found)
+        rows.append(row | {"fetched_at": row.pop("date"), "warc": name, "bytes": 4 * row["length"]})
+    work.write_table(f"_places-{number:05d}.parquet", pa.Table.from_pylist(rows, PLACES))
+    return damaged
+
+
+def extract_shard(
+    work: Workspace, number: int, config: ExtractConfig, crawl: Manifest, rows: pa.Table
+) -> dict[str, Any]:
+    """Documents of some records: `documents-NNNNN.parquet`, `rejected-NNNNN.parquet`, a tally."""
+    tally, kept, rejected = Tally(), [], []
+    largest = int(config.largest_page_megabytes * 2**20)
+    child = _child(config)
+    for row, found in _fetched(work, crawl, rows.to_pylist(), largest):
+        document = dict.fromkeys(("title", "text", "language", "date"), "") | {
+            "url": row["url"],
+            "language_score": 0.0,
+            "fetched_at": row["fetched_at"],
+            "warc": row["warc"],
+            "offset": row["offset"],
+            "record_id": row["record_id"],
+        }
+        if isinstance(found, Removal):
+            removal: Removal | None = found
+        else:
+            document["html_bytes"] = len(found.body)
+            removal = _read(child, document, found, tally)
+        text = document["text"]
+        document |= {"id": document_id(text), "bytes": len(text.encode("utf-8", "replace"))}
+        if removal is None:
+            tally.keep(document["bytes"])
+            kept.append(document)
+        else:
+            tally.remove(removal, row["url"], text)
+            rejected.append(document | {"rule": removal.rule, "reason": removal.reason})
+    schema = pa.schema([*DOCUMENTS, *REMOVED])
+    work.write_table(f"rejected-{number:05d}.parquet", pa.Table.from_pylist(rejected, schema))
+    work.write_table(f"documents-{number:05d}.parquet", pa.Table.from_pylist(kept, DOCUMENTS))
+    return asdict(tally)
+
+
+def _fetched(
+    work: Workspace, crawl: Manifest, rows: list[dict[str, Any]], largest: int
+) -> Iterator[tuple[dict[str, Any], Fetched | Removal]]:
+    """Each row with its response, or with the reason why there is none to read."""
+    directory = work.store.of(crawl)
+    with contextlib.ExitStack() as files:
+        opened: dict[str, Any] = {}
+        for row in rows:
+            name = row["warc"]
+            if name not in opened:
+                location = directory.location(name)
+                file = directory.filesystem.open_input_file(location)
+                opened[name] = files.enter_context(file)
+            opened[name].seek(row["offset"])
+            try:
+                found = read_record(opened[name].read(row["length"]), largest)
+            except DamagedRecord as damage:
+                yield row, Removal("damaged-record", str(damage))
+                continue
+            except OverflowError:
+                yield row, Removal("too-large", f"body larger than {largest:,} bytes")
+                continue
+            yield row, _removed_by_head(found) or found
+
+
+def _removed_by_head(found: Fetched) -> Removal | None:
+    if found.status != 200:
+        return Removal("status", f"answered with status {found.status}")
+    stated = found.headers.get("content-type", "")
+    kind = stated.partition(";")[0].strip().lower()
+    if kind not in HTML_TYPES and not (kind == "" and b"<html" in found.body[:2048].lower()):
+        return Removal("content-type", f"is {kind or 'of no stated type'}, not HTML")
+    directives = {word.strip().lower() for word in found.headers.get("x-robots-tag", "").split(",")}
+    if directives & {"noindex", "none"}:
+        return Removal("noindex", "X-Robots-Tag asks not to be indexed")
+    return None
+
+
+def _read(
+    child: KillableChild, document: dict[str, Any], found: Fetched, tally: Tally
+) -> Removal | None:
+    """Fill `document` from the child's answer, or say why the page is removed."""
+    head = {"content_type": found.headers.get("content-type", ""), "url": document["url"]}
+    excerpt = found.body[: 2 * EXCERPT].decode("utf-8", "replace")[:EXCERPT]
+    document["text"] = excerpt.replace("\x00", "")
+    try:
+        answer = child.call(head, found.body)
+    except ChildTimeout:
+        return Removal("time-limit", f"took longer than {child.seconds:g} s")
+    except ChildDied as death:
+        status = death.args[0]
+        if status == -signal.SIGKILL:
+            return Removal("memory-limit", "was killed for the memory it took")
+        name = signal.Signals(-status).name if status and status < 0 else f"status {status}"
+        return Removal("crashed", f"brought the parser down ({name})")
+    if "failure" in answer:
+        return Removal(answer["failure"], answer["reason"])
+    for what in answer["mended"]:
+        tally.mend(what)
+    if answer["noindex"]:
+        return Removal("noindex", "a robots meta element asks not to be indexed")
+    if not answer["text"]:
+        return Removal("no-text", "no text found in the page")
+    for name in ("title", "text", "language", "date"):
+        # Lone surrogates cannot be written as UTF-8.
+        document[name] = answer[name].encode("utf-8", "replace").decode()
+    return None
+
+
+_children: dict[tuple[float, int], KillableChild] = {}
+
+
+def _child(config: ExtractConfig) -> KillableChild:
+    """This process's child, kept from shard to shard: its imports take half a second."""
+    key = (config.seconds_per_document, config.megabytes_per_document)
+    if key not in _children:
+        _children[key] = KillableChild("tasks.corpus.page_text", *key)
+    return _children[key]

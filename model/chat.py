@@ -1,8 +1,8 @@
 """Text to tokens and back: the tokenizer with its special tokens, and the layout of a conversation.
 
-A conversation is `<s>`, then for each message `<|role|>` its text `<|end|>`, then `<|assistant|>` where
-an answer is wanted. The marks are SentencePiece control symbols: no text a person writes encodes to
-them, so a message cannot pretend to be another one.
+A conversation is `<s>`, then for each message `<|role|>` its text `<|end|>`, then `<|assistant|>`
+where an answer is wanted. The marks are SentencePiece control symbols: no text a person writes
+encodes to them, so a message cannot pretend to be another one.
 """
 
 import codecs
@@ -54,9 +54,10 @@ class TokenizerError(ValueError):
 class Tokenizer:
     """A SentencePiece model whose round trip is the identity: `decode(encode(text)) == text`.
 
-    Every piece stands for fixed bytes, so decoding is their concatenation. Three things SentencePiece
-    leaves open are settled here: the space mark U+2581 occurring in a text goes by its bytes, a lone
-    surrogate (which is no text in UTF-8) becomes `?`, and special tokens decode to nothing.
+    Every piece stands for fixed bytes, so decoding is their concatenation. Three things
+    SentencePiece leaves open are settled here: the space mark U+2581 occurring in a text goes by
+    its bytes, a lone surrogate (which is no text in UTF-8) becomes `?`, and special tokens decode
+    to nothing.
     """
 
     def __init__(self, proto: bytes, name: str = "tokenizer.model") -> None:
@@ -95,7 +96,7 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> tuple[int, int]:
-        """Ids that end generation, for `generation_config.eos_token_id`: the end of a turn is one."""
+        """Ids that end generation, as `generation_config.eos_token_id` lists them."""
         return self.end_of_document, self.end_of_turn
 
     def encode(self, text: str) -> list[int]:

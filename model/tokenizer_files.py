@@ -1,9 +1,9 @@
-"""The tokenizer in Hugging Face's files: tokenizer.json, tokenizer_config.json, special_tokens_map.json.
+"""The tokenizer in Hugging Face's files: tokenizer.json and the two that describe it.
 
-SentencePiece merges the adjacent pair whose union has the best score; Hugging Face's BPE applies a list
-of pairs in order. Listing every way to cut each piece into two pieces, in the order of the pieces'
-scores, makes them the same. One difference is left: there, a text that contains U+2581 is read as if it
-held a space, and one that spells a special token as that token.
+SentencePiece merges the adjacent pair whose union has the best score; Hugging Face's BPE applies a
+list of pairs in order. Listing every way to cut each piece into two pieces, in the order of the
+pieces' scores, makes them the same. One difference is left: there, a text that contains U+2581 is
+read as if it held a space, and one that spells a special token as that token.
 """
 
 import json

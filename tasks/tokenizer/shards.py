@@ -1,8 +1,9 @@
 """The token shards stage: documents as flat arrays of token ids, ready to be memory mapped.
 
-One output shard for each input shard: `tokens-00000.npy`, uint16 (uint32 from a vocabulary of 65,536
-on), documents one after another, each `<s> text </s>`; and `tokens-00000.documents.npy`, int64, where
-each document starts. The training split gives `tokens-*`, the held-out split `heldout-tokens-*`.
+One output shard for each input shard: `tokens-00000.npy`, uint16 (uint32 from a vocabulary of
+65,536 on), documents one after another, each `<s> text </s>`; and `tokens-00000.documents.npy`,
+int64, where each document starts. The training split gives `tokens-*`, the held-out split
+`heldout-tokens-*`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from model.chat import Tokenizer
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest

@@ -8,17 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.kernels import AttentionFunction
 from model.layers import RMSNorm, rotate
+
+SHORT = 1024  # tokens up to which training on a CPU keeps the attention matrix
 
 
 class KVCache(Protocol):
     """What attention asks of a cache. One object serves all layers of one forward call.
 
-    `update` stores the new keys and values of `layer`, each (B, kv_heads, T, head_dim) in the order of
-    the `positions` given to the forward call, and returns all that the queries may look at, each
-    (B, kv_heads, S, head_dim). Column j of what it returns must hold position j of its sequence, unless
-    the caller gives `mask` to the forward call; columns past a sequence's end may hold anything finite.
-    Keys arrive with RoPE already applied.
+    `update` stores the new keys and values of `layer`, each (B, kv_heads, T, head_dim) in the order
+    of the `positions` given to the forward call, and returns all that the queries may look at, each
+    (B, kv_heads, S, head_dim). Column j of what it returns must hold position j of its sequence,
+    unless the caller gives `mask` to the forward call; columns past a sequence's end may hold
+    anything finite. Keys arrive with RoPE already applied.
     """
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -29,9 +32,10 @@ class Visibility:
     """Who may look at whom in one forward call; built once and shared by all layers.
 
     positions: (B, T) of the queries, or None when they are 0..T-1.
-    segments: (B, T), documents packed into one row; a token sees only its own segment. None: one each.
-    mask: (B or 1, 1, T, S) bool, True where a query may look: replaces causality and segments, but a
-        sliding window still applies on top, taking column j as position j.
+    segments: (B, T), documents packed into one row; a token sees only its own segment. None: one
+        each.
+    mask: (B or 1, 1, T, S) bool, True where a query may look: replaces causality and segments, but
+        a sliding window still applies on top, taking column j as position j.
     cached: keys come from a cache, so that column j is position j and S may exceed T.
     """
 
@@ -42,7 +46,9 @@ class Visibility:
     _memo: dict[tuple[int | None, int], Tensor | None] = field(default_factory=dict)
 
     def bias(self, window: int | None, queries: Tensor, keys: int) -> Tensor | None:
-        """The boolean mask (B or 1, 1, T, S) for a layer; None where plain causality within T is all."""
+        """The boolean mask (B or 1, 1, T, S) for a layer; None where plain causality within T is
+        all.
+        """
         key = (window, keys)
         if key not in self._memo:
             self._memo[key] = self._build(window, queries.shape[2], keys, queries.device)
@@ -56,7 +62,8 @@ class Visibility:
         if self.mask is None and self.segments is None and not self.cached and window is None:
             return None
         column = torch.arange(keys, device=device)
-        # Packed rows restart `positions` at every document, so only a cache may be addressed by them.
+        # Packed rows restart `positions` at every document, so only a cache may be addressed by
+        # them.
         row = torch.arange(length, device=device)[None] if not self.cached else self.positions
         assert row is not None
         row = row[:, None, :, None]
@@ -74,8 +81,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     q: (B, H, T, D); k, v: (B, kv_heads, S, D); visible: bool (B or 1, 1, T, S), or None for causal
     attention of T queries over the same T keys. Returns (B, H, T, D).
     """
+    grouped = k.shape[1] != q.shape[1]
+    training = torch.is_grad_enabled() and q.device.type == "cpu" and q.shape[2] == k.shape[2]
+    if training and q.shape[2] <= SHORT:
+        if grouped:
+            group = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        y: Tensor = AttentionFunction.apply(q, k, v, visible)
+        return y
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=k.shape[1] != q.shape[1]
+        q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=grouped
     )
 
 
@@ -106,8 +121,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(by_head).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q.transpose(1, 2), cos, sin)
-        k = rotate(k.transpose(1, 2), cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         y = attend(q, k, v, visibility.bias(self.window, q, k.shape[2]))

@@ -5,7 +5,8 @@
       optimizer.safetensors   optimiser state, by parameter name
       checkpoint.json         step, the run's own state, size and SHA-256 of the two
 
-A checkpoint is written under another name, flushed to disk and renamed: what is called step-… is whole.
+A checkpoint is written under another name, flushed to disk and renamed: what is called step-… is
+    whole.
 """
 
 import hashlib
@@ -38,7 +39,7 @@ class Checkpoint:
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
-    """Write `checkpoint` below `directory` and remove all but the newest `keep`; returns its path."""
+    """Write `checkpoint` below `directory` and keep only the newest `keep`; returns its path."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"step-{checkpoint.step:08d}"
     partial = directory / f".partial-{path.name}"
@@ -64,7 +65,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int = 2) -
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint; raises `CheckpointError` when a byte is missing or changed."""
+    """Read and verify one checkpoint; raises `CheckpointError` if a byte is wrong."""
     remedy = f"delete {path} to go on from an older one"
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -77,12 +78,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         size = file.stat().st_size if file.exists() else 0
         if size != expected["bytes"]:
             raise CheckpointError(
-                f"checkpoint {path.name} is cut short: {name} has {size} of {expected['bytes']} bytes; "
+                f"checkpoint {path.name} is cut short: {name} has {size} of {expected['bytes']} "
+                f"bytes; "
                 f"{remedy}"
             )
         if _digest(file) != expected["sha256"]:
             raise CheckpointError(
-                f"checkpoint {path.name} is damaged: {name} does not have its recorded SHA-256; {remedy}"
+                f"checkpoint {path.name} is damaged: {name} does not have its recorded SHA-256; "
+                f"{remedy}"
             )
     model, optimizer = (load_file(path / name) for name in FILES)
     return Checkpoint(manifest["step"], model, optimizer, manifest["state"])

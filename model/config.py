@@ -1,9 +1,9 @@
 """The shape of a model: one frozen dataclass whose flags tell the families apart.
 
-There is no class per family. Llama is the defaults; Mistral is Llama with `sliding_window`; Qwen3 is
-Llama with `qk_norm` (and usually a `head_dim` of its own); Qwen2 is Llama with `qkv_bias`. A flag
-stands here only if every part of `model/` honours it; `model.huggingface` says which combinations have
-a name in the outside world.
+There is no class per family. Llama is the defaults; Mistral is Llama with `sliding_window`; Qwen3
+is Llama with `qk_norm` (and usually a `head_dim` of its own); Qwen2 is Llama with `qkv_bias`. A
+flag stands here only if every part of `model/` honours it; `model.huggingface` says which
+combinations have a name in the outside world.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -16,7 +16,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and flags of a decoder-only transformer. Raises `ConfigError` when made inconsistent."""
+    """Sizes and flags of a decoder-only transformer. Raises `ConfigError` when inconsistent."""
 
     # Sizes
     vocab_size: int = 4096
@@ -66,11 +66,13 @@ class ModelConfig:
             )
         if self.head_size < 2 or self.head_size % 2:
             raise ConfigError(
-                f"head_dim {self.head_size} must be even and at least 2: RoPE turns pairs of channels"
+                f"head_dim {self.head_size} must be even and at least 2: RoPE turns pairs of "
+                f"channels"
             )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ConfigError(
-                f"sliding_window {self.sliding_window} must be at least 1; use None for full attention"
+                f"sliding_window {self.sliding_window} must be at least 1; use None for full "
+                f"attention"
             )
         if self.rope_theta <= 1:
             raise ConfigError(f"rope_theta {self.rope_theta} must be above 1 (10000 is usual)")

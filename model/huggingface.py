@@ -1,9 +1,9 @@
 """To and from Hugging Face's directories: config.json, model.safetensors, generation_config.json.
 
-`Transformer` already carries Hugging Face's parameter names, so what is translated is the config: one
-table of names, and for each family the flags it expresses and the constants it demands. `export_config`
-and `import_config` are inverse. A model that no family expresses is refused, never exported as
-something near it.
+`Transformer` already carries Hugging Face's parameter names, so what is translated is the config:
+one table of names, and for each family the flags it expresses and the constants it demands.
+`export_config` and `import_config` are inverse. A model that no family expresses is refused, never
+exported as something near it.
 """
 
 import json
@@ -75,7 +75,8 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids a generator must know. eos: all ids that end generation, the document's end first, then the
+    """Ids a generator must know. eos: all ids that end generation, the document's end first, then
+    the
     end of a chat turn. Padding must not be one of them, or the model would never learn to stop."""
 
     bos: int | None = None
@@ -111,7 +112,7 @@ def family_of(config: ModelConfig) -> Family:
 def export_config(
     config: ModelConfig, tokens: SpecialTokens = SpecialTokens(), dtype: str = "float32"
 ) -> dict[str, Any]:
-    """config.json of `config`. `rope_theta` is written both where transformers 4 and where 5 looks."""
+    """config.json of `config`. `rope_theta` stands where transformers 4 and where 5 looks."""
     family = family_of(config)
     theirs: dict[str, Any] = {
         "architectures": [family.architecture],
@@ -196,7 +197,9 @@ def save_directory(
 
 
 def load_directory(directory: Path, *, dtype: torch.dtype = torch.float32) -> Transformer:
-    """A `Transformer` from a Hugging Face directory, its weights checked name by name and shape by shape."""
+    """A `Transformer` from a Hugging Face directory, its weights checked name by name and shape by
+    shape.
+    """
     config = load_config(directory)
     with torch.device("meta"):
         model = Transformer(config)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.kernels import RMSNormFunction, RotateFunction
+
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, computed in float32 (arXiv:1910.07467)."""
@@ -15,16 +17,16 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C), in the dtype of `x`."""
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        y: Tensor = RMSNormFunction.apply(x, self.weight, self.eps)
+        return y
 
 
 def rope_table(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (positions, head_dim) in float32, of rotary embeddings (arXiv:2104.09864).
+    """Cosines and sines, each (positions, head_dim) in float32, of rotary embeddings
+    (arXiv:2104.09864).
 
-    Both halves of the head hold the same angles: the rotate-half layout of Hugging Face's checkpoints,
-    not the interleaved pairs of the paper.
+    Both halves of the head hold the same angles: the rotate-half layout of Hugging Face's
+    checkpoints, not the interleaved pairs of the paper.
     """
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     angles = torch.outer(torch.arange(positions).float(), frequencies)
@@ -33,10 +35,12 @@ def rope_table(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Ten
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn queries or keys (B, H, T, D) by their positions; cos and sin broadcast to (B, 1, T, D)."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos + turned * sin
+    """Turn queries or keys by their positions, and put heads first: (B, T, H, D) -> (B, H, T, D).
+
+    cos and sin broadcast to (B, 1, T, D).
+    """
+    y: Tensor = RotateFunction.apply(x, cos, sin)
+    return y
 
 
 class SwiGLU(nn.Module):

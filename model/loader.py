@@ -1,8 +1,8 @@
 """Data order: which sequences make up the global batch of each step, and how they are read.
 
-Order is a function of (seed, epoch); state is one number, the sequences consumed; slicing by rank comes
-last. So a run resumes exactly, at any world size: the global batch of a step is the same set of
-sequences, only dealt to other ranks. (The habit is OLMo-core's `data_loader.py`.)
+Order is a function of (seed, epoch); state is one number, the sequences consumed; slicing by rank
+comes last. So a run resumes exactly, at any world size: the global batch of a step is the same set
+of sequences, only dealt to other ranks. (The habit is OLMo-core's `data_loader.py`.)
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ class DataError(ValueError):
 class Batch:
     """Sequences (B, T) as the loss wants them.
 
-    targets: the token after each token; mask: which targets count (None: all); positions and segments:
-    for packed rows (see `Transformer.forward`).
+    targets: the token after each token; mask: which targets count (None: all); positions and
+    segments: for packed rows (see `Transformer.forward`).
     """
 
     tokens: Tensor
@@ -72,15 +72,17 @@ class Loader(Protocol):
 
 
 def rank_slice(ids: Ints, rank: int, world: int) -> Ints:
-    """The part of a global batch that `rank` of `world` reads: contiguous, sizes differing by at most 1."""
+    """The part of a global batch that `rank` of `world` reads: contiguous, sizes differing by at
+    most 1.
+    """
     return ids[len(ids) * rank // world : len(ids) * (rank + 1) // world]
 
 
 def shuffled(indices: Ints, size: int, seed: int, epoch: int) -> Ints:
     """Where a pseudo-random permutation of 0..size-1, chosen by (seed, epoch), sends `indices`.
 
-    A six-round Feistel network with cycle walking: the order of a trillion windows costs no memory, and
-    does not change with numpy's version as `Generator.permutation` may.
+    A six-round Feistel network with cycle walking: the order of a trillion windows costs no memory,
+    and does not change with numpy's version as `Generator.permutation` may.
     """
     bits = max(2, (size - 1).bit_length())
     bits += bits % 2
@@ -107,8 +109,8 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 class WindowLoader:
     """Fixed-length windows over the concatenated token stream, for pretraining.
 
-    shards: paths of flat token arrays (`tokens-00000.npy`, uint16 or uint32), in order, each document
-        ending in its end-of-document token; they are memory mapped.
+    shards: paths of flat token arrays (`tokens-00000.npy`, uint16 or uint32), in order, each
+        document ending in its end-of-document token; they are memory mapped.
     sequence: T; window i reads tokens i·T .. i·T + T, the last one only as a target.
     document_masking: a token sees only its own document, and positions restart with it; needs the
         `.documents.npy` file of int64 document starts beside each shard.
@@ -134,7 +136,8 @@ class WindowLoader:
                 )
             if vocab_size is not None and len(shard) and int(shard.max()) >= vocab_size:
                 raise DataError(
-                    f"{path.name} holds token {int(shard.max())}, outside the model's vocabulary of "
+                    f"{path.name} holds token {int(shard.max())}, outside the model's "
+                    f"vocabulary of "
                     f"{vocab_size}; use the tokenizer the shards were written with"
                 )
         self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])

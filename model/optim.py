@@ -1,11 +1,11 @@
 """Optimisers: Muon for the matrices inside the blocks, AdamW for everything else.
 
-Both are kept under their parameters' names, so that a checkpoint is plain tensors and does not depend on
-the order in which parameters were registered.
+Both are kept under their parameters' names, so that a checkpoint is plain tensors and does not
+depend on the order in which parameters were registered.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,9 +17,11 @@ from model.config import ConfigError
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Peak rates and decay. Weight decay is decoupled: parameter *= 1 - rate * decay (arXiv:1711.05101).
+    """Peak rates and decay. Weight decay is decoupled: parameter *= 1 - rate * decay
+    (arXiv:1711.05101).
 
-    learning_rate: AdamW's, for norms, biases and an untied output matrix (and for all, with kind adamw);
+    learning_rate: AdamW's, for norms, biases and an untied output matrix (and for all, with kind
+        adamw);
     embedding_learning_rate: AdamW's, for the embedding (tied or not); None: as learning_rate;
     muon_learning_rate: for the matrices inside the blocks.
     """
@@ -45,8 +47,9 @@ class OptimConfig:
                 raise ConfigError(f"optimizer {name} {getattr(self, name)} must be in [0, 1)")
 
 
-# Coefficients of the quintic whose iteration drives all singular values towards 1, found by Keller Jordan
-# to maximise the slope at 0: it converges not to 1 but into about [0.7, 1.2], which serves as well.
+# Coefficients of the quintic whose iteration drives all singular values towards 1, found by Keller
+# Jordan to maximise the slope at 0: it converges not to 1 but into about [0.7, 1.2], which serves
+# as well.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
@@ -67,13 +70,14 @@ def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.b
 
 
 class Muon:
-    """Nesterov momentum, orthogonalised; same-shaped matrices go through Newton-Schulz as one batch.
+    """Nesterov momentum, orthogonalised; same-shaped matrices go through Newton-Schulz as one
+    batch.
 
     The update is scaled by √max(1, rows/columns), so that one rate suits all shapes.
     """
 
     def __init__(
-        self, parameters: dict[str, Tensor], config: OptimConfig, dtype: torch.dtype
+        self, parameters: Mapping[str, Tensor], config: OptimConfig, dtype: torch.dtype
     ) -> None:
         self.config = config
         self.dtype = dtype
@@ -95,10 +99,10 @@ class Muon:
             momentum.lerp_(gradients, 1 - beta)
             update = orthogonalise(gradients.lerp_(momentum, beta), dtype=self.dtype)
             rows, columns = momentum.shape[1:]
-            update = update.to(momentum.dtype).contiguous().unbind(0)
+            updates = update.to(momentum.dtype).contiguous().unbind(0)
             if self.config.weight_decay:
                 torch._foreach_mul_(parameters, 1 - rate * self.config.weight_decay)
-            torch._foreach_add_(parameters, update, alpha=-rate * max(1, rows / columns) ** 0.5)
+            torch._foreach_add_(parameters, updates, alpha=-rate * max(1, rows / columns) ** 0.5)
 
     def state(self) -> dict[str, Tensor]:
         return {
@@ -183,8 +187,8 @@ def split(
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """(matrices inside blocks, input embeddings, the rest): Muon's, AdamW's, AdamW's.
 
-    Muon is for matrices that map hidden to hidden; embeddings and the output matrix have one side that is
-    a vocabulary, where the spectral norm means nothing.
+    Muon is for matrices that map hidden to hidden; embeddings and the output matrix have one side
+    that is a vocabulary, where the spectral norm means nothing.
     """
     matrices = {n: p for n, p in named.items() if p.ndim == 2 and ".layers." in n}
     embeddings = {n: p for n, p in named.items() if "embed_tokens" in n}

@@ -20,11 +20,12 @@ class Example:
 
 
 class PackedLoader:
-    """Examples in an order that is a function of (seed, epoch), packed greedily into rows of `sequence`.
+    """Examples in an order that is a function of (seed, epoch), packed greedily into rows of
+    `sequence`.
 
-    Every example occurs once an epoch, whole. A row's examples are told apart by `segments` and positions
-    that restart; the left-over is padding in a segment of its own that counts in no loss. An id is
-    epoch * 2^32 + row.
+    Every example occurs once an epoch, whole. A row's examples are told apart by `segments` and
+    positions that restart; the left-over is padding in a segment of its own that counts in no loss.
+    An id is epoch * 2^32 + row.
     """
 
     def __init__(self, examples: Sequence[Example], sequence: int, seed: int, *, pad: int) -> None:

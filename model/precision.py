@@ -11,10 +11,12 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 
 def resolve_precision(precision: Precision, device: str = "cpu") -> Literal["bf16", "fp32"]:
-    """`auto` is bf16 where the device multiplies it in hardware, else fp32; the others are themselves.
+    """`auto` is bf16 where the device multiplies it in hardware, else fp32; the others are
+    themselves.
 
-    On a CPU that means AMX or AVX-512 BF16 (x86) or BF16 (Arm): elsewhere bf16 is emulated, and slower.
-    The result changes the trained model, so it belongs to the identity of a run; `auto` does not.
+    On a CPU that means AMX or AVX-512 BF16 (x86) or BF16 (Arm): elsewhere bf16 is emulated, and
+    slower. The result changes the trained model, so it belongs to the identity of a run; `auto`
+    does not.
     """
     if precision not in ("auto", "bf16", "fp32"):
         raise ConfigError(f"precision {precision!r} is not one of auto, bf16, fp32")

@@ -1,6 +1,7 @@
 """The training loop: one function for pretraining and supervised fine-tuning.
 
-It runs bare, or on every rank of a `torch.distributed` process group that the caller has initialised.
+It runs bare, or on every rank of a `torch.distributed` process group that the caller has
+initialised.
 Each step takes the same global batch whatever the number of ranks: a rank reads its slice of it, in
 micro-batches, and every loss is divided by the global count of targets. A run that resumes from a
 checkpoint goes on with the same batches, and on one CPU with the same threads with the same bits.
@@ -38,9 +39,10 @@ from model.transformer import Transformer
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run is. total_tokens: tokens to train on, rounded up to whole steps; batch: sequences of one
-    step over all ranks; micro_batch: sequences a rank holds at once (memory only: it does not change the
-    result but for rounding); clip: global gradient norm; checkpoint_every, log_every: steps.
+    """What a run is. total_tokens: tokens to train on, rounded up to whole steps; batch: sequences
+    of one step over all ranks; micro_batch: sequences a rank holds at once (memory only: it does
+    not change the result but for rounding); clip: global gradient norm; checkpoint_every,
+    log_every: steps.
     """
 
     total_tokens: int
@@ -74,7 +76,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of the curve. loss and bits_per_byte are means over the steps since the last record."""
+    """One line of the curve. loss and bits_per_byte: means over the steps since the last."""
 
     step: int  # steps completed
     steps: int
@@ -119,15 +121,16 @@ def train(
     checkpoints: directory, shared by all ranks; training resumes from the newest checkpoint in it.
     token_bytes: (V,) int, the UTF-8 bytes each token stands for, for bits per byte.
     on_step: called every `log_every` steps and after the last, on every rank alike.
-    on_checkpoint: called on every rank after a checkpoint is whole, with its path (None on ranks other
-        than 0) and the step; a checkpoint is also made after the last step.
+    on_checkpoint: called on every rank after a checkpoint is whole, with its path (None on ranks
+        other than 0) and the step; a checkpoint is also made after the last step.
 
-    Raises `ConfigError` for settings that contradict each other or the checkpoint, `CheckpointError` for
-    a damaged checkpoint, `DivergedError` when loss or gradient is not finite.
+    Raises `ConfigError` for settings that contradict each other or the checkpoint,
+    `CheckpointError` for a damaged checkpoint, `DivergedError` when loss or gradient is not finite.
     """
     if loader.sequence > model.config.context:
         raise ConfigError(
-            f"sequence {loader.sequence} is longer than the model's context {model.config.context}; "
+            f"sequence {loader.sequence} is longer than the model's context "
+            f"{model.config.context}; "
             "lower one or raise the other"
         )
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -146,7 +149,8 @@ def train(
     first = _resume(model, optimizer, checkpoints, identity)
     module: nn.Module = _Loss(model)
     if world > 1:
-        # Every parameter is used in every step; the gradient is the sum over ranks, which DDP averages.
+        # Every parameter is used in every step; the gradient is the sum over ranks, which DDP
+        # averages.
         module = DistributedDataParallel(module, broadcast_buffers=False)
     model.train()
     if token_bytes is not None:
@@ -177,7 +181,8 @@ def train(
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise DivergedError(
                 f"loss {loss} and gradient norm {grad_norm} at step {step + 1} on sequences "
-                f"{', '.join(map(str, ids.tolist()))}; lower the learning rate or look at these sequences"
+                f"{', '.join(map(str, ids.tolist()))}; lower the learning rate or look at these "
+                f"sequences"
             )
         multiplier = config.schedule.multiplier(step, steps)
         optimizer.step(multiplier)
@@ -211,7 +216,8 @@ def _resume(
             saved = checkpoint.state[part].get(name)
             if saved != value:
                 raise CheckpointError(
-                    f"checkpoint {path.name} was made with {part} setting {name} = {saved}, not {value}; "
+                    f"checkpoint {path.name} was made with {part} setting {name} = {saved}, not "
+                    f"{value}; "
                     f"delete {checkpoints} to start anew"
                 )
     model.load_state_dict(dict(checkpoint.model))

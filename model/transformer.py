@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -43,11 +44,12 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model. Parameter names are Hugging Face's (`model.layers.0.self_attn.q_proj…`).
+    """A causal language model. Parameter names are Hugging Face's
+    (`model.layers.0.self_attn.q_proj…`).
 
-    Initialisation: matrices and embeddings N(0, 0.02²); the two matrices that write into the residual
-    stream (o_proj, down_proj) are scaled by 1/√(2·layers), so that its variance does not grow with depth
-    (GPT-2); norms 1, biases 0. It uses torch's global generator: seed it before.
+    Initialisation: matrices and embeddings N(0, 0.02²); the two matrices that write into the
+    residual stream (o_proj, down_proj) are scaled by 1/√(2·layers), so that its variance does not
+    grow with depth (GPT-2); norms 1, biases 0. It uses torch's global generator: seed it before.
     """
 
     rope_cos: Tensor  # (context, head_dim), always float32
@@ -68,7 +70,8 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
-        # `model.bfloat16()` would round the angles too, and far positions would blur into each other.
+        # `model.bfloat16()` would round the angles too, and far positions would blur into each
+        # other.
         super()._apply(fn, recurse)
         config, device = self.config, self.rope_cos.device
         cos, sin = rope_table(config.context, config.head_size, config.rope_theta)
@@ -100,14 +103,14 @@ class Transformer(nn.Module):
         """Logits (B, T, V), or (B, K, V) at the K positions of `logits_at`.
 
         tokens: (B, T) int.
-        positions: (B, T) int, each token's position in its own sequence, for RoPE and, with a cache, for
-            causality; None: 0..T-1. At most `config.context - 1`.
-        segments: (B, T) int: rows hold several documents, a token sees only its own segment; not with
-            a cache. Give `positions` that restart at each document as well.
+        positions: (B, T) int, each token's position in its own sequence, for RoPE and, with a
+            cache, for causality; None: 0..T-1. At most `config.context - 1`.
+        segments: (B, T) int: rows hold several documents, a token sees only its own segment; not
+            with a cache. Give `positions` that restart at each document as well.
         mask: (B or 1, 1, T, S) bool, True where a query may look, instead of the causal rule.
         cache: see `KVCache`; with it, tokens are the new ones only and `positions` is required.
-        logits_at: (B, K) int, the columns of `tokens` whose logits are wanted: a prefill needs one, and
-            the output matrix is the largest of all.
+        logits_at: (B, K) int, the columns of `tokens` whose logits are wanted: a prefill needs one,
+            and the output matrix is the largest of all.
         """
         x = self.hidden(tokens, positions, segments=segments, mask=mask, cache=cache)
         if logits_at is not None:
@@ -137,6 +140,9 @@ class Transformer(nn.Module):
         else:
             cos, sin = self.rope_cos[positions][:, None], self.rope_sin[positions][:, None]
         x = self.model.embed_tokens(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            # The residual stream too: autocast alone would carry it in float32, at half the speed.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         visibility = Visibility(positions, segments, mask, cached=cache is not None)
         for block in self.model.layers:

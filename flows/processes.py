@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 
 MARK = "GRISTMILL_SUPERVISED"
+RUN_ID = b"PREFECT__FLOW_RUN_ID="
 
 
 @cache
@@ -136,8 +137,11 @@ def marked(prefix: str) -> list[psutil.Process]:
     return [p for p in _others() if any(e.startswith(wanted) for e in environment_of(p.pid))]
 
 
-def members(record: Record | None, mark: str) -> list[psutil.Process]:
-    """Everything that belongs to a service: marked, in its session, or a descendant of either."""
+def members(record: Record | None, mark: str, spare_runs: bool = False) -> list[psutil.Process]:
+    """Everything that belongs to a service: marked, in its session, or a descendant of either.
+
+    `spare_runs` leaves out processes of flow runs: they outlive the runner that started them.
+    """
     found = {process.pid: process for process in marked(mark)}
     if record is not None and record.session_is_ours:
         for process in _others():
@@ -149,15 +153,27 @@ def members(record: Record | None, mark: str) -> list[psutil.Process]:
             for child in process.children(recursive=True):
                 found.setdefault(child.pid, child)
     spared = _own_line()
+    if spare_runs:
+        spared |= {process.pid for run in flow_processes().values() for process in run}
     return [process for pid, process in found.items() if pid not in spared]
 
 
-def terminate(record: Record | None, mark: str, grace: float) -> int:
+def flow_processes() -> dict[str, list[psutil.Process]]:
+    """Processes by the id of the Prefect flow run they execute."""
+    found: dict[str, list[psutil.Process]] = {}
+    for process in psutil.process_iter():
+        for entry in environment_of(process.pid):
+            if entry.startswith(RUN_ID):
+                found.setdefault(entry.removeprefix(RUN_ID).decode(), []).append(process)
+    return found
+
+
+def terminate(record: Record | None, mark: str, grace: float, spare_runs: bool = False) -> int:
     """End a service: TERM to its first process, a bounded wait, then KILL for all that is left.
 
     Returns how many processes had to be killed. Without a first process all are asked to end.
     """
-    everyone = members(record, mark)
+    everyone = members(record, mark, spare_runs)
     first = [p for p in everyone if record is not None and record.alive and p.pid == record.pid]
     deadline = time.monotonic() + grace
     for process in first or everyone:
@@ -172,7 +188,8 @@ def terminate(record: Record | None, mark: str, grace: float) -> int:
             first = []
             deadline = min(deadline, time.monotonic() + 3)
         time.sleep(0.05)
-    everyone = list({p.pid: p for p in [*_alive(everyone), *members(record, mark)]}.values())
+    late = members(record, mark, spare_runs)
+    everyone = list({process.pid: process for process in [*_alive(everyone), *late]}.values())
     for process in everyone:
         with contextlib.suppress(psutil.Error):
             process.kill()

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import psutil
 
-from flows.processes import Record, environment_of
+from flows.processes import Record, flow_processes
 from tasks.runtime.job_board import running_jobs, stop_job
 from tasks.runtime.rest import Refused, call
 from tasks.runtime.settings import Settings
@@ -36,7 +36,6 @@ REATTACH_SECONDS = 60.0
 """How long the Ray job of a crashed run waits for a new run to follow it."""
 LIVE = ("PENDING", "RUNNING", "CANCELLING")
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
-RUN_ID = b"PREFECT__FLOW_RUN_ID="
 
 Ending = Literal["CRASHED", "CANCELLED"]
 
@@ -49,6 +48,7 @@ class Reaper:
     say: Callable[[str], None] = lambda line: None
     _suspects: dict[tuple[str, str], float] = field(default_factory=dict)
     _told_to_end: dict[int, float] = field(default_factory=dict)
+    _cancelled_by_us: set[str] = field(default_factory=set)
     _looked_after: dict[str, float] = field(default_factory=dict)
 
     def reap(self, *, at_once: bool = False) -> None:
@@ -65,6 +65,7 @@ class Reaper:
                     self._look_at(run, processes.get(run["id"], []), at_once)
             keys = {(run["id"], run["state_type"]) for run in roots}
             self._suspects = {key: seen for key, seen in self._suspects.items() if key in keys}
+            self._finish_cancels()
             self._mend_parts(runs)
             self._stop_jobs(runs)
 
@@ -118,6 +119,7 @@ class Reaper:
         for process in processes:
             if process.pid in watched:
                 continue
+            self._cancelled_by_us.add(run["id"])
             told = self._told_to_end.setdefault(process.pid, now)
             with contextlib.suppress(psutil.Error):
                 if told == now:
@@ -126,6 +128,15 @@ class Reaper:
                 elif now - told > ORPHAN_GRACE:
                     process.kill()
 
+    def _finish_cancels(self) -> None:
+        """A run that we ended without its runner calls itself Crashed; it was cancelled."""
+        for run_id in list(self._cancelled_by_us):
+            run = self._ask(f"flow_runs/{run_id}")
+            if run["state_type"] == "CRASHED":
+                self._end(run, "CANCELLED", "Cancelled after the runner that started it had died.")
+            if run["state_type"] in OVER:
+                self._cancelled_by_us.discard(run_id)
+
     def _schedule_again(self, run: dict[str, Any]) -> None:
         self.say(f"run {run['name']} was taken by a runner that died; scheduled again")
         moment = datetime.datetime.now(datetime.UTC).isoformat()
@@ -133,7 +144,7 @@ class Reaper:
         self._set("flow_runs", run, state | {"state_details": {"scheduled_time": moment}})
 
     def _end(self, run: dict[str, Any], ending: Ending, message: str) -> None:
-        self.say(f"run {run['name']} has no process: {ending.lower()}")
+        self.say(f"run {run['name']} is over: {ending.lower()}")
         self._set("flow_runs", run, {"type": ending, "name": ending.title(), "message": message})
         self._mend_tasks(run["id"], ending)
 
@@ -226,16 +237,6 @@ class Reaper:
 
     def _ask(self, path: str, body: Any = None) -> Any:
         return call(f"{self.settings.prefect_api}/{path}", body, timeout=10)
-
-
-def flow_processes() -> dict[str, list[psutil.Process]]:
-    """Processes by the id of the flow run they execute."""
-    found: dict[str, list[psutil.Process]] = {}
-    for process in psutil.process_iter():
-        for entry in environment_of(process.pid):
-            if entry.startswith(RUN_ID):
-                found.setdefault(entry.removeprefix(RUN_ID).decode(), []).append(process)
-    return found
 
 
 def _timestamp(run: dict[str, Any]) -> float:

@@ -243,7 +243,11 @@ def _worker(settings: Settings) -> Service:
     return Service(
         name="worker",
         command=(sys.executable, "-m", settings.runner),
-        environment=_base(settings, PREFECT_RUNNER_POLL_FREQUENCY="1"),
+        environment=_base(
+            settings,
+            PREFECT_RUNNER_POLL_FREQUENCY="1",
+            PREFECT_LOGGING_HANDLERS_CONSOLE_CLASS="flows.console.OrphanConsoleHandler",
+        ),
         healthy=lambda record: _polls_since(settings, record.since),
         url="",
         after=("prefect",),

@@ -297,15 +297,17 @@ class Supervisor:
             self.say(f"{service.name} stopped")
 
     def _sweep(self, service: Service) -> None:
-        """End what a crash left of a service, or a service that does not answer."""
-        self._end(service.name, service.stop_seconds)
-        (self.run / f"{service.name}.json").unlink(missing_ok=True)
+        """End what a crash left of a service, or a service that does not answer.
 
-    def _end(self, name: str, grace: float) -> bool:
+        Flow runs go on without the runner that started them: a healthy run is never ended.
+        """
+        self._end(service.name, service.stop_seconds, spare_runs=True)
+
+    def _end(self, name: str, grace: float, spare_runs: bool = False) -> bool:
         record = self.record(name)
-        there = bool(processes.members(record, self.mark(name)))
+        there = bool(processes.members(record, self.mark(name), spare_runs))
         if there:
-            processes.terminate(record, self.mark(name), grace)
+            processes.terminate(record, self.mark(name), grace, spare_runs)
         (self.run / f"{name}.json").unlink(missing_ok=True)
         return there
 

@@ -1,0 +1,214 @@
+"""How a person may ask: phrasings that are trained, and others that never are.
+
+`{x}` is the thing's name as someone would write it, `{kind}` what it is. The two lists of a kind of
+question share no phrasing, so that answers in a phrasing never trained show what was understood of
+the question, not its wording.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from tasks.corpus.facts import Fact
+
+Question = Literal["what", "where", "parameters"]
+
+
+@dataclass(frozen=True)
+class Phrasings:
+    trained: tuple[str, ...]
+    never_trained: tuple[str, ...]
+
+
+_WHAT = Phrasings(
+    (
+        "What does {x} do?",
+        "What does {x} do in Python?",
+        "What does the {kind} {x} do?",
+        "What is {x}?",
+        "What's {x}?",
+        "What is {x} for?",
+        "What is {x} used for?",
+        "What is the purpose of {x}?",
+        "Explain {x}.",
+        "Explain what {x} does.",
+        "Can you explain {x}?",
+        "Describe {x}.",
+        "Describe the {kind} {x}.",
+        "Tell me about {x}.",
+        "Tell me what {x} does.",
+        "Can you tell me what {x} does?",
+        "I want to know what {x} does.",
+        "How does {x} work?",
+        "What happens when I call {x}?",
+        "What can I do with {x}?",
+        "When would I use {x}?",
+        "Help me understand {x}.",
+        "Give me a short description of {x}.",
+        "I don't understand {x}. What does it do?",
+        "Hi, what does {x} do?",
+        "Documentation for {x}, please.",
+        "Meaning of {x}",
+        "Define {x}",
+        "help({x})",
+        "{x}?",
+        "{x}",
+    ),
+    (
+        "Could you explain what {x} does?",
+        "I keep seeing {x} in code. What is it for?",
+        "Summarise {x} in one sentence.",
+        "What's the point of {x}?",
+        "In Python, what does {x} do?",
+        "How would you describe {x}?",
+        "Do you know what {x} does?",
+        "Why would somebody use {x}?",
+        "Please tell me what {x} is about.",
+        "What exactly does {x} do?",
+        "Quick question: what is {x} good for?",
+        "What is the job of the {kind} {x}?",
+        "I found {x} in a script; what does it do?",
+    ),
+)
+_MODULE = Phrasings(
+    (
+        "What is {x}?",
+        "What's {x}?",
+        "What is {x} for?",
+        "What does {x} do?",
+        "What is the module {x} for?",
+        "What does the module {x} do?",
+        "What does the {x} module do?",
+        "What is the {x} module used for?",
+        "What is in the module {x}?",
+        "Describe the module {x}.",
+        "Explain the {x} module.",
+        "Tell me about the module {x}.",
+        "Tell me about {x}.",
+        "When would I import {x}?",
+        "import {x}",
+        "{x}",
+    ),
+    (
+        "What can I use the {x} module for?",
+        "Summarise the module {x} in one sentence.",
+        "What's the point of the module {x}?",
+        "Why would somebody import {x}?",
+        "How would you describe the {x} module?",
+        "Could you explain what the module {x} is for?",
+    ),
+)
+_PAGE = Phrasings(
+    (
+        "What is {x}?",
+        "What is said about {x}?",
+        "Tell me about {x}.",
+        "Explain {x}.",
+        "Describe {x}.",
+        "What do you know about {x}?",
+        "What does the page {x} say?",
+        "{x}?",
+        "{x}",
+    ),
+    (
+        "Could you explain {x}?",
+        "Summarise {x} in one sentence.",
+        "What can you tell me about {x}?",
+        "How would you describe {x}?",
+        "I came across {x}. What is it?",
+    ),
+)
+_WHERE = Phrasings(
+    (
+        "Which module holds {x}?",
+        "Which module is {x} in?",
+        "In which module do I find {x}?",
+        "What module does {x} belong to?",
+        "Which module do I import to use {x}?",
+        "Where is {x} defined?",
+        "Where does {x} come from?",
+        "Module of {x}?",
+    ),
+    (
+        "What should I import to get {x}?",
+        "Which module provides {x}?",
+        "Where can I find {x}?",
+        "{x} is part of which module?",
+    ),
+)
+_PARAMETERS = Phrasings(
+    (
+        "What are the parameters of {x}?",
+        "Which parameters does {x} take?",
+        "Which arguments does {x} take?",
+        "What arguments does {x} accept?",
+        "List the parameters of {x}.",
+        "How do I call {x}?",
+        "What is the signature of {x}?",
+        "Parameters of {x}",
+    ),
+    (
+        "Which inputs does {x} expect?",
+        "What can I pass to {x}?",
+        "Name the arguments of {x}.",
+        "What parameters does {x} have?",
+    ),
+)
+
+
+def phrasings(question: Question, fact: Fact) -> Phrasings:
+    """The ways to ask this question about this fact."""
+    if question == "where":
+        return _WHERE
+    if question == "parameters":
+        return _PARAMETERS
+    return {"module": _MODULE, "page": _PAGE}.get(fact.kind, _WHAT)
+
+
+def trained_questions(
+    question: Question, fact: Fact, count: int, draw: random.Random
+) -> Iterator[tuple[str, str]]:
+    """`count` times (phrasing, question); every trained phrasing is used before one comes again."""
+    order: list[str] = []
+    for number in range(count):
+        if number % len(phrasings(question, fact).trained) == 0:
+            order = list(phrasings(question, fact).trained)
+            draw.shuffle(order)
+        phrasing = order.pop()
+        yield phrasing, ask(phrasing, question, fact, draw)
+
+
+def ask(phrasing: str, question: Question, fact: Fact, draw: random.Random) -> str:
+    """One question in the words and the spelling of some person.
+
+    The name comes in full or short, plain, called or as code; three in ten questions are typed
+    carelessly (small first letter, no mark at the end).
+    """
+    text = phrasing.replace("{kind}", fact.kind)
+    if draw.random() < 0.3:
+        text = text if text.startswith("{x}") else text[0].lower() + text[1:]
+        if draw.random() < 0.6:
+            text = text.rstrip("?.")
+    return text.replace("{x}", _written(question, fact, draw))
+
+
+def _written(question: Question, fact: Fact, draw: random.Random) -> str:
+    names = fact.names
+    if question == "where":
+        name = names[-1]  # the full name would tell the answer
+    else:
+        name = names[0] if len(names) == 1 or draw.random() < 0.5 else draw.choice(names)
+    if fact.kind == "page":
+        return name
+    style = draw.random()
+    called = fact.kind in ("function", "method") and "(" not in name
+    if style < 0.35:
+        return name
+    if style < 0.55:
+        return f"{name}()" if called else name
+    if style < 0.80:
+        return f"`{name}`"
+    return f"`{name}()`" if called else f"`{name}`"

@@ -131,31 +131,40 @@ def mind_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
-def marked(prefix: str) -> list[psutil.Process]:
-    """Processes whose mark begins with `prefix`, except this one and its parents."""
-    wanted = f"{MARK}={prefix}".encode()
-    return [p for p in _others() if any(e.startswith(wanted) for e in environment_of(p.pid))]
-
-
 def members(record: Record | None, mark: str, spare_runs: bool = False) -> list[psutil.Process]:
-    """Everything that belongs to a service: marked, in its session, or a descendant of either.
+    """Everything that belongs to a service, except this process and its parents.
 
-    `spare_runs` leaves out processes of flow runs: they outlive the runner that started them.
+    That is what carries its mark or lives in its session, and their descendants as far as no other
+    mark begins. `spare_runs` leaves out processes of flow runs, which outlive their runner.
     """
-    found = {process.pid: process for process in marked(mark)}
-    if record is not None and record.session_is_ours:
-        for process in _others():
-            with contextlib.suppress(OSError):
-                if os.getsid(process.pid) == record.pid:
-                    found[process.pid] = process
-    for process in list(found.values()):
+    session = record.pid if record is not None and record.session_is_ours else None
+    present = {process.pid: process for process in psutil.process_iter()}
+    marks = {pid: _mark(pid) for pid in present}
+    found = {
+        pid
+        for pid in present
+        if marks[pid] == mark or (session is not None and _session_of(pid) == session)
+    }
+    children: dict[int, list[int]] = {}
+    for pid, process in present.items():
         with contextlib.suppress(psutil.Error):
-            for child in process.children(recursive=True):
-                found.setdefault(child.pid, child)
-    spared = _own_line()
+            children.setdefault(process.ppid(), []).append(pid)
+    waiting = list(found)
+    while waiting:
+        for pid in children.get(waiting.pop(), ()):
+            if pid not in found and marks[pid] in (None, mark):
+                found.add(pid)
+                waiting.append(pid)
+    found -= _own_line()
     if spare_runs:
-        spared |= {process.pid for run in flow_processes().values() for process in run}
-    return [process for pid, process in found.items() if pid not in spared]
+        found -= {process.pid for run in flow_processes().values() for process in run}
+    return [present[pid] for pid in sorted(found)]
+
+
+def marks_of_home(home: str) -> set[str]:
+    """Marks of the services of a home that have living processes."""
+    marks = {_mark(process.pid) for process in psutil.process_iter()}
+    return {mark for mark in marks if mark is not None and mark.startswith(f"{home}#")}
 
 
 def flow_processes() -> dict[str, list[psutil.Process]]:
@@ -198,11 +207,12 @@ def terminate(record: Record | None, mark: str, grace: float, spare_runs: bool =
 
 
 def memory(record: Record, mark: str) -> int:
-    """Bytes of memory of a service, shared pages counted once per process (as `ps` does)."""
+    """Bytes of memory of a service; a page shared by n processes counts as 1/n in each."""
     total = 0
     for process in members(record, mark):
         with contextlib.suppress(psutil.Error):
-            total += process.memory_info().rss
+            info = process.memory_full_info()
+            total += getattr(info, "pss", info.rss)
     return total
 
 
@@ -215,15 +225,25 @@ def port_holder(host: str, port: int) -> tuple[psutil.Process | None, str] | Non
             at_port = connection.laddr and connection.laddr.port == port
             if at_port and connection.status == psutil.CONN_LISTEN and connection.pid:
                 process = psutil.Process(connection.pid)
-                command = " ".join(process.cmdline())[:120] or process.name()
+                command = " ".join(process.cmdline()).strip()[:120] or process.name()
                 return process, f"process {process.pid} ({command})"
     return None, "a process of another user (`sudo ss -ltnp` names it)"
 
 
 def mark_of(process: psutil.Process) -> str | None:
-    """The mark a process carries, if one of our supervisors started it."""
+    """The mark of a process that one of our supervisors started, its own or inherited."""
+    line = [process.pid]
+    with contextlib.suppress(psutil.Error):
+        line += [parent.pid for parent in process.parents()]
+    session = _session_of(process.pid)
+    if session is not None:
+        line += [pid for pid in psutil.pids() if _session_of(pid) == session]
+    return next((mark for mark in map(_mark, line) if mark), None)
+
+
+def _mark(pid: int) -> str | None:
     prefix = f"{MARK}=".encode()
-    for entry in environment_of(process.pid):
+    for entry in environment_of(pid):
         if entry.startswith(prefix):
             return entry.removeprefix(prefix).decode()
     return None
@@ -254,14 +274,15 @@ def environment_of(pid: int) -> list[bytes]:
         return []
 
 
+def _session_of(pid: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return os.getsid(pid)
+    return None
+
+
 def _own_line() -> set[int]:
     own = psutil.Process()
     return {own.pid, *(parent.pid for parent in own.parents())}
-
-
-def _others() -> list[psutil.Process]:
-    spared = _own_line()
-    return [process for process in psutil.process_iter() if process.pid not in spared]
 
 
 def _alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:

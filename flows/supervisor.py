@@ -71,7 +71,7 @@ class Supervisor:
     def record(self, name: str) -> Record | None:
         return Record.read(self.run / f"{name}.json")
 
-    def mark(self, name: str = "") -> str:
+    def mark(self, name: str) -> str:
         return f"{self.settings.home}#{name}"
 
     @property
@@ -127,7 +127,8 @@ class Supervisor:
                 list(pool.map(self._stop, rest))
             for record in self.run.glob("*.json"):
                 record.unlink()
-            processes.terminate(None, self.mark(), 2)
+            for mark in processes.marks_of_home(str(self.settings.home)):
+                processes.terminate(None, mark, 2)
             keep_ray_logs(self.settings)
 
     def dead(self) -> list[str]:

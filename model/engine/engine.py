@@ -4,10 +4,9 @@ One thread owns torch and every structure of `Core`. Others reach it through an 
 event loop never waits for it.
 """
 
-import itertools
 import logging
 import threading
-import time
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -57,7 +56,6 @@ class Engine:
         self.max_waiting = max_waiting
         self.threads = threads
         self._core = Core(model, tokenizer, slots=slots, prefill_tokens=prefill_tokens, dtype=dtype)
-        self._names = itertools.count()
         self._changed = threading.Condition()
         # Guarded by _changed:
         self._inbox: list[Sequence] = []
@@ -75,15 +73,15 @@ class Engine:
         listener: Listener,
         *,
         streamed: bool = True,
+        id: str | None = None,
     ) -> str:
-        """Queue a prompt and return the id of its sequence.
+        """Queue a prompt and return the id of its sequence; a given `id` must be new.
 
         streamed: report every token; else only the finished answer. The last update has a
         `finish_reason`. Raises PromptError, EngineBusy or EngineClosed.
         """
-        sequence = self._core.sequence(
-            f"seq-{next(self._names)}", prompt, sampling, streamed=streamed
-        )
+        id = id or uuid.uuid4().hex
+        sequence = self._core.sequence(id, prompt, sampling, streamed=streamed)
         with self._changed:
             if self._closed or self._failure:
                 raise EngineClosed("the engine is shutting down")
@@ -178,13 +176,3 @@ class Engine:
                     grouped.setdefault(listener, []).append(update)
         for listener, news in grouped.items():
             listener(news)
-
-
-def wait_idle(engine: Engine, timeout: float) -> bool:
-    """Whether the engine finished everything within `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while not engine.idle:
-        if time.monotonic() >= deadline or not engine.healthy:
-            return engine.idle
-        time.sleep(0.02)
-    return True

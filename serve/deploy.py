@@ -1,0 +1,179 @@
+"""Put a registered version behind the endpoint, through Serve's REST interface.
+
+Callable from any process: nothing here joins the Ray cluster.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from serve.host import ModelSpec
+from tasks.registry.models import Version
+from tasks.runtime.errors import UserError
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.rest import Refused, call
+from tasks.runtime.settings import Settings
+
+APPLICATION = "gristmill"
+DEPLOYMENT = "Endpoint"
+IMPORT_PATH = "serve.deployment:application"
+DEPLOY_SECONDS = 180.0
+POLL_SECONDS = 0.25
+
+
+def fingerprint_of(version: Version) -> str:
+    """The `system_fingerprint` of replies: model, version, and the weights it stands for."""
+    return f"{version.model}-{version.version}-{version.fingerprint[:12]}"
+
+
+def specification(settings: Settings, version: Version) -> ModelSpec:
+    """What a replica needs to know to serve a version."""
+    lineage = {"run": version.run_id, "artifact": version.artifact, **version.lineage}
+    return ModelSpec(
+        name=version.model,
+        version=version.version,
+        system_fingerprint=fingerprint_of(version),
+        store=settings.store_uri,
+        artifact=version.artifact,
+        lineage=lineage,
+        scores=dict(version.scores),
+    )
+
+
+def deploy(
+    settings: Settings,
+    version: Version,
+    artifact: Manifest,
+    *,
+    replicas: int = 1,
+    timeout: float = DEPLOY_SECONDS,
+    on_wait: Callable[[str], None] | None = None,
+) -> str:
+    """Serve a version and return its `system_fingerprint` once every replica answers with it.
+
+    The version before answers until then, and goes on if the new one cannot be loaded. `on_wait`
+    hears what is being waited for. Raises UserError when Serve refuses, a replica cannot load the
+    model, or nothing happens within `timeout` seconds.
+    """
+    if f"{artifact.stage}/{artifact.fingerprint}" != version.artifact:
+        raise UserError(
+            f"{version.model} version {version.version} is artifact {version.artifact}, "
+            f"not {artifact.stage}/{artifact.fingerprint}; deploy the version's own artifact"
+        )
+    spec = specification(settings, version)
+    apply_config(settings, spec, replicas)
+    wait_until_served(settings, spec.system_fingerprint, replicas, timeout, on_wait)
+    return spec.system_fingerprint
+
+
+def apply_config(settings: Settings, spec: ModelSpec, replicas: int) -> None:
+    """Declare our application; others in the same Serve keep their configuration."""
+    ours = {
+        "name": APPLICATION,
+        "route_prefix": "/",
+        "import_path": IMPORT_PATH,
+        "deployments": [
+            {
+                "name": DEPLOYMENT,
+                "num_replicas": replicas,
+                "user_config": spec.model_dump(mode="json"),
+            }
+        ],
+    }
+    others = [config for config in _declared(settings) if config["name"] != APPLICATION]
+    _serve_api(settings, "PUT", {**_http_options(settings), "applications": [*others, ours]})
+
+
+def undeploy(settings: Settings) -> None:
+    """Take our application away; harmless when there is none."""
+    declared = _declared(settings)
+    others = [config for config in declared if config["name"] != APPLICATION]
+    if len(others) != len(declared):
+        _serve_api(settings, "PUT", {**_http_options(settings), "applications": others})
+
+
+def served_version(settings: Settings) -> str | None:
+    """The `system_fingerprint` the endpoint answers with; None when nothing is served."""
+    state = _health(settings)
+    return str(state["serving"]) if state.get("serving") else None
+
+
+def wait_until_served(
+    settings: Settings,
+    fingerprint: str,
+    replicas: int,
+    timeout: float,
+    on_wait: Callable[[str], None] | None = None,
+) -> None:
+    """Return when `replicas` replicas serve the fingerprint. Raises UserError as `deploy` does."""
+    deadline = time.monotonic() + timeout
+    serving: set[str] = set()
+    said = ""
+    while len(serving) < replicas:
+        state = _health(settings)
+        if reason := state.get("failed", {}).get(fingerprint):
+            raise UserError(f"{fingerprint} cannot be served: {reason}")
+        if state.get("serving") == fingerprint:
+            serving.add(state["replica"])
+            continue
+        status, problem = _application(settings)
+        if status == "DEPLOY_FAILED":
+            raise UserError(f"Ray Serve could not start the endpoint: {problem}")
+        if time.monotonic() >= deadline:
+            raise UserError(
+                f"{fingerprint} was not served within {timeout:.0f} s: Serve says {status}, "
+                f"{settings.serve}/health says {state or 'nothing'}; see the logs of Ray Serve"
+            )
+        news = f"{len(serving)} of {replicas} replicas serve {fingerprint} ({status.lower()})"
+        if on_wait and news != said:
+            on_wait(news)
+            said = news
+        time.sleep(POLL_SECONDS)
+
+
+def _health(settings: Settings) -> dict[str, Any]:
+    """What a replica says of itself; empty when none answers."""
+    try:
+        state = call(f"{settings.serve}/health", timeout=5)
+    except (OSError, Refused):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _application(settings: Settings) -> tuple[str, str]:
+    """Serve's status of our application and its message."""
+    found = _serve_api(settings, "GET")["applications"].get(APPLICATION, {})
+    return str(found.get("status", "NOT_STARTED")), str(found.get("message", ""))
+
+
+def _declared(settings: Settings) -> list[dict[str, Any]]:
+    """The configurations of all applications Serve was given by REST."""
+    applications = _serve_api(settings, "GET")["applications"].values()
+    return [a["deployed_app_config"] for a in applications if a.get("deployed_app_config")]
+
+
+def _http_options(settings: Settings) -> dict[str, Any]:
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": settings.host, "port": settings.ports.serve},
+    }
+
+
+def _serve_api(settings: Settings, method: str, body: Any = None) -> Any:
+    """Serve's declarative interface. Raises UserError when it cannot be reached or refuses."""
+    token = settings.ray_token_path
+    try:
+        return call(
+            f"{settings.ray_dashboard}/api/serve/applications/",
+            body,
+            method=method,
+            token=token.read_text().strip() if token.exists() else None,
+            timeout=60,
+        )
+    except Refused as error:
+        raise UserError(f"Ray Serve refused: {error}") from error
+    except OSError as error:
+        raise UserError(
+            f"Ray's dashboard at {settings.ray_dashboard} cannot be reached ({error}); "
+            "start the stack: gristmill up"
+        ) from error

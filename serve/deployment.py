@@ -1,0 +1,54 @@
+"""The Ray Serve deployment: one replica is one engine with its HTTP surface.
+
+A change of `user_config` reconfigures running replicas in place. A replica gets no traffic while it
+reconfigures, so `reconfigure` only notes the wish; the loading goes on behind it.
+"""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+
+from serve.app import create_app
+from serve.fetch import fetch
+from serve.host import ModelHost, ModelSpec
+
+log = logging.getLogger(__name__)
+
+# More than the engine takes, so that it, and not a queue nobody sees, answers "too many" (429).
+MAX_ONGOING_REQUESTS = 1024
+DRAIN_SECONDS = 120  # a full context of the slowest model we serve on a CPU takes less
+
+
+@serve.deployment(
+    max_ongoing_requests=MAX_ONGOING_REQUESTS,
+    graceful_shutdown_timeout_s=DRAIN_SECONDS,
+    health_check_period_s=5,
+    health_check_timeout_s=15,
+    ray_actor_options={"num_cpus": 0},
+)
+@serve.ingress()
+class Endpoint:
+    """Holds the model; the routes are `serve.app`'s."""
+
+    def __init__(self) -> None:
+        self.host = ModelHost(fetch)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self.host, replica=serve.get_replica_context().replica_id.unique_id)
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve the model of a `ModelSpec`; raises ValidationError for anything else."""
+        self.host.want(ModelSpec.model_validate(user_config))
+
+    def check_health(self) -> None:
+        """Serve replaces the replica when this raises."""
+        if not self.host.healthy:
+            raise RuntimeError("the engine's thread has ended")
+
+    def __del__(self) -> None:
+        self.host.close()
+
+
+application = Endpoint.bind()  # type: ignore[attr-defined]

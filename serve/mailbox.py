@@ -1,0 +1,69 @@
+"""From the engine's thread to event loops: one hand-over a step, not one a request."""
+
+import asyncio
+import uuid
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
+
+from model.engine import Engine, Sampling, Update
+
+
+class Mailbox:
+    """Routes the updates of engines to the coroutines that wait for them."""
+
+    def __init__(self) -> None:
+        self._mails: dict[str, Mail] = {}
+
+    @contextmanager
+    def open(
+        self, engine: Engine, requests: list[tuple[list[int], Sampling]], *, streamed: bool
+    ) -> Iterator["Mail"]:
+        """Submit the sequences of one request; on leaving, those unfinished are aborted.
+
+        Raises what `Engine.submit` raises, and then none of them is left running.
+        """
+        mail = Mail()
+        try:
+            for index, (prompt, sampling) in enumerate(requests):
+                id = uuid.uuid4().hex
+                mail.indices[id] = index
+                self._mails[id] = mail
+                engine.submit(prompt, sampling, self._publish, streamed=streamed, id=id)
+            yield mail
+        finally:
+            for id in mail.indices:
+                engine.abort(id)
+                del self._mails[id]
+
+    def _publish(self, updates: list[Update]) -> None:
+        """In the engine's thread."""
+        news: dict[asyncio.AbstractEventLoop, list[tuple[Mail, Update]]] = defaultdict(list)
+        for update in updates:
+            if mail := self._mails.get(update.id):
+                news[mail.loop].append((mail, update))
+        for loop, deliveries in news.items():
+            with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
+                loop.call_soon_threadsafe(_deliver, deliveries)
+
+
+class Mail:
+    """The updates of one request's sequences. `indices`: sequence id → index in the request."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[Update] = asyncio.Queue()
+        self.indices: dict[str, int] = {}
+
+    async def updates(self) -> AsyncIterator[tuple[int, Update]]:
+        """(index, update) as they come, until every sequence has finished."""
+        left = len(self.indices)
+        while left:
+            update = await self.queue.get()
+            left -= update.finish_reason is not None
+            yield self.indices[update.id], update
+
+
+def _deliver(deliveries: list[tuple[Mail, Update]]) -> None:
+    for mail, update in deliveries:
+        mail.queue.put_nowait(update)

@@ -1,0 +1,104 @@
+"""OpenAI's response bodies and stream chunks."""
+
+import json
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from model.engine import Update
+
+DONE = b"data: [DONE]\n\n"
+Kind = Literal["chat", "text"]
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()
+
+
+@dataclass
+class Usage:
+    """Tokens of one request: each prompt counted once, the tokens of all choices together."""
+
+    prompts: dict[int, int] = field(default_factory=dict)
+    completions: dict[int, int] = field(default_factory=dict)
+
+    def add(self, choice: int, prompt: int, update: Update) -> None:
+        self.prompts[prompt] = update.prompt_tokens
+        self.completions[choice] = update.completion_tokens
+
+    def body(self) -> dict[str, int]:
+        prompt, completion = sum(self.prompts.values()), sum(self.completions.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What every body of one response has in common."""
+
+    kind: Kind
+    model: str
+    system_fingerprint: str
+    id: str
+    created: int
+
+    @classmethod
+    def new(cls, kind: Kind, model: str, system_fingerprint: str) -> "Envelope":
+        prefix = "chatcmpl" if kind == "chat" else "cmpl"
+        return cls(
+            kind, model, system_fingerprint, f"{prefix}-{uuid.uuid4().hex}", int(time.time())
+        )
+
+    def whole(self, choices: list[dict[str, Any]], usage: Usage) -> dict[str, Any]:
+        name = "chat.completion" if self.kind == "chat" else "text_completion"
+        return self._body(name, choices) | {"usage": usage.body()}
+
+    def chunk(self, choices: list[dict[str, Any]], with_usage: bool) -> dict[str, Any]:
+        """with_usage: the client asked for a usage chunk, so the others say `"usage": null`."""
+        name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
+        return self._body(name, choices) | ({"usage": None} if with_usage else {})
+
+    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+        return self.chunk([], True) | {"usage": usage.body()}
+
+    def _body(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": name,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+            "choices": choices,
+        }
+
+    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        """One finished answer."""
+        common = {"index": index, "logprobs": None, "finish_reason": finish_reason}
+        if self.kind == "text":
+            return {"text": text} | common
+        return {"message": {"role": "assistant", "content": text, "refusal": None}} | common
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """The first delta of a chat choice, which says who speaks."""
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def deltas(self, index: int, text: str, finish_reason: str | None) -> list[dict[str, Any]]:
+        """What to send for an update: the new text, then, in a chat, an empty delta at the end."""
+        common = {"index": index, "logprobs": None}
+        if self.kind == "text":
+            if not text and finish_reason is None:
+                return []
+            return [common | {"text": text, "finish_reason": finish_reason}]
+        parts: list[dict[str, Any]] = []
+        if text:
+            parts.append(common | {"delta": {"content": text}, "finish_reason": None})
+        if finish_reason is not None:
+            parts.append(common | {"delta": {}, "finish_reason": finish_reason})
+        return parts

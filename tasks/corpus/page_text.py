@@ -56,7 +56,9 @@ def read_page(body: bytes, content_type: str = "", url: str = "") -> PageText:
     title, date, language, noindex = _about(tree)
     if noindex:
         return PageText("", title, date, language, True, mended)
-    text = extract(tree, url=url or None, fast=True, output_format="markdown", include_comments=False)
+    text = extract(
+        tree, url=url or None, fast=True, output_format="markdown", include_comments=False
+    )
     return PageText(tidy_markdown(text or ""), title, date, language, False, mended)
 
 

@@ -1,0 +1,21 @@
+"""Words without a letter in them: tables of figures, dumps.
+
+Gopher (Rae et al. 2021, appendix A.1.1): at least 80% of the words hold an alphabetic character.
+Measured on prose; letters of every script count. Technical pages are exempt: theirs are doctests
+and tables of constants.
+"""
+
+from tasks.corpus.filters.rule import Rule
+from tasks.corpus.reading import Reading
+
+LEAST_WORDS = 20
+
+
+def alphabetic_share(reading: Reading) -> float | None:
+    words = reading.prose_words
+    if reading.is_technical or len(words) < LEAST_WORDS:
+        return None
+    return sum(any(map(str.isalpha, word)) for word in words) / len(words)
+
+
+ALPHABETIC = Rule("alphabetic_words", alphabetic_share, low="min_alphabetic_words")

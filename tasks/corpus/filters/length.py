@@ -1,0 +1,15 @@
+"""Too short to say anything, or too long to be a document.
+
+Gopher (Rae et al. 2021, arXiv:2112.11446, appendix A.1.1): 50 to 100,000 words. Code counts, by the
+names in it, because a reference page may be nearly all signatures.
+"""
+
+from tasks.corpus.filters.rule import Rule
+from tasks.corpus.reading import Reading
+
+
+def word_count(reading: Reading) -> float:
+    return len(reading.names)
+
+
+WORDS = Rule("words", word_count, low="min_words", high="max_words")

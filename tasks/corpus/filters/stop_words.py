@@ -1,0 +1,22 @@
+"""English prose without the words English cannot do without: keyword lists, generated names.
+
+Gopher (Rae et al. 2021, appendix A.1.1): at least two of eight. Applied where there are 100 words
+of prose that are mostly ASCII; other languages have other words.
+"""
+
+from tasks.corpus.filters.rule import Rule
+from tasks.corpus.reading import Reading
+
+STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
+LEAST_WORDS = 100
+
+
+def distinct_stop_words(reading: Reading) -> float | None:
+    words = reading.prose_words
+    if len(words) < LEAST_WORDS or sum(map(str.isascii, words)) < 0.8 * len(words):
+        return None
+    return len(STOP_WORDS & {word.lower().strip(".,;:()\"'") for word in words})
+
+
+# Other languages written in ASCII are told apart by the language stage, which runs before.
+ENGLISH_STOP_WORDS = Rule("stop_words", distinct_stop_words, low="min_stop_words")

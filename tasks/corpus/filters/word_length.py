@@ -1,0 +1,19 @@
+"""Mean word length outside 3 to 10 characters: lists of numbers, ids, encoded data.
+
+Gopher (Rae et al. 2021, appendix A.1.1). Measured on prose, where there are 20 words of it.
+"""
+
+from tasks.corpus.filters.rule import Rule
+from tasks.corpus.reading import Reading
+
+LEAST_WORDS = 20
+
+
+def mean_word_length(reading: Reading) -> float | None:
+    words = reading.prose_words
+    if len(words) < LEAST_WORDS:
+        return None
+    return sum(map(len, words)) / len(words)
+
+
+WORD_LENGTH = Rule("word_length", mean_word_length, low="min_word_length", high="max_word_length")

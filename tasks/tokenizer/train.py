@@ -10,20 +10,18 @@ signature and inside a question, and the model has to recognise them in both.
 
 from __future__ import annotations
 
-import hashlib
-import heapq
 import io
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import pyarrow as pa
 import sentencepiece
 from pydantic import Field, field_validator
 
 from model import chat
 from model.chat import BYTE_TOKENS, CONTROL_SYMBOLS, SPACE_MARK, SPECIAL_TOKENS, Tokenizer
 from model.tokenizer_files import tokenizer_files
+from tasks.corpus.sampling import sample_documents
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.ray_session import ray_session
@@ -31,6 +29,7 @@ from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
 from tasks.runtime.store import Store
 
 SENTENCE_CHARACTERS = 4000  # of one training "sentence"; SentencePiece leaves out longer ones
+MEASURED = 2_000_000  # characters the compression is measured on
 EXAMPLES = 4
 
 
@@ -104,7 +103,7 @@ class Trained:
 def _train(config: TokenizerConfig, work: Workspace, corpus: Manifest) -> Trained:
     """In a Ray worker: train, write the files, measure."""
     budget = int(config.sample_megabytes * 1e6)
-    texts = sample_texts(_tables(work.store, corpus, "train-"), budget)
+    texts = _sample(work.store, corpus, "train-", budget)
     proto = train_sentencepiece(
         texts, config.vocab_size, config.character_coverage, config.longest_piece
     )
@@ -112,8 +111,8 @@ def _train(config: TokenizerConfig, work: Workspace, corpus: Manifest) -> Traine
     work.write_bytes("tokenizer.model", proto)
     for name, body in tokenizer_files(tokenizer).items():
         work.write_bytes(name, body)
-    heldout = sample_texts(_tables(work.store, corpus, "heldout-"), min(budget, 2_000_000))
-    measured = sample_texts(_tables(work.store, corpus, "train-"), min(budget, 2_000_000))
+    measured = _sample(work.store, corpus, "train-", MEASURED)
+    heldout = _sample(work.store, corpus, "heldout-", MEASURED)
     return Trained(
         sum(len(text.encode()) for text in texts),
         bytes_per_token(tokenizer, measured),
@@ -122,28 +121,9 @@ def _train(config: TokenizerConfig, work: Workspace, corpus: Manifest) -> Traine
     )
 
 
-def _tables(store: Store, corpus: Manifest, prefix: str) -> Iterator[pa.Table]:
-    return store.tables(corpus, prefix, ["id", "text"])
-
-
-def sample_texts(tables: Iterable[pa.Table], budget: int) -> list[str]:
-    """Texts of about `budget` bytes, chosen by the hash of the document's id.
-
-    One pass that holds no more than the budget and one table; the choice depends on the set of
-    documents only, not on their order or sharding.
-    """
-    kept: list[tuple[int, str, str]] = []  # (minus hash, id, text): the largest hash on top
-    size = 0
-    for table in tables:
-        for name, text in zip(*(table.column(c).to_pylist() for c in ("id", "text")), strict=True):
-            order = -int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-            if size >= budget and order < kept[0][0]:
-                continue
-            heapq.heappush(kept, (order, name, text[:budget]))
-            size += len(text[:budget])
-            while size - len(kept[0][2]) >= budget:
-                size -= len(heapq.heappop(kept)[2])
-    return [text for _, _, text in sorted(kept, reverse=True)]
+def _sample(store: Store, corpus: Manifest, prefix: str, budget: int) -> list[str]:
+    tables = store.tables(corpus, prefix, ["id", "text"])
+    return [document.text for document in sample_documents(tables, budget)]
 
 
 def train_sentencepiece(

@@ -8,7 +8,6 @@ Written are, item by item, so that another model can be compared on the same one
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,13 +246,3 @@ def _span(estimate: Estimate) -> str:
 
 def _fenced(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines() or [""])
-
-
-def read_rows(store: Store, report: Manifest) -> dict[str, list[dict[str, Any]]]:
-    """The scores of an evaluation artifact item by item, as `summarise` takes them."""
-    directory = store.of(report)
-    rows = {"documents": directory.read_table("documents.parquet").to_pylist()}
-    for group in GROUPS:
-        rows[group] = directory.read_table(f"answers-{group}.parquet").to_pylist()
-    rows["openings"] = json.loads(directory.read_bytes("samples.json"))
-    return rows

@@ -32,7 +32,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Scores:
-    """One model, item by item. documents: id → (bits, bytes); exact: group → question id → right."""
+    """One model's scores. documents: id → (bits, bytes); exact: group → question id → right."""
 
     documents: Mapping[str, tuple[float, int]]
     exact: Mapping[str, Mapping[str, bool]]

@@ -14,13 +14,6 @@ from model.engine import Sampling, generate_batch
 from model.transformer import Transformer
 from tasks.evaluation.rouge import rouge_l
 
-GROUPS = ("seen", "recall", "unseen")
-MEANINGS = {
-    "seen": "seen facts, phrasings trained",
-    "recall": "seen facts, phrasings never trained",
-    "unseen": "facts never seen",
-}
-
 
 @dataclass(frozen=True)
 class Verdict:

@@ -112,6 +112,7 @@ class WindowLoader:
     shards: paths of flat token arrays (`tokens-00000.npy`, uint16 or uint32), in order, each
         document ending in its end-of-document token; they are memory mapped.
     sequence: T; window i reads tokens i·T .. i·T + T, the last one only as a target.
+    vocab_size: when given, a larger token is refused when read.
     document_masking: a token sees only its own document, and positions restart with it; needs the
         `.documents.npy` file of int64 document starts beside each shard.
     """
@@ -128,17 +129,12 @@ class WindowLoader:
         self.sequence = sequence
         self.seed = seed
         self.document_masking = document_masking
+        self.vocab_size = vocab_size
         self._shards = [np.load(path, mmap_mode="r") for path in shards]
         for path, shard in zip(shards, self._shards, strict=True):
             if shard.ndim != 1 or shard.dtype not in (np.uint16, np.uint32):
                 raise DataError(
                     f"{path.name} is {shard.dtype} {shard.shape}, not flat uint16/uint32"
-                )
-            if vocab_size is not None and len(shard) and int(shard.max()) >= vocab_size:
-                raise DataError(
-                    f"{path.name} holds token {int(shard.max())}, outside the model's "
-                    f"vocabulary of "
-                    f"{vocab_size}; use the tokenizer the shards were written with"
                 )
         self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
         if document_masking:
@@ -159,17 +155,23 @@ class WindowLoader:
     def order(self, first: int, count: int) -> Ints:
         numbers = np.arange(first, first + count, dtype=np.int64)
         epochs = numbers // self.windows
-        parts = [
-            shuffled(numbers[epochs == epoch] % self.windows, self.windows, self.seed, int(epoch))
-            for epoch in np.unique(epochs)
-        ]
-        return np.concatenate(parts)
+        ids = np.empty(count, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            within = numbers[here] % self.windows
+            ids[here] = shuffled(within, self.windows, self.seed, int(epoch))
+        return ids
 
     def read(self, ids: Ints) -> Batch:
         length = self.sequence
         rows = np.empty((len(ids), length + 1), dtype=np.int64)
         for row, window in zip(rows, ids, strict=True):
             self._copy(int(window) * length, row)
+            if self.vocab_size is not None and row.max() >= self.vocab_size:
+                raise DataError(
+                    f"window {window} holds token {row.max()}, outside the model's vocabulary of "
+                    f"{self.vocab_size}; use the tokenizer the shards were written with"
+                )
         stream = torch.from_numpy(rows)
         tokens, targets = stream[:, :-1], stream[:, 1:]
         if not self.document_masking:

@@ -1,0 +1,163 @@
+"""Order is f(seed, epoch), state is sequences consumed, ranks slice last."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.loader import DataError, WindowLoader, rank_slice, shuffled
+from model.packing import Example, PackedLoader, pack
+
+
+def write_shards(folder: Path, documents: list[list[int]], shards: int = 2) -> list[Path]:
+    paths = []
+    for number, part in enumerate(np.array_split(np.arange(len(documents)), shards)):
+        mine = [documents[i] for i in part]
+        path = folder / f"tokens-{number:05d}.npy"
+        np.save(path, np.concatenate([np.array(d, dtype=np.uint16) for d in mine]))
+        starts = np.cumsum([0, *(len(d) for d in mine)])[:-1].astype(np.int64)
+        np.save(path.with_suffix(".documents.npy"), starts)
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[Path]:
+    rng = np.random.default_rng(0)
+    return write_shards(
+        tmp_path, [[*rng.integers(3, 90, rng.integers(1, 40)), 2] for _ in range(60)]
+    )
+
+
+@given(size=st.integers(1, 300), seed=st.integers(0, 2**31), epoch=st.integers(0, 5))
+@settings(deadline=None)
+def test_shuffling_is_a_permutation(size: int, seed: int, epoch: int) -> None:
+    order = shuffled(np.arange(size), size, seed, epoch)
+    assert sorted(order.tolist()) == list(range(size))
+
+
+def test_shuffling_is_pinned() -> None:
+    # A change of this order would silently break the resumption of every run under way.
+    assert shuffled(np.arange(10), 10, seed=7, epoch=3).tolist() == PINNED
+
+
+PINNED = [1, 5, 8, 0, 7, 6, 3, 4, 2, 9]
+
+
+def test_shuffling_looks_random() -> None:
+    order = shuffled(np.arange(10_000), 10_000, seed=1, epoch=0)
+    assert abs(np.corrcoef(np.arange(10_000), order)[0, 1]) < 0.05
+    assert abs(np.diff(order) == 1).mean() < 0.01
+    other = shuffled(np.arange(10_000), 10_000, seed=1, epoch=1)
+    assert (order == other).mean() < 0.01
+
+
+@given(
+    first=st.integers(0, 500),
+    count=st.integers(1, 64),
+    cut=st.integers(0, 64),
+    world=st.integers(1, 8),
+)
+@settings(deadline=None, max_examples=50)
+def test_global_batches_do_not_depend_on_the_world(first, count, cut, world, loader):
+    ids = loader.order(first, count)
+    dealt = [rank_slice(ids, rank, world) for rank in range(world)]
+    assert np.array_equal(np.concatenate(dealt), ids)
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+    cut = min(cut, count)
+    resumed = [loader.order(first, cut), loader.order(first + cut, count - cut)]
+    assert np.array_equal(np.concatenate(resumed), ids)
+
+
+@pytest.fixture(scope="module", params=["windows", "packed"])
+def loader(request, tmp_path_factory):
+    rng = np.random.default_rng(0)
+    if request.param == "packed":
+        return PackedLoader(examples(rng, 57), 32, seed=3, pad=0)
+    folder = tmp_path_factory.mktemp("shards")
+    documents = [[*rng.integers(3, 90, rng.integers(1, 40)), 2] for _ in range(60)]
+    return WindowLoader(write_shards(folder, documents), 16, seed=3)
+
+
+def examples(rng: np.random.Generator, count: int) -> list[Example]:
+    sizes = rng.integers(2, 33, count)
+    return [
+        Example(rng.integers(1, 90, size).tolist(), (rng.random(size) < 0.5).tolist())
+        for size in sizes
+    ]
+
+
+def test_an_epoch_reads_every_window_once_across_shards(shards: list[Path]) -> None:
+    loader = WindowLoader(shards, 16, seed=0)
+    stream = np.concatenate([np.load(path) for path in shards])
+    ids = loader.order(0, loader.windows)
+    assert sorted(ids.tolist()) == list(range((len(stream) - 1) // 16))
+    batch = loader.read(ids)
+    for row, window in enumerate(ids):
+        assert batch.tokens[row].tolist() == stream[window * 16 : window * 16 + 16].tolist()
+        assert batch.targets[row].tolist() == stream[window * 16 + 1 : window * 16 + 17].tolist()
+    second = loader.order(loader.windows, loader.windows)
+    assert sorted(second) == sorted(ids) and second.tolist() != ids.tolist()
+
+
+def test_documents_are_told_apart(shards: list[Path]) -> None:
+    loader = WindowLoader(shards, 16, seed=0, document_masking=True)
+    batch = loader.read(np.arange(loader.windows))
+    assert batch.segments is not None and batch.positions is not None
+    # A document ends in token 2: after it the segment changes and positions restart.
+    ends = batch.tokens[:, :-1] == 2
+    assert torch.equal(batch.segments.diff(dim=1), ends.long())
+    assert (batch.positions[:, 1:][ends] == 0).all()
+    assert (batch.positions.diff(dim=1)[~ends] == 1).all()
+    assert (batch.positions[:, 0] == 0).all()
+
+
+def test_bad_token_data_is_named(tmp_path: Path, shards: list[Path]) -> None:
+    with pytest.raises(DataError, match=r"fewer than one sequence of 100000 \+ 1"):
+        WindowLoader(shards, 100_000, seed=0)
+    with pytest.raises(DataError, match="outside the model's vocabulary of 10"):
+        loader = WindowLoader(shards, 16, seed=0, vocab_size=10)
+        loader.read(loader.order(0, 4))
+    np.save(tmp_path / "floats.npy", np.zeros(100))
+    with pytest.raises(DataError, match=r"floats.npy is float64"):
+        WindowLoader([tmp_path / "floats.npy"], 16, seed=0)
+
+
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=80))
+@settings(deadline=None)
+def test_packing_places_everything_once_and_overfills_nothing(sizes: list[int]) -> None:
+    rows = pack(np.array(sizes), np.arange(len(sizes)), 40)
+    assert sorted(name for row in rows for name in row) == list(range(len(sizes)))
+    assert all(sum(sizes[name] for name in row) <= 40 for row in rows)
+
+
+def test_packing_wastes_little() -> None:
+    sizes = np.random.default_rng(0).integers(20, 120, 4000)
+    assert sizes.sum() / (len(pack(sizes, np.arange(4000), 256)) * 256) > 0.97
+
+
+def test_packed_rows_hold_whole_examples() -> None:
+    data = examples(np.random.default_rng(1), 40)
+    loader = PackedLoader(data, 32, seed=0, pad=99)
+    ids = loader.order(0, loader.rows(1))
+    batch = loader.read(ids)
+    assert loader.targets(ids) == int(batch.mask.sum())
+    found = []
+    for row in range(len(ids)):
+        for segment in range(int(batch.segments[row].max()) + 1):
+            here = batch.segments[row] == segment
+            assert batch.positions[row][here].tolist() == list(range(int(here.sum())))
+            tokens = [*batch.tokens[row][here].tolist(), batch.targets[row][here][-1].item()]
+            found.append((tokens, batch.mask[row][here].tolist()))
+        assert (batch.tokens[row][batch.segments[row] == -1] == 99).all()
+    assert sorted(found) == sorted((list(e.ids), list(e.learned[1:])) for e in data)
+
+
+def test_examples_that_do_not_fit_are_named() -> None:
+    with pytest.raises(DataError, match="example 1 has 40 tokens"):
+        PackedLoader([Example([1, 2], [True] * 2), Example([1] * 40, [True] * 40)], 32, 0, pad=0)
+    with pytest.raises(DataError, match="no examples"):
+        PackedLoader([], 32, 0, pad=0)

@@ -1,0 +1,218 @@
+"""The loop: it learns, resumes to the bit, shares work between ranks, stops on nonsense."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
+from model.config import ConfigError, ModelConfig
+from model.loader import WindowLoader
+from model.optim import OptimConfig
+from model.packing import Example, PackedLoader
+from model.train import DivergedError, TrainConfig, train
+from model.transformer import Transformer
+
+TEXT = (b"the quick brown fox jumps over the lazy dog and the dog sleeps on. " * 60)[:3000]
+CONFIG = TrainConfig(
+    total_tokens=12 * 8 * 32, batch=8, micro_batch=3, checkpoint_every=4, log_every=1
+)
+
+
+def tiny_model(context: int = 32) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(vocab_size=128, width=32, layers=2, heads=2, context=context))
+
+
+@pytest.fixture
+def loader(tmp_path: Path) -> WindowLoader:
+    np.save(tmp_path / "tokens-00000.npy", np.frombuffer(TEXT, np.uint8).astype(np.uint16))
+    return WindowLoader([tmp_path / "tokens-00000.npy"], 32, seed=1)
+
+
+class Killed(BaseException):
+    """As abrupt as an exception can be."""
+
+
+def test_the_loss_goes_down_on_a_small_text(loader: WindowLoader) -> None:
+    config = replace(CONFIG, total_tokens=60 * 8 * 32, log_every=10)
+    records = train(tiny_model(), loader, config, token_bytes=torch.ones(128, dtype=torch.int64))
+    assert [record.step for record in records] == [10, 20, 30, 40, 50, 60]
+    assert records[0].loss > 3 and records[-1].loss < 1.5
+    assert records[-1].bits_per_byte == pytest.approx(records[-1].loss / np.log(2))
+    assert records[-1].tokens == config.total_tokens and records[-1].eta_seconds == 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_killed_run_resumes_on_the_same_curve_to_the_bit(loader, tmp_path, precision) -> None:
+    config = replace(CONFIG, precision=precision)
+    unbroken = tiny_model()
+    curve = {r.step: (r.loss, r.grad_norm) for r in train(unbroken, loader, config)}
+
+    def kill(record) -> None:
+        if record.step == kill_at:
+            raise Killed
+
+    seen = {}
+    for kill_at in (6, 9, None):
+        broken = tiny_model()
+        try:
+            records = train(broken, loader, config, checkpoints=tmp_path / "c", on_step=kill)
+        except Killed:
+            continue
+        seen |= {r.step: (r.loss, r.grad_norm) for r in records}
+    assert seen == {step: curve[step] for step in range(9, 13)}  # from the checkpoint of step 8
+    for a, b in zip(unbroken.parameters(), broken.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_micro_batches_change_nothing_but_rounding(loader: WindowLoader) -> None:
+    curves = [
+        [
+            r.loss
+            for r in train(tiny_model(), loader, replace(CONFIG, micro_batch=m, precision="fp32"))
+        ]
+        for m in (8, 3, 1)
+    ]
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-4)
+    np.testing.assert_allclose(curves[0], curves[2], rtol=1e-4)
+
+
+def test_fine_tuning_learns_only_what_it_is_asked_to(tmp_path: Path) -> None:
+    # The answer is the question's last token + 60; the noise before it cannot be learned.
+    rng = np.random.default_rng(0)
+    data = []
+    for _ in range(40):
+        key = int(rng.integers(3, 12))
+        noise = rng.integers(3, 128, 3).tolist()
+        data.append(Example([*noise, key, key + 60, 2], [False] * 4 + [True] * 2))
+    loader = PackedLoader(data, 32, seed=0, pad=0)
+    tokens = 32 * loader.rows(150)
+    records = train(tiny_model(), loader, replace(CONFIG, total_tokens=tokens, log_every=33))
+    assert records[-1].loss < 0.5 < records[0].loss
+
+
+def test_two_ranks_follow_the_curve_of_one(loader: WindowLoader, tmp_path: Path) -> None:
+    expected = [r.loss for r in train(tiny_model(), loader, replace(CONFIG, precision="fp32"))]
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = str(sock.getsockname()[1])
+    env = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(tmp_path)],
+            env=env | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    curves = []
+    for process in ranks:
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        curves.append(json.loads(out.splitlines()[-1]))
+    assert curves[0] == curves[1]
+    np.testing.assert_allclose(curves[0], expected, rtol=1e-4)
+    assert [path.name for path in list_checkpoints(tmp_path / "c")] == [
+        "step-00000008",
+        "step-00000012",
+    ]
+
+
+def _one_rank(folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    loader = WindowLoader([folder / "tokens-00000.npy"], 32, seed=1)
+    config = replace(CONFIG, precision="fp32")
+    records = train(tiny_model(), loader, config, checkpoints=folder / "c")
+    print(json.dumps([record.loss for record in records]))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_diverged_run_names_the_step_and_the_sequences(loader: WindowLoader) -> None:
+    config = replace(CONFIG, optim=OptimConfig(learning_rate=1e30))
+    ids = ", ".join(map(str, loader.order(8, 8).tolist()))
+    with pytest.raises(DivergedError, match=f"at step 2 on sequences {ids}; lower the"):
+        train(tiny_model(), loader, config)
+
+
+def test_contradictions_are_refused(loader: WindowLoader, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="sequence 32 is longer than the model's context 16"):
+        train(tiny_model(context=16), loader, CONFIG)
+    with pytest.raises(ConfigError, match="batch 0 must be at least 1"):
+        replace(CONFIG, batch=0)
+    train(tiny_model(), loader, CONFIG, checkpoints=tmp_path / "c")
+    with pytest.raises(CheckpointError, match="step-00000012 was made with train setting clip"):
+        train(tiny_model(), loader, replace(CONFIG, clip=2.0), checkpoints=tmp_path / "c")
+
+
+def test_a_finished_run_has_nothing_left_to_do(loader: WindowLoader, tmp_path: Path) -> None:
+    first = tiny_model()
+    train(first, loader, CONFIG, checkpoints=tmp_path / "c")
+    second = tiny_model()
+    assert train(second, loader, CONFIG, checkpoints=tmp_path / "c") == []
+    assert torch.equal(first.output_weight, second.output_weight)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    tensors = {"a": torch.arange(1000.0)}
+    return save_checkpoint(tmp_path, Checkpoint(7, tensors, {"b": torch.ones(3)}, {"x": 1}))
+
+
+def test_checkpoints_round_trip(saved: Path) -> None:
+    checkpoint = load_checkpoint(saved)
+    assert checkpoint.step == 7 and checkpoint.state == {"x": 1}
+    assert torch.equal(checkpoint.model["a"], torch.arange(1000.0))
+    assert torch.equal(checkpoint.optimizer["b"], torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-10], "step-00000007 is cut short: model.safetensors has"),
+        (lambda data: data[:-1] + b"x", "step-00000007 is damaged: model.safetensors does not"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(saved: Path, damage, message: str) -> None:
+    file = saved / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(saved)
+
+
+def test_a_checkpoint_without_its_manifest_is_refused(saved: Path) -> None:
+    (saved / "checkpoint.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"has no readable checkpoint.json; delete"):
+        load_checkpoint(saved)
+
+
+def test_half_written_checkpoints_are_invisible_and_old_ones_go(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, Checkpoint(step, {}, {}, {}), keep=2)
+    (tmp_path / ".partial-step-00000006").mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000005"]
+    assert list_checkpoints(tmp_path / "nowhere") == []
+
+
+if __name__ == "__main__":
+    _one_rank(Path(sys.argv[1]))

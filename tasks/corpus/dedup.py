@@ -10,7 +10,6 @@ Which copy stays: the longest text; among equals the address that does not look 
 
 from __future__ import annotations
 
-import io
 import itertools
 import re
 from collections import Counter
@@ -23,6 +22,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from tasks.corpus.arrays import read_array, write_array
 from tasks.corpus.clusters import connected, keep_best
 from tasks.corpus.documents import (
     Removal,
@@ -39,7 +39,6 @@ from tasks.corpus.sharding import run_shards
 from tasks.corpus.shingles import Words, jaccard, normalise
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
-from tasks.runtime.store import Directory
 
 BAND_GROUPS = 8  # tasks that look for candidates; each reads the keys of its bands only
 PAIRS_PER_BLOCK = 20_000
@@ -96,7 +95,7 @@ def deduplicate(config: DeduplicateConfig, work: Workspace, *, documents: Manife
     exact = _exact(rank, [digest for report in signed for digest in report["digests"]])
     alive = rank.copy()
     alive[list(exact)] = -1
-    _write_array(work, "_rank.npy", alive)
+    write_array(work, "_rank.npy", alive)
 
     groups = [
         (config, len(names), group.tolist())
@@ -127,7 +126,7 @@ def deduplicate(config: DeduplicateConfig, work: Workspace, *, documents: Manife
     largest = Counter(
         cluster for cluster, removal in zip(clusters, removals, strict=True) if removal is None
     ).most_common(LARGEST_SHOWN)
-    first = {cluster: url for cluster, url in zip(reversed(clusters), reversed(urls), strict=True)}
+    first = dict(zip(reversed(clusters), reversed(urls), strict=True))
     rows = [
         {"documents": size, "for example": first[cluster]} for cluster, size in largest if size > 1
     ]
@@ -156,10 +155,10 @@ def sign_shard(
         sets.append(Words.of(normalised).shingles(config.shingle_words))
     keys = [bands.keys(shingles) for shingles in sets]
     stacked = np.array(keys, np.uint64).reshape(len(sets), config.bands)
-    _write_array(work, f"_keys-{number:05d}.npy", stacked)
-    _write_array(work, f"_sets-{number:05d}.npy", np.concatenate([np.zeros(0, np.uint64), *sets]))
+    write_array(work, f"_keys-{number:05d}.npy", stacked)
+    write_array(work, f"_sets-{number:05d}.npy", np.concatenate([np.zeros(0, np.uint64), *sets]))
     lengths = [len(shingles) for shingles in sets]
-    _write_array(work, f"_bounds-{number:05d}.npy", np.cumsum([0, *lengths]))
+    write_array(work, f"_bounds-{number:05d}.npy", np.cumsum([0, *lengths]))
     return {
         "ids": table["id"].to_pylist(),
         "urls": table["url"].to_pylist(),
@@ -172,15 +171,15 @@ def candidates_shard(
     work: Workspace, number: int, config: DeduplicateConfig, shards: int, bands: list[int]
 ) -> int:
     """Pairs of documents that share a key of one of these bands: `_pairs-NNNNN.npy`."""
-    rank = _read_array(work, "_rank.npy")
-    columns = [_read_array(work, f"_keys-{shard:05d}.npy")[:, bands] for shard in range(shards)]
+    rank = read_array(work, "_rank.npy")
+    columns = [read_array(work, f"_keys-{shard:05d}.npy")[:, bands] for shard in range(shards)]
     keys = np.concatenate([np.zeros((0, len(bands)), np.uint64), *columns])
     alive = np.flatnonzero(rank >= 0)
     found = [np.zeros((0, 2), np.int64)]
     for column in range(len(bands)):
         found.append(alive[candidate_pairs(keys[alive, column], rank[alive])])
     pairs = np.unique(np.concatenate(found), axis=0)
-    _write_array(work, f"_pairs-{number:05d}.npy", pairs)
+    write_array(work, f"_pairs-{number:05d}.npy", pairs)
     return len(pairs)
 
 
@@ -190,8 +189,8 @@ def verify_shard(work: Workspace, number: int, sizes: list[int], start: int, sto
 
     @lru_cache(maxsize=8)
     def shard_sets(shard: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        sets = _read_array(work, f"_sets-{shard:05d}.npy")
-        return sets, _read_array(work, f"_bounds-{shard:05d}.npy")
+        sets = read_array(work, f"_sets-{shard:05d}.npy")
+        return sets, read_array(work, f"_bounds-{shard:05d}.npy")
 
     def shingles(row: int) -> NDArray[Any]:
         shard = int(np.searchsorted(starts, row, side="right")) - 1
@@ -199,9 +198,9 @@ def verify_shard(work: Workspace, number: int, sizes: list[int], start: int, sto
         local = row - int(starts[shard])
         return sets[bounds[local] : bounds[local + 1]]
 
-    pairs = _read_array(work, "_candidates.npy")[start:stop]
+    pairs = read_array(work, "_candidates.npy")[start:stop]
     similarity = np.array([jaccard(shingles(a), shingles(b)) for a, b in pairs.tolist()])
-    _write_array(work, f"_similarity-{number:05d}.npy", similarity)
+    write_array(work, f"_similarity-{number:05d}.npy", similarity)
     return len(pairs)
 
 
@@ -247,23 +246,12 @@ def _verified(
     config: DeduplicateConfig, work: Workspace, groups: int, sizes: list[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """All candidate pairs with their similarity."""
-    found = [_read_array(work, f"_pairs-{group:05d}.npy") for group in range(groups)]
+    found = [read_array(work, f"_pairs-{group:05d}.npy") for group in range(groups)]
     # Sorted by rows, so that a block touches few shards.
     pairs = np.unique(np.concatenate(found), axis=0)
-    _write_array(work, "_candidates.npy", pairs)
+    write_array(work, "_candidates.npy", pairs)
     starts = range(0, len(pairs), PAIRS_PER_BLOCK)
     blocks = [(sizes, start, start + PAIRS_PER_BLOCK) for start in starts]
     run_shards(work, "verified", verify_shard, blocks, label="Verify", unit="blocks")
-    parts = [_read_array(work, f"_similarity-{block:05d}.npy") for block in range(len(blocks))]
+    parts = [read_array(work, f"_similarity-{block:05d}.npy") for block in range(len(blocks))]
     return pairs, np.concatenate([np.zeros(0), *parts])
-
-
-def _write_array(work: Directory, name: str, array: NDArray[Any]) -> None:
-    sink = io.BytesIO()
-    np.save(sink, array, allow_pickle=False)
-    work.write_bytes(name, sink.getvalue())
-
-
-def _read_array(work: Directory, name: str) -> NDArray[Any]:
-    array: NDArray[Any] = np.load(io.BytesIO(work.read_bytes(name)), allow_pickle=False)
-    return array

@@ -1,4 +1,4 @@
-"""What the text stages hand to each other: shards of documents, shards of rejected documents, tallies.
+"""What the text stages hand to each other: shards of documents and of rejected ones, tallies.
 
 A documents artifact holds
     documents-00000.parquet …   the documents that stayed (DOCUMENTS, and what a stage adds)

@@ -56,7 +56,7 @@ class ExtractConfig(StageConfig):
     """Address space of the process that parses; a page that needs more is given up."""
     largest_page_megabytes: float = Field(10.0, gt=0)
     """Larger pages are not parsed (rule too-large)."""
-    shard_megabytes: float = Field(2.0, gt=0)
+    shard_megabytes: float = Field(1.0, gt=0)
     """HTML in one shard: the grain of parallelism and of resuming."""
 
 
@@ -143,7 +143,7 @@ def extract_shard(
     largest = int(config.largest_page_megabytes * 2**20)
     child = _child(config)
     for row, found in _fetched(work, crawl, rows.to_pylist(), largest):
-        document = dict.fromkeys(("title", "text", "language", "date"), "") | {
+        document: dict[str, Any] = dict.fromkeys(("title", "text", "language", "date"), "") | {
             "url": row["url"],
             "language_score": 0.0,
             "fetched_at": row["fetched_at"],
@@ -157,9 +157,10 @@ def extract_shard(
             document["html_bytes"] = len(found.body)
             removal = _read(child, document, found, tally)
         text = document["text"]
-        document |= {"id": document_id(text), "bytes": len(text.encode("utf-8", "replace"))}
+        size = len(text.encode("utf-8", "replace"))
+        document |= {"id": document_id(text), "bytes": size}
         if removal is None:
-            tally.keep(document["bytes"])
+            tally.keep(size)
             kept.append(document)
         else:
             tally.remove(removal, row["url"], text)

@@ -45,7 +45,7 @@ class KillableChild:
         self._answered = 0
 
     def call(self, head: dict[str, Any], body: bytes) -> dict[str, Any]:
-        """The answer to one request. Raises ChildTimeout or ChildDied; the next call works again."""
+        """The answer to one request. Raises ChildTimeout or ChildDied; the next works again."""
         if self._answered >= self.requests:
             self.close()
         process = self._process or self._start()

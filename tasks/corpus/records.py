@@ -36,7 +36,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Fetched:
-    """A response: `headers` have lower-case names; `body` is free of transfer and content codings."""
+    """A response: lower-case names in `headers`, `body` free of transfer and content codings."""
 
     status: int
     headers: dict[str, str]

@@ -3,8 +3,8 @@
 Gopher (Rae et al. 2021, appendix A.1.1, table A1): shares of duplicate lines and paragraphs, of the
 characters in them, of the characters of the most frequent 2- to 4-gram, and of those in any
 duplicate 5- to 10-gram (each character counted once). Lines of code and headings repeat by nature
-(`return False`) and are left out. Of technical pages only lines of 40 characters and more count, at a
-third of their share: families of functions describe the same arguments (measured in the standard
+(`return False`) and are left out. Of technical pages only lines of 40 characters and more count, at
+a third of their share: families of functions describe the same arguments (measured in the standard
 library's documentation: json .34, pickle .38, unicodedata .44 of the characters).
 """
 

@@ -1,0 +1,138 @@
+"""Text of held-out documents that also stands in training documents: found, and cut out there.
+
+Two things count as a leak.
+ - A passage: 40 normalised characters, beginning at a word, that stand in one line of a held-out
+   document. Any held-out line of 40 characters or more begins with such a window, so none of them
+   is left in training as a whole, however the lines are broken there.
+ - An entry: a list item or table row of training that opens with the name of a held-out heading
+   (`- math.factorial: Return x!` where `## math.factorial(x, /)` is held out). Indexes and summary
+   pages tell short facts that share no long passage with their source.
+What stands in many groups of similar documents is nobody's own and stays: boilerplate.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tasks.corpus.shingles import Hashes, Words, normalise
+
+WINDOW = 40  # characters, normalised
+SHORTEST_NAME = 6  # characters of a heading's name, normalised
+_HEADING = re.compile(r"^#{1,6} +(.+)$")
+_ENTRY = re.compile(r"^(?:\s*(?:[-*+]|\d{1,3}[.)])\s+|\|\s*)(.+)$")
+# A name ends where its parameters, its explanation or the next cell begins.
+_NAME_END = re.compile(r"\(|: |:$| [-–—]+ |\||=")
+_KIND = re.compile(r"^(?:async |class |property |def |function |method |module )+")
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Hashes of what identifies a text, sorted: windows of its lines and names of its headings."""
+
+    windows: Hashes
+    names: Hashes
+
+
+@dataclass(frozen=True)
+class LineMarks:
+    """A text cut at line breaks, with the marks of each line."""
+
+    lines: list[str]
+    window_line: NDArray[np.int64]  # (K,) the line a window begins in
+    window_end_line: NDArray[np.int64]  # (K,) the line it ends in
+    windows: Hashes  # (K,)
+    name_line: NDArray[np.int64]  # (M,)
+    names: Hashes  # (M,)
+
+
+def own_marks(text: str) -> Marks:
+    """What a held-out document must not share with training."""
+    names = [_name(match.group(1)) for match in map(_HEADING.match, text.split("\n")) if match]
+    hashes = [_hash(name) for name in names if len(name) >= SHORTEST_NAME]
+    marks = line_marks(text)
+    inside = marks.window_line == marks.window_end_line
+    return Marks(np.unique(marks.windows[inside]), np.unique(np.array(hashes, np.uint64)))
+
+
+def line_marks(text: str) -> LineMarks:
+    """The marks of a text that may have to lose lines. Windows run across line breaks."""
+    lines = text.split("\n")
+    normalised = [normalise(line) for line in lines]
+    filled = [(number, line) for number, line in enumerate(normalised) if line]
+    words = Words.of(" ".join(line for _, line in filled))
+    starts, windows = words.windows(WINDOW)
+    lengths = np.array([len(line.encode("utf-8", "replace")) + 1 for _, line in filled], np.int64)
+    begins = np.cumsum(lengths) - lengths
+    numbers = np.array([number for number, _ in filled], np.int64)
+    if len(numbers) == 0:
+        first = last = np.zeros(0, np.int64)
+    else:
+        first = numbers[np.searchsorted(begins, starts, side="right") - 1]
+        last = numbers[np.searchsorted(begins, starts + WINDOW - 1, side="right") - 1]
+    names = [
+        (number, _hash(name))
+        for number, match in enumerate(map(_ENTRY.match, lines))
+        if match and len(name := _name(match.group(1))) >= SHORTEST_NAME
+    ]
+    return LineMarks(
+        lines,
+        first,
+        last,
+        windows,
+        np.array([number for number, _ in names], np.int64),
+        np.array([name for _, name in names], np.uint64),
+    )
+
+
+def shared_marks(marks: LineMarks, held: Marks) -> Marks:
+    """Which of the held-out marks this text has."""
+    return Marks(
+        np.intersect1d(marks.windows, held.windows), np.intersect1d(marks.names, held.names)
+    )
+
+
+def without_leaks(marks: LineMarks, held: Marks) -> tuple[str, int]:
+    """The text without the lines that share a mark with `held`, and how many lines went."""
+    hit = np.isin(marks.windows, held.windows)
+    gone = set(marks.name_line[np.isin(marks.names, held.names)].tolist())
+    for first, last in zip(
+        marks.window_line[hit].tolist(), marks.window_end_line[hit].tolist(), strict=True
+    ):
+        gone.update(range(first, last + 1))
+    kept = [line for number, line in enumerate(marks.lines) if number not in gone]
+    removed = sum(bool(marks.lines[number].strip()) for number in gone)
+    text = re.sub(r"\n{3,}", "\n\n", "\n".join(_without_empty_fences(kept))).strip()
+    return text, removed
+
+
+def _without_empty_fences(lines: list[str]) -> list[str]:
+    """Code blocks that lost all their lines go; one that lost some keeps both its fences."""
+    kept: list[str] = []
+    opened: int | None = None
+    for line in lines:
+        if line.startswith("```"):
+            if opened is None:
+                opened = len(kept)
+            elif not any(inner.strip() for inner in kept[opened + 1 :]):
+                del kept[opened:]
+                opened = None
+                continue
+            else:
+                opened = None
+        kept.append(line)
+    return kept
+
+
+def _name(text: str) -> str:
+    plain = text.replace("`", "").replace("**", "").strip()
+    return normalise(_KIND.sub("", _NAME_END.split(plain, maxsplit=1)[0]))
+
+
+def _hash(name: str) -> int:
+    words = Words.of(name)
+    zero, end = np.zeros(1, np.int64), np.array([len(words.data)], np.int64)
+    return int(words.spans(zero, end)[0])

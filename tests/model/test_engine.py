@@ -1,0 +1,290 @@
+"""The engine against the plain forward pass, and what a batch must never do to its members."""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+from model.engine import Core, Engine, EngineBusy, EngineClosed, PromptError, Sampling, Update
+from model.engine import generate_batch, load_model
+from model.transformer import Transformer
+from tests.tiny_models import VOCABULARY, model_directory, tokenizer, transformer
+
+VARIANTS = [
+    {},
+    {"heads": 4, "kv_heads": 2},
+    {"sliding_window": 8},
+    {"qk_norm": True, "head_dim": 48, "heads": 4, "kv_heads": 1},
+    {"qkv_bias": True, "tied_embeddings": False},
+]
+GREEDY = Sampling(max_tokens=24)
+
+
+def prompts(count: int, longest: int = 40, seed: int = 1) -> list[list[int]]:
+    draw = random.Random(seed)
+    lengths = [draw.randint(1, longest) for _ in range(count)]
+    return [[draw.randrange(20, VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+def continued(model: Transformer, prompt: list[int], count: int) -> list[int]:
+    """Greedy continuation by the plain forward pass, everything computed anew for each token."""
+    tokens = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("flags", VARIANTS)
+def test_greedy_equals_the_plain_forward_whoever_is_in_the_batch(flags: dict) -> None:
+    model = transformer(**flags)
+    asked = prompts(12)
+    answers = generate_batch(model, None, asked, GREEDY, slots=5)
+    for prompt, answer in zip(asked, answers, strict=True):
+        assert answer.tokens == continued(model, prompt, 24)
+        assert answer.prompt_tokens == len(prompt)
+        assert answer.finish_reason == "length"
+
+
+def test_bf16_generates_too() -> None:
+    (answer,) = generate_batch(transformer(), None, prompts(1), GREEDY, dtype=torch.bfloat16)
+    assert len(answer.tokens) == 24
+
+
+def test_a_seed_gives_the_same_text_alone_and_in_a_crowd() -> None:
+    model = transformer()
+    asked = prompts(16)
+    mixed = [
+        Sampling(temperature=1.2, top_p=0.9, top_k=40, min_p=0.01, seed=7, max_tokens=24),
+        Sampling(temperature=0.8, seed=-3, max_tokens=24),
+        GREEDY,
+        Sampling(temperature=2.0, top_p=0.95, seed=2**63 - 1, max_tokens=24),
+    ] * 4
+    together = generate_batch(model, None, asked, mixed, slots=7)
+    for prompt, sampling, answer in zip(asked, mixed, together, strict=True):
+        (alone,) = generate_batch(model, None, [prompt], [sampling])
+        assert alone.tokens == answer.tokens
+
+
+def test_seeds_and_choices_differ() -> None:
+    prompt = prompts(1)[0]
+    samplings = [
+        Sampling(temperature=1.0, seed=seed, choice=choice, max_tokens=16)
+        for seed in (1, 2)
+        for choice in (0, 1)
+    ]
+    answers = generate_batch(transformer(), None, [prompt] * 4, samplings)
+    assert len({tuple(answer.tokens) for answer in answers}) == 4
+
+
+def test_an_end_token_ends_the_answer() -> None:
+    model = transformer()
+    prompt = prompts(1)[0]
+    whole = continued(model, prompt, 24)
+    end = whole[5]
+    (answer,) = generate_batch(model, None, [prompt], GREEDY, stop_ids=[end])
+    assert answer.tokens == whole[: whole.index(end) + 1]
+    assert answer.finish_reason == "stop"
+
+
+def test_the_context_ends_the_answer() -> None:
+    prompt = prompts(1)[0] * 200
+    model = transformer(context=32)
+    (answer,) = generate_batch(model, None, [prompt[:30]], Sampling())
+    assert len(answer.tokens) == 2 and answer.finish_reason == "length"
+    assert answer.tokens == continued(model, prompt[:30], 2)
+    with pytest.raises(PromptError, match="maximum context length is 32"):
+        generate_batch(model, None, [prompt[:32]])
+
+
+@pytest.mark.parametrize("bad", [[], [VOCABULARY], [-1]])
+def test_prompts_that_are_none_are_refused(bad: list[int]) -> None:
+    with pytest.raises(PromptError):
+        generate_batch(transformer(), None, [bad])
+
+
+def test_stop_strings_end_the_text_even_across_tokens() -> None:
+    model, names = transformer(), tokenizer()
+    prompt = names.encode("def main():")
+    free = Sampling(temperature=1.0, seed=3, max_tokens=60)
+    (whole,) = generate_batch(model, names, [prompt], [free])
+    for start in range(0, len(whole.text) - 4, 3):
+        stop = whole.text[start : start + 4]
+        sampling = Sampling(temperature=1.0, seed=3, max_tokens=60, stop=("\0none", stop))
+        (cut,) = generate_batch(model, names, [prompt], [sampling])
+        assert cut.text == whole.text[: whole.text.index(stop)]
+        assert cut.finish_reason == "stop"
+        assert cut.tokens == whole.tokens[: len(cut.tokens)]
+
+
+def test_slots_match_sequences_through_any_order_of_ends() -> None:
+    draw = random.Random(5)
+    core = Core(transformer(), None, slots=6, prefill_tokens=60)
+    waiting = [
+        core.sequence(str(n), prompt, Sampling(max_tokens=draw.randint(1, 20)))
+        for n, prompt in enumerate(prompts(40))
+    ]
+    ended: set[str] = set()
+    while waiting or core.has_work:
+        for _ in range(draw.randint(0, 3)):
+            if waiting:
+                core.add(waiting.pop())
+        ended |= {update.id for update in core.step() if update.finish_reason}
+        everyone = [*core.scheduler.running, *core.scheduler.waiting]
+        if everyone and draw.random() < 0.3:
+            ended |= {update.id for update in core.abort([draw.choice(everyone).id])}
+        core.check()
+    assert len(ended) == 40
+    assert not core.scheduler.running
+
+
+class Listener:
+    """Collects updates in the engine's thread and hands them to the test's."""
+
+    def __init__(self) -> None:
+        self.queue: queue.Queue[Update] = queue.Queue()
+
+    def __call__(self, updates: list[Update]) -> None:
+        for update in updates:
+            self.queue.put(update)
+
+    def finished(self) -> tuple[list[Update], str]:
+        updates = [self.queue.get(timeout=30)]
+        while updates[-1].finish_reason is None:
+            updates.append(self.queue.get(timeout=30))
+        return updates, "".join(update.text for update in updates)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = Engine(transformer(), tokenizer(), slots=4)
+    yield engine
+    engine.close()
+
+
+def test_streamed_pieces_join_to_the_whole(engine: Engine) -> None:
+    prompt = engine.tokenizer.encode("import os")
+    for sampling in (Sampling(max_tokens=40), Sampling(temperature=1.5, seed=1, max_tokens=40)):
+        streamed, whole = Listener(), Listener()
+        engine.submit(prompt, sampling, streamed)
+        engine.submit(prompt, sampling, whole, streamed=False)
+        pieces, text = streamed.finished()
+        (last,), same = whole.finished()
+        assert text == same
+        assert sum((piece.tokens for piece in pieces), []) == last.tokens
+        assert pieces[-1].completion_tokens == len(last.tokens)
+        assert len(pieces) > 10
+        assert engine.tokenizer.decode(last.tokens) == text
+
+
+def test_characters_are_never_split(engine: Engine) -> None:
+    # Random weights give many byte tokens: every piece must still be whole characters.
+    listeners = [Listener() for _ in range(8)]
+    for seed, listener in enumerate(listeners):
+        engine.submit([5], Sampling(temperature=3.0, seed=seed, max_tokens=100), listener)
+    for listener in listeners:
+        pieces, text = listener.finished()
+        tokens = sum((piece.tokens for piece in pieces), [])
+        assert text == engine.tokenizer.decode(tokens)
+
+
+def test_abort_frees_the_slot_and_silences_the_listener(engine: Engine) -> None:
+    listeners = [Listener() for _ in range(12)]
+    ids = [engine.submit([5, 6, 7], Sampling(), listener) for listener in listeners]
+    listeners[0].queue.get(timeout=30)
+    for id in ids:
+        engine.abort(id)
+    engine.abort("unknown")
+    deadline = time.monotonic() + 30
+    while engine.counters().running or engine.counters().waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert engine.idle
+    engine.check()
+
+
+def test_a_full_queue_is_said_at_once() -> None:
+    engine = Engine(transformer(), tokenizer(), slots=1, max_waiting=2)
+    try:
+        with pytest.raises(EngineBusy):
+            for _ in range(50):
+                engine.submit([5], Sampling(), lambda _: None)
+    finally:
+        engine.close()
+
+
+def test_closing_ends_what_is_under_way() -> None:
+    engine = Engine(transformer(context=128), tokenizer(), slots=1)
+    listeners = [Listener() for _ in range(3)]
+    for listener in listeners:
+        engine.submit([5], Sampling(), listener)
+    engine.close()
+    assert all(listener.finished()[0][-1].finish_reason for listener in listeners)
+    with pytest.raises(EngineClosed):
+        engine.submit([5], Sampling(), lambda _: None)
+    assert not engine.healthy
+
+
+def test_a_failing_step_ends_every_request_with_an_error(monkeypatch) -> None:
+    engine = Engine(transformer(), tokenizer())
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(engine._core.runner, "decode", broken)
+    listener = Listener()
+    engine.submit([5], GREEDY, listener)
+    assert listener.finished()[0][-1].finish_reason == "error"
+    assert not engine.healthy
+    with pytest.raises(EngineClosed):
+        engine.submit([5], GREEDY, listener)
+
+
+def test_many_threads_may_submit_and_abort(engine: Engine) -> None:
+    done: list[int] = []
+
+    def client(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(10):
+            listener = Listener()
+            id = engine.submit([draw.randrange(20, 500)], GREEDY, listener)
+            if draw.random() < 0.5:
+                engine.abort(id)
+            else:
+                done.append(len(listener.finished()[0]))
+
+    threads = [threading.Thread(target=client, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert done and engine.idle
+    engine.check()
+
+
+def test_a_directory_loads(tmp_path) -> None:
+    config, model, names = load_model(model_directory(tmp_path / "model"))
+    assert config.vocab_size == len(names) == VOCABULARY
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("flags", VARIANTS)
+def test_greedy_equals_transformers(tmp_path, flags: dict) -> None:
+    from transformers import AutoModelForCausalLM
+
+    directory = model_directory(tmp_path / "model", **flags)
+    ours = load_model(directory)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    asked = prompts(20)
+    answers = generate_batch(ours.model, ours.tokenizer, asked, Sampling(max_tokens=60), slots=6)
+    for prompt, answer in zip(asked, answers, strict=True):
+        output = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=60, do_sample=False, pad_token_id=3
+        )
+        assert answer.tokens == output[0, len(prompt) :].tolist()

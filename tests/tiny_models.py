@@ -1,0 +1,50 @@
+"""Model directories small enough for tests: real tokenizer, real format, random weights."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import json
+import string
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.chat import Tokenizer
+from model.config import ModelConfig
+from model.huggingface import SpecialTokens, save_directory
+from model.transformer import Transformer
+from tasks.tokenizer.train import train_sentencepiece
+
+VOCABULARY = 512
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    texts = [inspect.getsource(module) for module in (argparse, json, string, textwrap)]
+    return Tokenizer(train_sentencepiece(texts, VOCABULARY))
+
+
+def transformer(seed: int = 0, context: int = 128, **flags: Any) -> Transformer:
+    """Random weights, larger than at the start of training so that logits are far apart."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCABULARY, "width": 64, "heads": 2, "layers": 2} | flags
+    model = Transformer(ModelConfig(context=context, **sizes)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.mul_(4)
+        elif parameter.numel():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def model_directory(path: Path, seed: int = 0, context: int = 128, **flags: Any) -> Path:
+    """A directory that `load_model` and transformers read."""
+    names = tokenizer()
+    special = SpecialTokens(bos=names.begin, eos=names.stop_ids, pad=names.pad)
+    save_directory(path, transformer(seed, context, **flags), special)
+    (path / "tokenizer.model").write_bytes(names.proto)
+    return path

@@ -22,15 +22,22 @@ from tasks.runtime.settings import Settings
 POLL_SECONDS = 0.1
 
 
+_connected_to: str | None = None
+
+
 @contextlib.contextmanager
 def ray_session(settings: Settings | None = None) -> Iterator[RaySession]:
-    """Connect this process to the cluster of `settings`; leave it connected only if it was."""
+    """A session on the cluster of `settings`; what it left in flight is cancelled at its end.
+
+    The connection stays for the life of the process, so that a flow's later stages reuse the
+    workers of its earlier ones: starting those cost more than many stages' own work.
+    """
+    global _connected_to
     settings = settings or Settings.load()
     settings.apply()
-    was_connected = ray.is_initialized()
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGTERM)
-    if not was_connected:
+    if _connected_to != settings.ray or not ray.is_initialized():
+        ray.shutdown()
+        handler = signal.getsignal(signal.SIGTERM)
         ray.init(
             address=settings.ray,
             namespace="gristmill",
@@ -38,17 +45,14 @@ def ray_session(settings: Settings | None = None) -> Iterator[RaySession]:
             logging_level=logging.WARNING,
             configure_logging=False,
         )
-    if on_main_thread:
-        signal.signal(signal.SIGTERM, handler)
+        _connected_to = settings.ray
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
     session = RaySession()
     try:
         yield session
     finally:
         session.cancel()
-        if not was_connected:
-            ray.shutdown()
-            if on_main_thread:
-                signal.signal(signal.SIGTERM, handler)
 
 
 class RaySession:

@@ -80,6 +80,7 @@ class CrawlOptions(StageConfig):
     )
     contact: str = Field(
         "",
+        pattern=r"^[ -~]*$",
         description="E-mail or web address where the owner of a site reaches you; sent with every "
         "request. Give one before crawling sites that are not yours.",
     )
@@ -335,7 +336,8 @@ def _earlier_pages(directory: Directory) -> dict[str, Earlier]:
         address.record_id, address.fetched_at = page["record_id"], page["fetched_at"]
         address.segment, address.offset = page["warc"], page["offset"]
         address.length = page["length"]
-        earlier[page["url"]] = Earlier(address, links.get(page["url"], ()))
+        found = links.get(page["url"], ())
+        earlier[page["url"]] = Earlier(address, page["fetch_url"], found)
     return earlier
 
 

@@ -47,6 +47,7 @@ class Request:
     modified: str = ""
     digest: str = ""
     record_id: str = ""
+    record_url: str = ""  # the address that record carries
     fetched_at: str = ""
 
 
@@ -260,6 +261,8 @@ async def _fetch(plan: Plan, segments: _Segments, done: list[Outcome]) -> list[H
         max_line_size=16_384,
         max_field_size=32_768,
     ) as session:
+        # aiohttp would repeat a request on a dropped connection by itself, without the delay.
+        session._retry_connection = False
         fetchers = [
             HostFetcher(host, plan, session, resolver, segments, done) for host in plan.hosts
         ]
@@ -516,9 +519,10 @@ class HostFetcher:
             outcome = dataclasses.replace(
                 outcome, state="not_modified", digest=request.digest, content_type=""
             )
-            records = warc.revisit_records(
-                exchange, request.digest, identifier, request.record_id, request.fetched_at
+            earlier = warc.Earlier(
+                request.record_id, request.record_url, request.fetched_at, request.digest
             )
+            records = warc.revisit_records(exchange, earlier, identifier)
             return outcome, records
         records = warc.response_records(exchange, outcome.digest, identifier)
         if exchange.status in REDIRECT:

@@ -119,6 +119,7 @@ class Earlier:
     """What the epoch before knew of a page: enough for a conditional request and for its 304."""
 
     address: Address
+    record_url: str
     links: tuple[str, ...]
 
 
@@ -218,6 +219,7 @@ class Frontier:
             known.modified,
             known.digest,
             known.record_id,
+            earlier.record_url,
             known.fetched_at,
         )
 

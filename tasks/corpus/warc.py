@@ -102,9 +102,17 @@ def response_records(exchange: Exchange, digest: str, identifier: str) -> tuple[
     return _request_record(exchange, identifier), response
 
 
-def revisit_records(
-    exchange: Exchange, digest: str, identifier: str, refers_to: str, refers_date: str
-) -> tuple[bytes, bytes]:
+@dataclass(frozen=True)
+class Earlier:
+    """The record that holds what the server says has not changed."""
+
+    record_id: str
+    url: str
+    date: str
+    digest: str
+
+
+def revisit_records(exchange: Exchange, earlier: Earlier, identifier: str) -> tuple[bytes, bytes]:
     """The records of an exchange that ended in 304 Not Modified (WARC 1.1, section 6.7.3)."""
     revisit = record(
         "revisit",
@@ -114,10 +122,10 @@ def revisit_records(
             "WARC-Date": exchange.date,
             "WARC-IP-Address": exchange.address,
             "WARC-Profile": REVISIT_NOT_MODIFIED,
-            "WARC-Refers-To": refers_to,
-            "WARC-Refers-To-Target-URI": exchange.url,
-            "WARC-Refers-To-Date": refers_date,
-            "WARC-Payload-Digest": digest,
+            "WARC-Refers-To": earlier.record_id,
+            "WARC-Refers-To-Target-URI": earlier.url,
+            "WARC-Refers-To-Date": earlier.date,
+            "WARC-Payload-Digest": earlier.digest,
             "Content-Type": "application/http; msgtype=response",
         },
         _http_head(exchange),

@@ -1,0 +1,122 @@
+"""URL canonicalisation, scope, traps and aliases."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.corpus.urls import Aliases, Scope, canonical_url, trap_reason
+
+EQUIVALENT = [
+    ("HTTP://Example.ORG", "http://example.org/"),
+    ("http://example.org:80/a", "http://example.org/a"),
+    ("https://example.org:443/a", "https://example.org/a"),
+    ("https://example.org:80/a", "https://example.org:80/a"),
+    ("http://example.org/a#part", "http://example.org/a"),
+    ("http://example.org/%7euser/%e4", "http://example.org/~user/%E4"),
+    ("http://example.org/a/./b/../c", "http://example.org/a/c"),
+    ("http://example.org/%2e%2e/secret", "http://example.org/secret"),
+    ("http://example.org/../../a", "http://example.org/a"),
+    ("http://example.org/a b?q=ü", "http://example.org/a%20b?q=%C3%BC"),
+    ("http://example.org/100%", "http://example.org/100%25"),
+    ("http://example.org/?", "http://example.org/"),
+    ("http://example.org/?b=2&a=1", "http://example.org/?b=2&a=1"),
+    ("http://example.org/?utm_source=x&id=3&gclid=9", "http://example.org/?id=3"),
+    ("http://example.org/p;jsessionid=AF3?x=1", "http://example.org/p?x=1"),
+    ("http://example.org/p?PHPSESSID=3a", "http://example.org/p"),
+    ("http://bücher.example/", "http://xn--bcher-kva.example/"),
+    ("http://example.org./", "http://example.org/"),
+    ("http://[2001:DB8:0:0::1]:80/", "http://[2001:db8::1]/"),
+    (" http://example.org/a\n", "http://example.org/a"),
+]
+
+
+@pytest.mark.parametrize(("written", "canonical"), EQUIVALENT)
+def test_equivalent_spellings_have_one_canonical_form(written: str, canonical: str) -> None:
+    assert canonical_url(written) == canonical
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mailto:a@example.org",
+        "javascript:void(0)",
+        "ftp://example.org/",
+        "http:///path",
+        "http://user:secret@example.org/",
+        "http://exa mple.org/",
+        "http://example.org:99999/",
+        "http://[::1/",
+        "http://a..b/",
+        "http://example.org/" + "x" * 3000,
+        "",
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused(url: str) -> None:
+    with pytest.raises(ValueError):
+        canonical_url(url)
+
+
+def test_links_are_resolved_against_their_page() -> None:
+    base = "http://example.org/library/json.html"
+    assert canonical_url("re.html#findall", base) == "http://example.org/library/re.html"
+    assert canonical_url("//other.org/x", base) == "http://other.org/x"
+    assert canonical_url("?page=2", base) == "http://example.org/library/json.html?page=2"
+
+
+@given(st.text(max_size=60), st.text(max_size=30))
+def test_canonical_form_is_a_fixed_point(path: str, query: str) -> None:
+    try:
+        once = canonical_url(f"http://example.org/{path}?{query}")
+    except ValueError:
+        return
+    assert canonical_url(once) == once
+    assert once.isascii()
+
+
+@given(st.text(max_size=80))
+def test_any_text_is_canonical_or_refused(text: str) -> None:
+    try:
+        once = canonical_url(text)
+    except ValueError:
+        return
+    assert canonical_url(once) == once
+
+
+@given(st.text(alphabet="ab./%2eE;=jsiond", max_size=40))
+def test_no_dot_segment_survives(path: str) -> None:
+    once = canonical_url("http://example.org/" + path)
+    assert not {".", ".."} & set(once.split("?")[0].split("/")[3:])
+
+
+def test_scope_by_host_prefix_and_glob() -> None:
+    scope = Scope(
+        frozenset({"example.org"}),
+        domains=("docs.net",),
+        include=("/library/", "https://*.docs.net/*"),
+        exclude=("/library/private/", "*[?]print=1*"),
+        max_depth=3,
+    )
+    assert scope.reason("http://example.org/library/a", 1) == ""
+    assert scope.reason("https://x.docs.net/a", 1) == ""
+    assert scope.reason("http://example.org/other", 1) == "not included"
+    assert scope.reason("http://example.org/library/private/a", 1) == "excluded"
+    assert scope.reason("http://example.org/library/a?print=1", 1) == "excluded"
+    assert scope.reason("http://example.org:8080/library/a", 1) == "other host"
+    assert scope.reason("http://notdocs.net/library/a", 1) == "other host"
+    assert scope.reason("http://example.org/library/a", 4) == "too deep"
+    assert scope.reason("http://example.org/library/a.PNG", 1) == "file type"
+
+
+def test_repeating_paths_are_traps() -> None:
+    assert trap_reason("http://e.org/a/b/a/b/a/b/a/b/") == "trap: repeating path"
+    assert trap_reason("http://e.org/a/a/a/a") == "trap: repeating path"
+    assert trap_reason("http://e.org/" + "/".join(map(str, range(30)))) == "trap: path too deep"
+    assert trap_reason("http://e.org/2024/01/01/a") == ""
+
+
+@given(st.sampled_from(["/", "/library/json.html", "/a?b=c"]))
+def test_aliases_are_inverse(path: str) -> None:
+    aliases = Aliases((("embedded://stdlib", "http://127.0.0.1:4202"),))
+    assert aliases.place(f"embedded://stdlib{path}") == f"http://127.0.0.1:4202{path}"
+    assert aliases.name(aliases.place(f"embedded://stdlib{path}")) == f"embedded://stdlib{path}"
+    assert aliases.name(f"http://127.0.0.1:42021{path}") == f"http://127.0.0.1:42021{path}"

@@ -5,6 +5,7 @@ specification that this server does not implement is accepted only with the valu
 nothing (`NEUTRAL`), because clients send such defaults.
 """
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic_core
@@ -44,6 +45,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Bookkeeping for the caller's side of OpenAI's service; by its nature nothing here depends on it.
 WITHOUT_EFFECT = ("user", "store", "metadata", "service_tier", "safety_identifier")
+
+# In words, what may stand where several types may.
+UNIONS = {
+    "content": "a text or a list of text parts, the only kind this server reads",
+    "prompt": "a text, a list of texts, a list of token ids or a list of such lists, none empty",
+    "stop": "a text or a list of at most 16 texts",
+}
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Body = TypeVar("Body", bound="Request")
@@ -226,15 +234,15 @@ def validate(kind: type[Validated], values: dict[str, Any]) -> Validated:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        path = _path(first["loc"])
-        what = "Missing required parameter" if first["type"] == "missing" else first["msg"]
-        where = f" {path!r}" if first["type"] == "missing" else f" (in {path!r})" if path else ""
-        raise ApiError(
-            400,
-            f"{what}{where}",
-            param=path or None,
-            code="missing_required_parameter" if first["type"] == "missing" else "invalid_value",
-        ) from error
+        path, code = _path(first["loc"]), "invalid_value"
+        if first["type"] == "missing":
+            message, code = f"Missing required parameter: {path!r}", "missing_required_parameter"
+        elif union := next((n for n, s in pairwise(first["loc"]) if _is_union_member(s)), None):
+            path = path.partition(str(union))[0] + str(union)
+            message = f"{path!r} should be {UNIONS[str(union)]}"
+        else:
+            message = f"{path!r}: {first['msg']}" if path else first["msg"]
+        raise ApiError(400, message, param=path or None, code=code) from error
 
 
 def _same(value: Any, neutral: Any) -> bool:
@@ -242,12 +250,17 @@ def _same(value: Any, neutral: Any) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
+def _is_union_member(step: int | str) -> bool:
+    """Whether a step of an error's location is pydantic's name for a member of a union."""
+    return step == "str" or "[" in str(step)
+
+
 def _path(location: tuple[int | str, ...]) -> str:
     """("messages", 0, "role") → messages[0].role; names of union members are left out."""
     path = ""
-    for depth, step in enumerate(location):
+    for step in location:
         if isinstance(step, int):
             path += f"[{step}]"
-        elif depth == 0 or step in {"role", "content", "name", "text", "type", "include_usage"}:
+        elif not _is_union_member(step):
             path += f".{step}" if path else step
     return path

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve.errors import ApiError
@@ -55,7 +56,7 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
         await _cancel(task, gone)
 
 
-class EventStream:
+class EventStream(Response):
     """A response of server-sent events (ASGI).
 
     `first` has been drawn from `events` already. However the response ends (by itself, by a
@@ -73,11 +74,10 @@ class EventStream:
         self._first = first
         self._events = events
         self._on_close = on_close
-        self._headers = {
-            "content-type": "text/event-stream; charset=utf-8",
-            "cache-control": "no-cache",
-            "x-accel-buffering": "no",
-        } | headers
+        super().__init__(media_type="text/event-stream; charset=utf-8", headers=headers)
+        del self.headers["content-length"]
+        self.headers["cache-control"] = "no-cache"
+        self.headers["x-accel-buffering"] = "no"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pump = asyncio.ensure_future(self._pump(send))
@@ -93,8 +93,9 @@ class EventStream:
             self._on_close()
 
     async def _pump(self, send: Send) -> None:
-        headers = [(k.encode(), v.encode()) for k, v in self._headers.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
         await send({"type": "http.response.body", "body": self._first, "more_body": True})
         async for event in self._events:
             await send({"type": "http.response.body", "body": event, "more_body": True})

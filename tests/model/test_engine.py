@@ -10,8 +10,17 @@ import time
 import pytest
 import torch
 
-from model.engine import Core, Engine, EngineBusy, EngineClosed, PromptError, Sampling, Update
-from model.engine import generate_batch, load_model
+from model.engine import (
+    Core,
+    Engine,
+    EngineBusy,
+    EngineClosed,
+    PromptError,
+    Sampling,
+    Update,
+    generate_batch,
+    load_model,
+)
 from model.transformer import Transformer
 from tests.tiny_models import VOCABULARY, model_directory, tokenizer, transformer
 
@@ -176,7 +185,7 @@ def test_streamed_pieces_join_to_the_whole(engine: Engine) -> None:
         pieces, text = streamed.finished()
         (last,), same = whole.finished()
         assert text == same
-        assert sum((piece.tokens for piece in pieces), []) == last.tokens
+        assert [token for piece in pieces for token in piece.tokens] == last.tokens
         assert pieces[-1].completion_tokens == len(last.tokens)
         assert len(pieces) > 10
         assert engine.tokenizer.decode(last.tokens) == text
@@ -189,7 +198,7 @@ def test_characters_are_never_split(engine: Engine) -> None:
         engine.submit([5], Sampling(temperature=3.0, seed=seed, max_tokens=100), listener)
     for listener in listeners:
         pieces, text = listener.finished()
-        tokens = sum((piece.tokens for piece in pieces), [])
+        tokens = [token for piece in pieces for token in piece.tokens]
         assert text == engine.tokenizer.decode(tokens)
 
 

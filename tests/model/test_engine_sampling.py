@@ -59,7 +59,7 @@ def test_drawn_tokens_follow_the_truncated_distribution(sampling: Sampling) -> N
 def test_noise_is_even_and_depends_on_all_three() -> None:
     count = 50_000
     noise = uniforms([1] * count, [0] * count, list(range(count)))
-    assert abs(float(noise.mean()) - 0.5) < 0.01 and 0 <= noise.min() and noise.max() < 1
+    assert abs(float(noise.mean()) - 0.5) < 0.01 and noise.min() >= 0 and noise.max() < 1
     other = [uniforms([2], [0], [0]), uniforms([1], [1], [0]), uniforms([1], [0], [1])]
     assert len({float(noise[0]), *map(float, other)}) == 4
     assert float(uniforms([-1], [0], [0])) == float(uniforms([2**64 - 1], [0], [0]))

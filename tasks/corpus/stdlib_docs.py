@@ -392,9 +392,10 @@ def _import_extension(name: str) -> types.ModuleType | None:
 def _module_from_extension(name: str, module: types.ModuleType) -> ModuleDoc:
     functions, classes = [], []
     for attribute in sorted(vars(module)):
-        value = vars(module)[attribute]
         if not _public(attribute):
             continue
+        # Programs replace hooks such as sys.excepthook; sys.__excepthook__ is still the original.
+        value = vars(module).get(f"__{attribute}__", vars(module)[attribute])
         if inspect.isbuiltin(value):
             functions.append(_builtin(attribute, value, "function"))
         elif isinstance(value, type) and value.__name__ == attribute:

@@ -373,7 +373,7 @@ def test_unreachable_seeds_are_one_clear_sentence(crawler: Crawler) -> None:
         crawler.crawl("http://127.0.0.1:9/", retries=0)
     with pytest.raises(UserError, match="name not resolved"):
         crawler.crawl("http://no-such-host.invalid/", retries=0)
-    with pytest.raises(UserError, match="embedded:stdlib .*gristmill up"):
+    with pytest.raises(UserError, match=r"embedded:stdlib .*gristmill up"):
         crawler.crawl("embedded:stdlib", retries=0)
     with pytest.raises(ValueError, match="'exmaple' cannot be crawled"):
         CrawlConfig(seeds=("exmaple",))

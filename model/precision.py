@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from model.config import ConfigError
 
 Precision = Literal["auto", "bf16", "fp32"]
@@ -23,6 +21,8 @@ def resolve_precision(precision: Precision, device: str = "cpu") -> Literal["bf1
     if precision != "auto":
         return precision
     if device.startswith("cuda"):
+        import torch  # late: a process that only describes a run need not load it
+
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if cpu_flags() & {"amx_bf16", "avx512_bf16", "bf16"} else "fp32"
 

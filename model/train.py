@@ -8,6 +8,7 @@ checkpoint goes on with the same batches, and on one CPU with the same threads w
 """
 
 import contextlib
+import json
 import math
 import resource
 import time
@@ -116,7 +117,8 @@ def train(
     on_step: Callable[[StepRecord], None] = lambda record: None,
     on_checkpoint: Callable[[Path | None, int], None] = lambda path, step: None,
 ) -> list[StepRecord]:
-    """Train `model` in place to `config.total_tokens`; returns the records of the steps taken here.
+    """Train `model` in place to `config.total_tokens`; returns the curve from its first step on,
+    also the part that an earlier, killed run took.
 
     checkpoints: directory, shared by all ranks; training resumes from the newest checkpoint in it.
     token_bytes: (V,) int, the UTF-8 bytes each token stands for, for bits per byte.
@@ -146,7 +148,7 @@ def train(
         "train": config.identity() | {"precision": precision, "sequence": loader.sequence},
         "model": model.config.to_dict(),
     }
-    first = _resume(model, optimizer, checkpoints, identity)
+    first, records = _resume(model, optimizer, checkpoints, identity)
     module: nn.Module = _Loss(model)
     if world > 1:
         # Every parameter is used in every step; the gradient is the sum over ranks, which DDP
@@ -157,7 +159,6 @@ def train(
         token_bytes = token_bytes.to(device)
 
     meter = _Meter(loader.sequence * config.batch, first, steps)
-    records: list[StepRecord] = []
     for step in range(first, steps):
         ids = loader.order(step * config.batch, config.batch)
         counted = loader.targets(ids)
@@ -195,7 +196,8 @@ def train(
         if checkpoints is not None and (done % config.checkpoint_every == 0 or done == steps):
             path = None
             if rank == 0:
-                saved = Checkpoint(done, model.state_dict(), optimizer.state(), identity)
+                state = {"identity": identity, "curve": [asdict(record) for record in records]}
+                saved = Checkpoint(done, model.state_dict(), optimizer.state(), state)
                 path = save_checkpoint(checkpoints, saved, keep=config.keep_checkpoints)
             if world > 1:
                 dist.barrier()
@@ -205,24 +207,24 @@ def train(
 
 def _resume(
     model: Transformer, optimizer: Optimizer, checkpoints: Path | None, identity: dict[str, Any]
-) -> int:
-    """Load the newest checkpoint, if there is one; returns the number of steps it has behind it."""
+) -> tuple[int, list[StepRecord]]:
+    """Load the newest checkpoint, if there is one; returns its steps and the curve up to there."""
     path = None if checkpoints is None else latest_checkpoint(checkpoints)
     if path is None:
-        return 0
+        return 0, []
     checkpoint = load_checkpoint(path)
-    for part, wanted in identity.items():
+    # Through JSON and back, as the saved one went: tuples are lists there.
+    for part, wanted in json.loads(json.dumps(identity)).items():
         for name, value in wanted.items():
-            saved = checkpoint.state[part].get(name)
+            saved = checkpoint.state["identity"][part].get(name)
             if saved != value:
                 raise CheckpointError(
-                    f"checkpoint {path.name} was made with {part} setting {name} = {saved}, not "
-                    f"{value}; "
-                    f"delete {checkpoints} to start anew"
+                    f"checkpoint {path.name} was made with {part} setting {name} = {saved}, "
+                    f"not {value}; delete {checkpoints} to start anew"
                 )
     model.load_state_dict(dict(checkpoint.model))
     optimizer.load_state(dict(checkpoint.optimizer))
-    return checkpoint.step
+    return checkpoint.step, [StepRecord(**record) for record in checkpoint.state["curve"]]
 
 
 def _bytes(batch: Batch, token_bytes: Tensor | None) -> int:

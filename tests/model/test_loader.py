@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.loader import DataError, WindowLoader, rank_slice, shuffled
+from model.mixing import MixedLoader
 from model.packing import Example, PackedLoader, pack
 
 
@@ -72,14 +73,17 @@ def test_global_batches_do_not_depend_on_the_world(first, count, cut, world, loa
     assert np.array_equal(np.concatenate(resumed), ids)
 
 
-@pytest.fixture(scope="module", params=["windows", "packed"])
+@pytest.fixture(scope="module", params=["windows", "packed", "mixed"])
 def loader(request, tmp_path_factory):
     rng = np.random.default_rng(0)
     if request.param == "packed":
         return PackedLoader(examples(rng, 57), 32, seed=3, pad=0)
     folder = tmp_path_factory.mktemp("shards")
     documents = [[*rng.integers(3, 90, rng.integers(1, 40)), 2] for _ in range(60)]
-    return WindowLoader(write_shards(folder, documents), 16, seed=3)
+    windows = WindowLoader(write_shards(folder, documents), 32, seed=3)
+    if request.param == "mixed":
+        return MixedLoader(PackedLoader(examples(rng, 57), 32, seed=3, pad=0), windows, 0.3)
+    return windows
 
 
 def examples(rng: np.random.Generator, count: int) -> list[Example]:
@@ -154,6 +158,24 @@ def test_packed_rows_hold_whole_examples() -> None:
             found.append((tokens, batch.mask[row][here].tolist()))
         assert (batch.tokens[row][batch.segments[row] == -1] == 99).all()
     assert sorted(found) == sorted((list(e.ids), list(e.learned[1:])) for e in data)
+
+
+def test_a_mixture_has_its_share_in_every_stretch_and_keeps_both_orders(shards) -> None:
+    main = PackedLoader(examples(np.random.default_rng(1), 40), 32, seed=0, pad=99)
+    replay = WindowLoader(shards, 32, seed=0)
+    mixed = MixedLoader(main, replay, 0.25)
+    ids = mixed.order(0, 80)
+    assert (ids % 2).sum() == 20 and all((ids[i : i + 8] % 2).sum() == 2 for i in range(0, 80, 8))
+    assert np.array_equal(ids[ids % 2 == 0] // 2, main.order(0, 60))
+    assert np.array_equal(ids[ids % 2 == 1] // 2, replay.order(0, 20))
+    batch = mixed.read(ids)
+    assert mixed.targets(ids) == int(batch.mask.sum())
+    for row, number in enumerate(ids):
+        source = (main, replay)[number % 2].read(np.array([number // 2]))
+        assert torch.equal(batch.tokens[row], source.tokens[0])
+        assert torch.equal(batch.targets[row], source.targets[0])
+    with pytest.raises(DataError, match=r"share 1.0 must be"):
+        MixedLoader(main, replay, 1.0)
 
 
 def test_examples_that_do_not_fit_are_named() -> None:

@@ -38,7 +38,7 @@ class BaselineConfig(StageConfig):
     """Training text the compressors are conditioned on; more than this is sampled by document."""
 
 
-@stage("baseline", version=1)
+@stage("compression-baseline", version=1)
 def compression_baseline(config: BaselineConfig, work: Workspace, *, corpus: Manifest) -> Outcome:
     """What PPMd and xz need for the held-out documents after reading the training documents."""
     texts: tuple[Literal["training", "both"], ...] = ("training", "both")

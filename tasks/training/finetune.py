@@ -1,0 +1,68 @@
+"""The fine-tuning stage: a base model learns to answer questions about its corpus."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from tasks.registry.tracking import tracked
+from tasks.runtime.errors import UserError
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.settings import Settings
+from tasks.runtime.stage import Outcome, Workspace, stage
+from tasks.runtime.store import Store
+from tasks.training.job import PairsData, TrainingJob
+from tasks.training.launch import launch
+from tasks.training.options import OptimizerOptions, ScheduleOptions, TrainingConfig
+
+
+class FinetuneConfig(TrainingConfig):
+    """How the base model learns to answer. Only the answers count in the loss."""
+
+    passes: int = Field(10, ge=1)
+    """Times every question is seen."""
+    sequence: int = Field(256, ge=2)
+    """Tokens of one packed sequence; a longer conversation is left out."""
+    replay: float = Field(0.25, ge=0, le=0.95)
+    """Share of sequences that are documents of the corpus, lest the model forget them."""
+    optimizer: OptimizerOptions = OptimizerOptions(
+        muon_learning_rate=0.01, learning_rate=1e-3, embedding_learning_rate=2e-3
+    )
+    schedule: ScheduleOptions = ScheduleOptions(kind="linear")
+
+
+@stage("finetune", version=1)
+def finetune(
+    config: FinetuneConfig, work: Workspace, *, base: Manifest, pairs: Manifest
+) -> Outcome:
+    """Teach the base model to answer the corpus's questions, by Ray Train."""
+    context = int(base.config["model"]["context"])
+    if config.sequence > context:
+        raise UserError(
+            f"finetune.sequence {config.sequence} is longer than the base model's context "
+            f"{context}; lower it or pretrain with a larger model.context"
+        )
+    store = Store.open()
+    tokenizer = store.get("tokenizer", base.inputs["tokenizer"])
+    shards = store.get("token-shards", base.inputs["shards"]) if config.replay else None
+    inputs = {"base": base, "pairs": pairs}
+    with tracked("finetune", work.fingerprint, config.model_dump(), inputs) as run_id:
+        outcome = launch(
+            TrainingJob(
+                stage="finetune",
+                fingerprint=work.fingerprint,
+                shape={},
+                loop=config.loop(),
+                sequence=config.sequence,
+                document_masking=bool(base.config["document_masking"]),
+                seed=config.seed,
+                tokenizer=tokenizer,
+                shards=shards,
+                base=base,
+                pairs=PairsData(pairs=pairs, passes=config.passes, replay=config.replay),
+                run=config.run,
+                tracking_uri=Settings.load().mlflow,
+                run_id=run_id,
+            ),
+            work,
+        )
+    return outcome

@@ -1,0 +1,117 @@
+"""From a stage to a finished training: start or find its Ray job, follow it, read what it left."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pyarrow as pa
+
+from tasks.registry.models import run_page
+from tasks.runtime import jobs
+from tasks.runtime.errors import UserError
+from tasks.runtime.settings import Settings
+from tasks.runtime.stage import Outcome, Report, Workspace
+from tasks.training.job import FAILURE, JOB, PROGRESS, RESULT, TrainingJob
+
+SHOWN = 20  # points of the curve on the run page
+CURVE = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("tokens", pa.int64()),
+        ("loss", pa.float64()),
+        ("bits_per_byte", pa.float64()),
+        ("learning_rate", pa.float64()),
+        ("grad_norm", pa.float64()),
+        ("tokens_per_second", pa.float64()),
+        ("memory_mb", pa.float64()),
+    ]
+)
+
+
+def launch(job: TrainingJob, work: Workspace) -> Outcome:
+    """Train, or go on training, and describe the artifact that `work` then holds.
+
+    Raises UserError for a mistake in config or data, JobFailed when the cluster fails too often.
+    Told to end, it stops the job on its way out; what is trained stays in checkpoints.
+    """
+    if not work.has(RESULT):  # else the flow died between the job's end and the commit
+        _follow(job, work)
+    result = json.loads(work.read_bytes(RESULT))
+    curve = result["curve"]
+    work.write_table("curve.parquet", pa.Table.from_pylist(curve, schema=CURVE))
+    last = curve[-1]
+    metrics = {
+        "loss": last["loss"],
+        "bits_per_byte": last["bits_per_byte"],
+        "tokens_per_second": round(sum(r["tokens_per_second"] for r in curve) / len(curve), 1),
+        "peak_memory_mb": max(record["memory_mb"] for record in curve),
+        "mlflow_run_id": job.run_id,
+    }
+    return Outcome(
+        counts={"steps": last["step"], "tokens": last["tokens"], **result["counts"]},
+        metrics=metrics,
+        world=result["world"],
+        reports=(
+            Report(f"{job.stage}-curve", "table", _shown(curve), "The loss over the run"),
+            Report(f"{job.stage}-run", "link", run_page(job.run_id), "All curves in MLflow"),
+        ),
+    )
+
+
+def _follow(job: TrainingJob, work: Workspace) -> None:
+    work.write_json(JOB, job.model_dump(mode="json"))
+    settings = Settings.load()
+    client = jobs.client(settings)
+    entrypoint = jobs.python_entrypoint("tasks.training.job", {"uri": work.uri, "path": work.path})
+    attempt = jobs.Job(job.stage, job.fingerprint)
+    submission = attempt.attach_or_submit(client, entrypoint, settings.environment())
+    watch = _Watch(job, work)
+    try:
+        jobs.follow(client, submission, watch.look)
+    finally:
+        watch.finish()
+    if work.has(FAILURE):
+        raise UserError(json.loads(work.read_bytes(FAILURE))["message"])
+    if not work.has(RESULT):
+        raise jobs.JobFailed(f"Ray job {submission} ended without a model; see its log in Ray")
+
+
+class _Watch:
+    """Shows the progress that the job writes down."""
+
+    def __init__(self, job: TrainingJob, work: Workspace) -> None:
+        self.job, self.work = job, work
+        self.progress: Any = None
+
+    def look(self) -> None:
+        if not self.work.has(PROGRESS):
+            return
+        record = json.loads(self.work.read_bytes(PROGRESS))
+        if self.progress is None:
+            total = record["tokens"] / record["step"] * record["steps"]
+            label = f"{self.job.stage.capitalize()}"
+            self.progress = self.work.progress(label, total, "tokens", record["tokens"])
+        self.progress.label = f"{self.job.stage.capitalize()}, loss {record['loss']:.3f}"
+        self.progress.update(record["tokens"])
+
+    def finish(self) -> None:
+        if self.progress is not None:
+            self.look()
+            self.progress.finish()
+
+
+def _shown(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """About `SHOWN` points of the curve, the last one always among them."""
+    every = max(len(curve) // SHOWN, 1)
+    points = curve[::-1][::every][::-1]
+    return [
+        {
+            "step": record["step"],
+            "tokens": record["tokens"],
+            "loss": round(record["loss"], 4),
+            "bits per byte": record["bits_per_byte"] and round(record["bits_per_byte"], 4),
+            "tokens/s": round(record["tokens_per_second"]),
+        }
+        for record in points
+    ]

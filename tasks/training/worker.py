@@ -1,0 +1,283 @@
+"""What every rank of a training does: a Ray Train function around `model.train`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from model import train as training
+from model.chat import Tokenizer, encode_example
+from model.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from model.config import ConfigError, ModelConfig
+from model.huggingface import FormatError, SpecialTokens, load_directory, save_directory
+from model.loader import DataError, Loader, WindowLoader
+from model.mixing import MixedLoader
+from model.optim import OptimConfig
+from model.packing import Example, PackedLoader
+from model.precision import cpu_flags
+from model.schedule import Schedule
+from model.tokenizer_files import tokenizer_files
+from model.transformer import Transformer
+from tasks.registry.tracking import MetricLogger
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.settings import Settings
+from tasks.runtime.store import Directory, Store
+from tasks.training.job import CHECKPOINTS, FAILURE, PROGRESS, RESULT, TrainingJob
+
+SECONDS_BETWEEN_REPORTS = 1.0
+# Starting the workers again would end the same way.
+HOPELESS = (ConfigError, DataError, FormatError, CheckpointError, training.DivergedError)
+
+logger = logging.getLogger("gristmill.training")
+
+
+def train_worker(place: dict[str, str]) -> None:
+    """One rank's work. A hopeless error is written down where the stage looks for it."""
+    directory = Directory(**place)
+    if directory.has(FAILURE) or directory.has(RESULT):
+        return
+    try:
+        _train(TrainingJob.load(directory), directory)
+    except HOPELESS as error:
+        directory.write_json(FAILURE, {"message": str(error)})
+        raise
+
+
+def _train(job: TrainingJob, directory: Directory) -> None:
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    threads = job.run.threads or max((os.cpu_count() or 1) // context.get_local_world_size(), 1)
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    store = Store.open(Settings.load())
+    tokenizer = Tokenizer.load(store.local(job.tokenizer, "tokenizer.model"))
+    loader, tokens, counts = _data(job, store, tokenizer)
+    config = _config(job, tokens)
+    torch.manual_seed(job.seed)
+    model = _model(job, store).to(ray.train.torch.get_device() if job.run.gpu else "cpu")
+    sizes = torch.tensor([len(piece) for piece in tokenizer.token_bytes])
+    with _checkpoints(directory, rank) as (checkpoints, push), _reporter(job, rank) as report:
+        if world > 1:
+            dist.barrier()  # rank 0 may have just removed a damaged checkpoint
+        begun = time.monotonic()
+        progress = _Progress(directory)
+
+        def on_step(record: training.StepRecord) -> None:
+            report(record)
+            if rank == 0:
+                progress.write(record)
+
+        curve = training.train(
+            model,
+            loader,
+            config,
+            checkpoints=checkpoints,
+            token_bytes=sizes,
+            on_step=on_step,
+            on_checkpoint=push,
+        )
+        seconds = time.monotonic() - begun
+    if rank == 0:
+        _save_model(model, tokenizer, directory)
+        result = {
+            "curve": [asdict(record) for record in curve],
+            "counts": counts | {"parameters": sum(p.numel() for p in model.parameters())},
+            "seconds": seconds,
+            "world": {
+                "workers": world,
+                "threads": threads,
+                "device": "gpu" if job.run.gpu else "cpu",
+                "micro_batch": config.micro_batch,
+                "instructions": " ".join(sorted(cpu_flags() & {"avx2", "avx512f", "amx_bf16"})),
+            },
+        }
+        directory.write_json(RESULT, result)
+
+
+def _config(job: TrainingJob, tokens: int) -> training.TrainConfig:
+    parts = {
+        "optim": OptimConfig(**job.loop["optim"]),
+        "schedule": Schedule(**job.loop["schedule"]),
+    }
+    return training.TrainConfig(**(job.loop | parts | {"total_tokens": tokens}))
+
+
+def _model(job: TrainingJob, store: Store) -> Transformer:
+    if job.base is None:
+        return Transformer(ModelConfig.from_dict(job.shape))
+    files = [store.local(job.base, name) for name in ("config.json", "model.safetensors")]
+    return load_directory(files[0].parent)
+
+
+def _data(
+    job: TrainingJob, store: Store, tokenizer: Tokenizer
+) -> tuple[Loader, int, dict[str, int]]:
+    """(the data, tokens of the whole run, counts for the manifest)."""
+    windows = None
+    if job.shards is not None:
+        windows = WindowLoader(
+            local_shards(store, job.shards),
+            job.sequence,
+            job.seed,
+            document_masking=job.document_masking,
+            vocab_size=len(tokenizer),
+        )
+    if job.pairs is None:
+        assert windows is not None
+        tokens = int(job.loop["total_tokens"])
+        return windows, tokens, {"corpus_tokens": windows.tokens}
+    examples, too_long = read_examples(store, job.pairs.pairs, tokenizer, job.sequence)
+    packed = PackedLoader(examples, job.sequence, job.seed, pad=tokenizer.pad)
+    rows = packed.rows(job.pairs.passes)
+    counts = {"examples": len(examples), "examples_too_long": too_long, "rows": rows}
+    if windows is None or job.pairs.replay == 0:
+        return packed, rows * job.sequence, counts
+    mixed = MixedLoader(packed, windows, job.pairs.replay)
+    return mixed, round(rows / (1 - job.pairs.replay)) * job.sequence, counts
+
+
+def local_shards(store: Store, shards: Manifest) -> list[Path]:
+    """Local paths of the training split's token shards, each beside its documents file."""
+    paths = [store.local(shards, name) for name in shards.names("tokens-", ".npy")]
+    return [path for path in paths if not path.name.endswith(".documents.npy")]
+
+
+def read_examples(
+    store: Store, pairs: Manifest, tokenizer: Tokenizer, sequence: int
+) -> tuple[list[Example], int]:
+    """(the trained pairs as conversations, how many were left out as longer than `sequence`)."""
+    examples, too_long = [], 0
+    for table in store.tables(pairs, "pairs-train", ["question", "answer"]):
+        for row in table.to_pylist():
+            messages = [
+                {"role": "user", "content": row["question"]},
+                {"role": "assistant", "content": row["answer"]},
+            ]
+            example = Example(*encode_example(messages, tokenizer))
+            if len(example.ids) > sequence + 1:
+                too_long += 1
+            else:
+                examples.append(example)
+    return examples, too_long
+
+
+@contextmanager
+def _checkpoints(directory: Directory, rank: int) -> Iterator[tuple[Path, Any]]:
+    """(a local folder of checkpoints, a function that stores each new one for good).
+
+    In a local store that is the workspace itself. Otherwise the newest whole checkpoint is fetched
+    first, and every new one is copied up, its manifest last.
+    """
+    if directory.is_local:
+        folder = Path(directory.location(CHECKPOINTS))
+        if rank == 0:
+            _drop_damaged(folder)
+        yield folder, lambda path, step: None
+        return
+    remote = _Remote(directory)
+    folder = Path(tempfile.mkdtemp(prefix="gristmill-checkpoints-"))
+    try:
+        remote.pull(folder)
+        _drop_damaged(folder)
+        yield folder, remote.push
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _drop_damaged(folder: Path) -> None:
+    """Remove newest checkpoints that cannot be read, so that the run goes on from one that can."""
+    while (path := latest_checkpoint(folder)) is not None:
+        try:
+            load_checkpoint(path)
+            return
+        except CheckpointError as error:
+            logger.warning("%s; going on from an older one", error)
+            shutil.rmtree(path)
+
+
+class _Remote:
+    """Checkpoints in a store that is no directory."""
+
+    def __init__(self, directory: Directory) -> None:
+        self.directory = directory
+
+    def _steps(self) -> list[str]:
+        names = [n for n in self.directory.names() if n.startswith(f"{CHECKPOINTS}/")]
+        return sorted({n.split("/")[1] for n in names if n.endswith("/checkpoint.json")})
+
+    def pull(self, folder: Path) -> None:
+        for step in self._steps()[-1:]:
+            (folder / step).mkdir()
+            prefix = f"{CHECKPOINTS}/{step}/"
+            for name in self.directory.names():
+                if name.startswith(prefix):
+                    target = folder / step / name.removeprefix(prefix)
+                    target.write_bytes(self.directory.read_bytes(name))
+
+    def push(self, path: Path | None, step: int) -> None:
+        if path is None:
+            return
+        older = self._steps()[:-1]
+        for file in sorted(path.iterdir(), key=lambda file: file.name == "checkpoint.json"):
+            self.directory.put(file, f"{CHECKPOINTS}/{path.name}/{file.name}")
+        for name in older:
+            location = self.directory.location(f"{CHECKPOINTS}/{name}")
+            self.directory.filesystem.delete_dir(location)
+
+
+@contextmanager
+def _reporter(job: TrainingJob, rank: int) -> Iterator[Any]:
+    """A function that sends a record to MLflow; rank 0's, the others' does nothing."""
+    if rank != 0:
+        yield lambda record: None
+        return
+    metrics = MetricLogger(job.tracking_uri, job.run_id)
+
+    def report(record: training.StepRecord) -> None:
+        values = asdict(record)
+        values = {k: v for k, v in values.items() if k not in ("step", "steps") and v is not None}
+        metrics.log(record.step, values)
+
+    try:
+        yield report
+    finally:
+        metrics.close()
+
+
+class _Progress:
+    """How far the run is, for the stage that waits; at most once a second."""
+
+    def __init__(self, directory: Directory) -> None:
+        self.directory = directory
+        self._next = 0.0
+
+    def write(self, record: training.StepRecord) -> None:
+        now = time.monotonic()
+        if now >= self._next or record.step == record.steps:
+            self._next = now + SECONDS_BETWEEN_REPORTS
+            self.directory.write_json(PROGRESS, asdict(record))
+
+
+def _save_model(model: Transformer, tokenizer: Tokenizer, directory: Directory) -> None:
+    """The artifact: a Hugging Face directory with its tokenizer."""
+    tokens = SpecialTokens(bos=tokenizer.begin, eos=tokenizer.stop_ids, pad=tokenizer.pad)
+    with tempfile.TemporaryDirectory() as folder:
+        save_directory(Path(folder), model, tokens)
+        for file in sorted(Path(folder).iterdir()):
+            directory.put(file, file.name)
+    directory.write_bytes("tokenizer.model", tokenizer.proto)
+    for name, body in tokenizer_files(tokenizer, model.config.context).items():
+        directory.write_bytes(name, body)

@@ -1,8 +1,6 @@
 """The HTTP surface: OpenAI's endpoints, health, metrics and the chat page."""
 
 import logging
-import re
-import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +11,6 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model.chat import encode_chat
 from serve import metrics
@@ -47,7 +44,6 @@ def create_app(host: ModelHost, replica: str = "") -> FastAPI:
     """The application around a model host; `replica` names this copy in `/health`."""
     app = FastAPI(title="Gristmill", docs_url=None, redoc_url=None, openapi_url=None)
     mailbox = Mailbox()
-    app.add_middleware(RequestId)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(NotReady, _not_ready)
     app.add_exception_handler(HTTPException, _http_error)
@@ -142,28 +138,6 @@ class Assets(StaticFiles):
         response = super().file_response(*args, **kwargs)
         response.headers.update(PAGE_HEADERS)
         return response
-
-
-class RequestId:
-    """Every response names its request: the caller's `x-request-id`, or a new one (ASGI)."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
-        request_id = given if re.fullmatch(rb"[\w.:-]{1,128}", given) else uuid.uuid4().hex.encode()
-
-        async def send_named(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = [h for h in message.get("headers", []) if h[0] != b"x-request-id"]
-                message = {**message, "headers": [*headers, (b"x-request-id", request_id)]}
-            await send(message)
-
-        await self.app(scope, receive, send_named)
 
 
 def _card(served: ServedModel) -> dict[str, Any]:

@@ -7,8 +7,10 @@ reconfigures, so `reconfigure` only notes the wish; the loading goes on behind i
 import logging
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.serve._private import replica
 
 from serve.app import create_app
 from serve.fetch import fetch
@@ -33,6 +35,7 @@ class Endpoint:
     """Holds the model; the routes are `serve.app`'s."""
 
     def __init__(self) -> None:
+        stay_on_loopback()
         self.host = ModelHost(fetch)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -49,6 +52,20 @@ class Endpoint:
 
     def __del__(self) -> None:
         self.host.close()
+
+
+def stay_on_loopback() -> None:
+    """Keep this replica's internal server off the network when the whole cluster is on loopback.
+
+    Ray 2.60 binds it to `[::]` whatever the node's address is, and has no setting for it. The token
+    guards it, but the stack promises that nothing listens outside.
+    """
+    if not ray.util.get_node_ip_address().startswith("127."):
+        return
+    bind = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: bind(
+        server, address.replace("[::]", "127.0.0.1")
+    )
 
 
 application = Endpoint.bind()  # type: ignore[attr-defined]

@@ -17,10 +17,11 @@ _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 def served_models(settings: Settings) -> list[str]:
     """Ids of the models that the endpoint offers. Raises UserError when it offers none."""
+    reason: Exception | None = None
+    models: list[str] = []
     try:
         models = [model["id"] for model in call(f"{settings.serve}/v1/models")["data"]]
     except Refused as error:
-        models = []
         reason = error
     except (OSError, HTTPException) as error:
         raise UserError(
@@ -28,8 +29,6 @@ def served_models(settings: Settings) -> list[str]:
         ) from error
     except (KeyError, TypeError) as error:
         raise UserError(f"{settings.serve}/v1/models is not a model endpoint: {error}") from error
-    else:
-        reason = None
     if not models:
         raise UserError(
             f"no model is served at {settings.serve}; make one with: gristmill run pipeline --watch"

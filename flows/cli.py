@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -102,7 +104,7 @@ def logs(settings: Settings, arguments: argparse.Namespace) -> int:
 
 def run(settings: Settings, arguments: argparse.Namespace) -> int:
     """Trigger a flow's deployment; with --watch, follow it to its end."""
-    parameters = checked_parameters(arguments)
+    parameters = checked_parameters(settings, arguments)
     from flows.runs import Runs
 
     runs = Runs(settings)
@@ -141,10 +143,8 @@ def cancel(settings: Settings, arguments: argparse.Namespace) -> int:
 
 def plan(settings: Settings, arguments: argparse.Namespace) -> int:
     """Say which stages are cached, which would run, and why. Nothing runs."""
-    parameters = checked_parameters(arguments)
-    from flows import deployments
-
-    for stage in deployments.plan(arguments.flow, parameters):
+    parameters = checked_parameters(settings, arguments)
+    for stage in deployments(settings).plan(arguments.flow, parameters):
         print(f"{stage.stage:<22} {stage.fingerprint[:12]:<13} {stage.status:<8} {stage.why}")
     return 0
 
@@ -244,16 +244,20 @@ def reachable(url: str, name: str) -> None:
         raise UserError(f"{name} does not answer at {url}; start it: gristmill up") from error
 
 
-def checked_parameters(arguments: argparse.Namespace) -> dict[str, object]:
+def deployments(settings: Settings) -> Any:
+    """The module that serves the deployments: `FLOWS`, `parameters` and `plan`."""
+    return importlib.import_module(settings.runner)
+
+
+def checked_parameters(settings: Settings, arguments: argparse.Namespace) -> dict[str, Any]:
     """The run's parameters, checked by the flow's own model before anything is triggered."""
-    from flows import deployments
     from flows.parameters import explain, merged
 
     values = merged(arguments.config, arguments.set or [])
     try:
-        deployments.parameters(arguments.flow, values)
+        deployments(settings).parameters(arguments.flow, values)
     except ValidationError as error:
-        model = deployments.FLOWS[arguments.flow].params_model
+        model = deployments(settings).FLOWS[arguments.flow].params_model
         raise UserError(explain(arguments.flow, model, error)) from error
     return values
 

@@ -46,10 +46,15 @@ class Service:
     ports: dict[str, int] = field(default_factory=dict)
     after: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
-    start_seconds: float = 90
+    start_seconds: float = 240
     stop_seconds: float = 10
-    stays: bool = True
-    """Whether the command is the service; if not, it starts it inside another one and ends."""
+    inside: str | None = None
+    """The service it lives in: its command starts it there and ends."""
+
+    @property
+    def stays(self) -> bool:
+        """Whether the command is the service itself."""
+        return self.inside is None
 
 
 def services(settings: Settings) -> list[Service]:
@@ -235,7 +240,6 @@ def _site(settings: Settings) -> Service:
         healthy=lambda _: _answers(f"{settings.site}/robots.txt"),
         url=settings.site,
         ports={"site": settings.ports.site},
-        start_seconds=180,
     )
 
 
@@ -263,7 +267,7 @@ def _serve(settings: Settings) -> Service:
         healthy=lambda _: _answers(f"{settings.serve}/-/healthz", or_refuses=True),
         url=settings.serve,
         after=("ray", "mlflow"),
-        stays=False,
+        inside="ray",
     )
 
 

@@ -1,11 +1,16 @@
-"""Starts Ray Serve's proxy on its port and deploys the champion again, if there is one."""
+"""Starts Ray Serve's proxy on its port and serves the champion again, if there is one."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
+from serve.deploy import deploy
+from tasks.registry import models
+from tasks.registry.models import CHAMPION, Version
+from tasks.runtime.errors import UserError
 from tasks.runtime.settings import Settings
+from tasks.runtime.store import Store
 
 
 def start_proxy(settings: Settings) -> None:
@@ -17,14 +22,40 @@ def start_proxy(settings: Settings) -> None:
             *("--proxy-location", "HeadOnly"),
         ],
         check=True,
-        timeout=90,
+        timeout=170,
     )
 
 
+def serve_champion(settings: Settings) -> str | None:
+    """Serve the champion as the last deploy did; None when no model has one."""
+    champions = [v for m in models.models() for v in models.versions(m) if CHAMPION in v.aliases]
+    if not champions:
+        return None
+    champion = max(champions, key=lambda version: version.created)
+    store = Store.open(settings)
+    artifact = store.get(champion.stage, champion.fingerprint)
+    return deploy(settings, champion, artifact, replicas=_replicas(store, champion))
+
+
+def _replicas(store: Store, champion: Version) -> int:
+    """How many replicas the last deploy of this model asked for."""
+    for deployed in sorted(store.all("deploy"), key=lambda one: one.created, reverse=True):
+        if deployed.config["version"]["model"] == champion.model:
+            return int(deployed.config["replicas"])
+    return 1
+
+
 def main() -> int:
+    """Start the proxy, then the champion; a champion that can't be served doesn't stop the rest."""
     settings = Settings.load()
     settings.apply()
     start_proxy(settings)
+    try:
+        served = serve_champion(settings)
+    except UserError as error:
+        print(f"the champion is not served: {error}", file=sys.stderr)
+    else:
+        print(f"serving {served}" if served else "no model has a champion yet")
     return 0
 
 

@@ -26,6 +26,7 @@ from flows.reaper import Reaper
 from flows.services import (
     CHECKOUT,
     Service,
+    champion_is_served,
     inherited_environment,
     keep_ray_logs,
     prepare,
@@ -134,7 +135,7 @@ class Supervisor:
     def dead(self) -> list[str]:
         """Services whose process is gone, and those that lived inside it."""
         gone = {s.name for s in self.services.values() if s.stays and self._running(s) is None}
-        hosted = {s.name for s in self.services.values() if not s.stays and gone & {*s.after}}
+        hosted = {s.name for s in self.services.values() if s.inside in gone}
         return [name for name in self.services if name in gone | hosted]
 
     def restart(self, names: list[str]) -> None:
@@ -196,8 +197,8 @@ class Supervisor:
             answers = pool.map(self._is_well, self.services.values())
             well = dict(zip(self.services, answers, strict=True))
         for service in self.services.values():
-            if not service.stays:  # what lives inside another service ends with it
-                well[service.name] &= all(well.get(name, True) for name in service.after)
+            if service.inside is not None:  # what lives inside another service ends with it
+                well[service.name] &= well[service.inside]
         return [service for name, service in self.services.items() if not well[name]]
 
     def _start_in_order(self, chosen: list[Service]) -> None:
@@ -344,7 +345,9 @@ class Supervisor:
             return ServiceStatus(service.name, "stopped", url=service.url)
         if not service.stays:
             state: State = "healthy" if service.healthy(record) else "not answering"
-            return ServiceStatus(service.name, state, None, 0, 0, service.url)
+            served = champion_is_served(self.settings)
+            url = service.url if served else f"{service.url} (no model yet)"
+            return ServiceStatus(service.name, state, url=url)
         if not record.alive:
             return ServiceStatus(service.name, "crashed", url=service.url)
         uptime = time.time() - record.since

@@ -1,0 +1,49 @@
+"""Stacks that tests may kill, and processes that tests start."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from killable_stack import KillableStack, settings_with_free_ports
+
+
+@pytest.fixture(scope="module")
+def killable() -> Iterator[KillableStack]:
+    home = Path(tempfile.mkdtemp(prefix="gristmill-killable-"))
+    settings = settings_with_free_ports(home)
+    settings.save()
+    stack = KillableStack(settings)
+    try:
+        stack.supervisor.up()
+        yield stack
+    finally:
+        stack.supervisor.down()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture
+def ended() -> Iterator[Callable[[psutil.Popen], psutil.Popen]]:
+    """Ends what a test starts itself."""
+    started: list[psutil.Popen] = []
+
+    def remember(process: psutil.Popen) -> psutil.Popen:
+        started.append(process)
+        return process
+
+    yield remember
+    for process in started:
+        if process.is_running():
+            process.kill()
+        process.wait(10)
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server

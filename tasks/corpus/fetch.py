@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ from tasks.runtime.stage import Workspace
 
 SEGMENTS = "_segments"
 FAILURES_TO_GIVE_UP = 5  # requests in a row without any answer: the host is down
+HOSTS_AT_ONCE = 200  # of one partition; each has its own connections
 MAX_ERROR_BODY = 64 * 1024
 MAX_SITEMAP_BYTES = 50 * 1024 * 1024
 REDIRECT = frozenset({301, 302, 303, 307, 308})
@@ -60,6 +62,7 @@ class HostPlan:
     robots: dict[str, Robots] = field(default_factory=dict)  # by origin
     delay: float | None = None  # seconds; None while its robots.txt is unknown
     not_before: float = 0  # Unix time
+    left: str = ""  # why it is asked nothing more
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ class HostResult:
     not_before: float
     robots: dict[str, Robots]
     sitemaps: tuple[str, ...]  # named by robots.txt
+    left: str
     requests: int
     bytes: int
     paused: float  # seconds this host made us wait
@@ -266,7 +270,13 @@ async def _fetch(plan: Plan, segments: _Segments, done: list[Outcome]) -> list[H
         fetchers = [
             HostFetcher(host, plan, session, resolver, segments, done) for host in plan.hosts
         ]
-        await asyncio.gather(*(fetcher.run() for fetcher in fetchers))
+        room = asyncio.Semaphore(HOSTS_AT_ONCE)
+
+        async def fetch_host(fetcher: HostFetcher) -> None:
+            async with room:
+                await fetcher.run()
+
+        await asyncio.gather(*(fetch_host(fetcher) for fetcher in fetchers))
     return [fetcher.result() for fetcher in fetchers]
 
 
@@ -286,7 +296,7 @@ class _Answer:
     modified: str
     content_type: str
     charset: str | None
-    directives: str
+    directives: tuple[str, ...]
     location: str
     retry_after: float | None
     refused: str = ""  # why the body was not read to its end
@@ -313,12 +323,17 @@ class HostFetcher:
         self._last_start = -math.inf  # monotonic seconds, like _hold_until
         self._hold_until = time.monotonic() + max(host.not_before - time.time(), 0)
         self._silent = 0  # requests in a row without an answer
-        self._requests = self._bytes = 0
+        self._left = host.left
         self._paused = 0.0
-        finished = {outcome.url for outcome in done}
-        for outcome in done:
-            if outcome.kind == "robots" and host_of(outcome.url) == host.host and outcome.robots:
+        own = [outcome for outcome in done if host_of(outcome.url) == host.host]
+        self._requests, self._bytes = len(own), sum(outcome.bytes for outcome in own)
+        for outcome in own:
+            if outcome.robots is not None:
                 self._set_robots(outcome.url.removesuffix("/robots.txt"), Robots(**outcome.robots))
+            if outcome.fetched_at:  # the delay goes on across a restart
+                ago = time.time() - datetime.fromisoformat(outcome.fetched_at).timestamp()
+                self._last_start = max(self._last_start, time.monotonic() - max(ago, 0.0))
+        finished = {outcome.url for outcome in own}
         self._waiting = deque((r, 1) for r in host.requests if r.url not in finished)
 
     def result(self) -> HostResult:
@@ -328,6 +343,7 @@ class HostFetcher:
             time.time() + max(self._pause(), 0),
             self._robots,
             tuple(self._sitemaps()),
+            self._left,
             self._requests,
             self._bytes,
             round(self._paused, 3),
@@ -373,8 +389,8 @@ class HostFetcher:
 
     async def _verdict(self, request: Request) -> Outcome | None:
         """The outcome of a request that must not be made; None when it may."""
-        if self._silent >= FAILURES_TO_GIVE_UP:
-            return self._unasked(request, "error", "host gives no answer")
+        if self._left:
+            return self._unasked(request, "error", self._left)
         place = self._aliases.place(request.url)
         origin = _origin(request.url)
         if origin not in self._robots:
@@ -464,12 +480,15 @@ class HostFetcher:
             )
             if not final:
                 self._silent += 1
+                if self._silent >= FAILURES_TO_GIVE_UP:
+                    self._left = "host gives no answer"
             failed = Outcome(request.url, request.kind, "error", reason)
             result = (failed, ()) if final else _Retry(failed, (), None)
         if isinstance(result, _Retry):
             self._slow_down(result.after, attempt)
-            too_long = result.after is not None and result.after > self._limits.max_delay
-            if attempt <= self._limits.retries and not too_long:
+            if result.after is not None and result.after > self._limits.max_delay:
+                self._left = "host asks for a pause longer than max_delay"
+            if attempt <= self._limits.retries and not self._left:
                 self._waiting.append((request, attempt + 1))
                 return
             outcome, records = result.outcome, result.records
@@ -633,7 +652,7 @@ class HostFetcher:
                 response.headers.get("Last-Modified", ""),
                 content_type,
                 response.charset,
-                ",".join(response.headers.getall("X-Robots-Tag", [])),
+                tuple(response.headers.getall("X-Robots-Tag", [])),
                 response.headers.get("Location", ""),
                 _retry_after(response.headers.get("Retry-After", "")),
                 refused,

@@ -58,6 +58,7 @@ HOSTS = pa.schema(
         ("delay", pa.float64()),  # seconds between requests; null until robots.txt was asked
         ("not_before", pa.float64()),
         ("robots", pa.string()),  # JSON: origin → what its robots.txt said
+        ("left", pa.string()),  # why it is asked nothing more, or empty
         ("requests", pa.int64()),
         ("bytes", pa.int64()),
         ("paused", pa.float64()),  # seconds
@@ -108,6 +109,7 @@ class Host:
     delay: float | None = None
     not_before: float = 0.0
     robots: dict[str, Robots] = field(default_factory=dict)
+    left: str = ""
     requests: int = 0
     bytes: int = 0
     paused: float = 0.0
@@ -183,6 +185,8 @@ class Frontier:
     def generate(self) -> list[HostPlan]:
         """The next round's requests by host: nearest to the seeds first, as many as fit."""
         left = self.max_pages - sum(a.is_document for a in self.addresses.values())
+        if left <= 0:
+            return []
         queued = [a for a in self.addresses.values() if a.state == "queued"]
         queued.sort(key=lambda a: (a.kind != "sitemap", a.depth))  # stable: then by discovery
         chosen: dict[str, list[Request]] = {}
@@ -197,7 +201,9 @@ class Frontier:
         plans = []
         for host, requests in sorted(chosen.items()):
             row = self.hosts[host]
-            plans.append(HostPlan(host, tuple(requests), row.robots, row.delay, row.not_before))
+            plans.append(
+                HostPlan(host, tuple(requests), row.robots, row.delay, row.not_before, row.left)
+            )
         return plans
 
     def _room(self, host: str) -> int:
@@ -243,7 +249,8 @@ class Frontier:
                 self._follow(address, outcome, found)
         for result in hosts:
             row = self.hosts[result.host]
-            row.delay, row.not_before, row.robots = result.delay, result.not_before, result.robots
+            row.delay, row.not_before = result.delay, result.not_before
+            row.robots, row.left = result.robots, result.left
             row.requests += result.requests
             row.bytes += result.bytes
             row.paused += result.paused

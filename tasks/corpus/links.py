@@ -16,6 +16,9 @@ from tasks.corpus.urls import canonical_url
 MAX_LINKS = 10_000  # of one page
 MAX_SITEMAP_LINKS = 50_000  # sitemaps.org's own limit
 MAX_SITEMAP_BYTES = 50 * 1024 * 1024
+_VALUED_DIRECTIVES = frozenset(
+    {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
+)
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,10 @@ class PageLinks:
 
 
 def page_links(
-    body: bytes, url: str, charset: str | None, directives: str, agent: str
+    body: bytes, url: str, charset: str | None, directives: Iterable[str], agent: str
 ) -> PageLinks:
-    """Read an HTML page. `directives` is its X-Robots-Tag header; `agent` our product token."""
-    noindex, nofollow = _directives(directives.split(","), agent)
+    """Read an HTML page. `directives` are its X-Robots-Tag headers; `agent` our product token."""
+    noindex, nofollow = robots_directives(directives, agent)
     try:
         known = codecs.lookup(charset).name if charset else None
     except LookupError:
@@ -50,7 +53,7 @@ def page_links(
         if tag == "base" and base == url and element.get("href"):
             base = _canonical(element.get("href"), url) or url
         elif tag == "meta" and (element.get("name") or "").lower() in ("robots", agent.lower()):
-            found = _directives((element.get("content") or "").split(","), agent)
+            found = robots_directives([element.get("content") or ""], agent)
             noindex, nofollow = noindex or found[0], nofollow or found[1]
         elif tag == "link" and "canonical" in (element.get("rel") or "").lower().split():
             canonical = _canonical(element.get("href") or "", base)
@@ -64,19 +67,18 @@ def page_links(
     return PageLinks(links, canonical, noindex, nofollow, invalid)
 
 
-def _directives(values: Iterable[str], agent: str) -> tuple[bool, bool]:
-    """(noindex, nofollow) of robots directives; `otherbot: noindex` speaks to somebody else."""
-    noindex = nofollow = False
-    for value in values:
-        text = value.strip().lower()
-        name, colon, rest = text.partition(":")
-        if colon and name not in ("unavailable_after", "max-snippet", "max-image-preview"):
-            if name.strip() != agent.lower():
+def robots_directives(lines: Iterable[str], agent: str) -> tuple[bool, bool]:
+    """(noindex, nofollow) of robots directives; `otherbot: noindex, nofollow` is for another."""
+    words: set[str] = set()
+    for line in lines:
+        text = line.strip().lower()
+        addressee = re.match(r"([\w-]+)\s*:", text)
+        if addressee and addressee.group(1) not in _VALUED_DIRECTIVES:
+            if addressee.group(1) != agent.lower():
                 continue
-            text = rest.strip()
-        noindex = noindex or text in ("noindex", "none")
-        nofollow = nofollow or text in ("nofollow", "none")
-    return noindex, nofollow
+            text = text[addressee.end() :]
+        words |= {word.strip() for word in text.split(",")}
+    return bool(words & {"noindex", "none"}), bool(words & {"nofollow", "none"})
 
 
 def _canonical(href: str, base: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 from fastwarc.warc import ArchiveIterator
 from loopback_site import Crawler, LoopbackSite, page
+from multidict import CIMultiDict
 
 from tasks.corpus.crawl import CrawlConfig
 from tasks.corpus.warc import payload_digest
@@ -126,13 +127,15 @@ def test_retry_after_is_honoured(crawler: Crawler) -> None:
     assert result.counts["pages"] == 1
 
 
-def test_a_retry_after_beyond_the_limit_ends_the_attempt(crawler: Crawler) -> None:
+def test_a_host_that_asks_for_too_long_a_pause_is_left(crawler: Crawler) -> None:
     answer = {"Retry-After": "86400"}
     broken = {"/a": lambda: web.Response(status=503, headers=answer)}
     with LoopbackSite(small_site(**broken)) as site:
-        result = crawler.crawl(site.url, max_delay=0.2)
+        result = crawler.crawl(site.url, max_delay=0.2, parallel=1)
     assert site.paths["/a"] == 1
     assert result.reason(f"{site.url}/a") == ("error", "HTTP 503")
+    assert result.reason(f"{site.url}/b")[1] == "host asks for a pause longer than max_delay"
+    assert "/b" not in site.paths
 
 
 def test_redirects_are_followed_bounded_and_loops_end(crawler: Crawler) -> None:
@@ -184,7 +187,9 @@ def test_private_addresses_are_reached_only_at_their_seed(crawler: Crawler) -> N
 
 def test_noindex_nofollow_and_canonical(crawler: Crawler) -> None:
     def tagged() -> web.Response:
-        headers = {"X-Robots-Tag": "otherbot: nofollow, noindex"}
+        headers = CIMultiDict(
+            [("X-Robots-Tag", "otherbot: nofollow, none"), ("X-Robots-Tag", "gristmill: noindex")]
+        )
         return web.Response(text=page("/d"), content_type="text/html", headers=headers)
 
     pages = {

@@ -1,0 +1,148 @@
+"""Robots rules, page links and the guard against private addresses, each alone."""
+
+import gzip
+import socket
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks.corpus.guard import is_public, private_seeds
+from tasks.corpus.links import page_links, robots_directives, sitemap_links
+from tasks.corpus.robots import Robots
+
+BASE = "http://example.org/dir/page.html"
+
+
+def robots(text: str) -> Robots:
+    return Robots.of_response(200, text.encode())
+
+
+def test_longest_match_and_most_specific_group_decide() -> None:
+    rules = robots(
+        "User-agent: *\nDisallow: /\n\nUser-agent: Gristmill\nDisallow: /a\nAllow: /a/b$\n"
+        "Disallow: /*.cgi\nCrawl-delay: 0.5\n"
+    )
+    assert rules.allows("http://e.org/other", "Gristmill")
+    assert not rules.allows("http://e.org/a/c", "Gristmill")
+    assert rules.allows("http://e.org/a/b", "Gristmill")
+    assert not rules.allows("http://e.org/x.cgi?y", "Gristmill")
+    assert not rules.allows("http://e.org/other", "Elsebot")
+    assert rules.crawl_delay("Gristmill") == 0.5
+    assert rules.crawl_delay("Elsebot") is None
+
+
+@pytest.mark.parametrize(
+    ("status", "policy"), [(200, "rules"), (404, "all"), (401, "all"), (429, "none"), (502, "none")]
+)
+def test_the_status_of_robots_decides(status: int, policy: str) -> None:
+    assert Robots.of_response(status, b"").policy == policy
+
+
+@given(st.binary(max_size=300))
+def test_any_bytes_are_a_robots_file(data: bytes) -> None:
+    rules = Robots.of_response(200, data)
+    assert rules.allows("http://e.org/", "Gristmill") in (True, False)
+    rules.crawl_delay("Gristmill")
+    assert isinstance(rules.sitemaps, list)
+
+
+def test_request_rate_counts_as_a_delay() -> None:
+    assert robots("User-agent: *\nRequest-rate: 1/5\nCrawl-delay: 2\n").crawl_delay("x") == 5
+
+
+def test_links_are_resolved_deduplicated_and_in_order() -> None:
+    html = b"""<html><head><base href="/other/"><link rel="canonical" href="x.html">
+    <body><a href="b">b</a><a href="a#1">a</a><a href=" b ">again</a><a href="#top">top</a>
+    <a href="javascript:x()">js</a><a href="tel:1">t</a><a href="http://a b/">bad</a>
+    <area href="/map"><a rel="external NoFollow" href="/no">no</a><a name="anchor">none</a>"""
+    found = page_links(html, BASE, None, (), "Gristmill")
+    assert found.links == (
+        "http://example.org/other/b",
+        "http://example.org/other/a",
+        "http://example.org/map",
+    )
+    assert found.canonical == "http://example.org/other/x.html"
+    assert found.invalid == 1
+
+
+@given(st.binary(max_size=400))
+def test_any_bytes_are_a_page_and_a_sitemap(data: bytes) -> None:
+    page_links(data, BASE, "utf-8", (), "Gristmill")
+    page_links(b"<p>" + data, BASE, "no-such-charset", (), "Gristmill")
+    for body in (data, b"<urlset>" + data, b"\x1f\x8b" + data):
+        try:
+            sitemap_links(body, BASE)
+        except ValueError as error:
+            assert str(error)
+
+
+def test_pages_with_nuls_and_deep_nesting_still_have_links() -> None:
+    body = b"<div>" * 20_000 + b'\x00<a href="/late\x00r">x</a>'
+    page_links(body, BASE, None, (), "Gristmill")
+    found = page_links(b'<p>\x00\x00</p><a href="/x">x</a>', BASE, "utf-16-nonsense", (), "g")
+    assert found.links == ("http://example.org/x",)
+
+
+def test_directives_speak_to_whom_they_name() -> None:
+    assert robots_directives(["noindex, nofollow"], "Gristmill") == (True, True)
+    assert robots_directives(["none"], "Gristmill") == (True, True)
+    assert robots_directives(["otherbot: noindex, nofollow"], "Gristmill") == (False, False)
+    assert robots_directives(["GRISTMILL: nofollow", "all"], "Gristmill") == (False, True)
+    assert robots_directives(["max-snippet: 5, noindex"], "Gristmill") == (True, False)
+
+
+def test_sitemaps_of_every_kind() -> None:
+    xml = b"""\xef\xbb\xbf<?xml version="1.0"?><urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">
+    <url><loc> http://example.org/a </loc><image><loc>http://example.org/i.png</loc></image></url>
+    <url><loc>/b&amp;c</loc></url></urlset>"""
+    assert sitemap_links(xml, BASE)[0] == ("http://example.org/a", "http://example.org/b&c")
+    assert sitemap_links(gzip.compress(xml), BASE) == sitemap_links(xml, BASE)
+    assert sitemap_links(b"http://example.org/x\n\nnot one\n", BASE)[0][0] == "http://example.org/x"
+    index = b"<sitemapindex><sitemap><loc>/s2.xml</loc></sitemap></sitemapindex>"
+    assert sitemap_links(index, BASE) == ((), ("http://example.org/s2.xml",))
+    bomb = b"<!DOCTYPE x [<!ENTITY a 'aaaaaaaaaa'><!ENTITY b '&a;&a;&a;'>]><urlset>&b;</urlset>"
+    assert sitemap_links(bomb, BASE) == ((), ())
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        "127.8.8.8",
+        "10.0.0.1",
+        "192.168.1.1",
+        "172.16.0.1",
+        "169.254.169.254",
+        "100.64.0.1",
+        "0.0.0.0",
+        "224.0.0.1",
+        "255.255.255.255",
+        "::1",
+        "::",
+        "fe80::1%eth0",
+        "fc00::1",
+        "::ffff:127.0.0.1",
+        "::ffff:10.0.0.1",
+        "2002:7f00:1::",
+        "64:ff9b::7f00:1",
+        "not an address",
+    ],
+)
+def test_private_addresses_are_recognised(address: str) -> None:
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["1.1.1.1", "93.184.216.34", "2606:4700::1111"])
+def test_public_addresses_are_recognised(address: str) -> None:
+    assert is_public(address)
+
+
+def test_only_private_seeds_open_a_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(host: str, port: int, **_: object) -> list[object]:
+        ip = {"public.example": "93.184.216.34", "mixed.example": "93.184.216.34"}.get(host, host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port))]
+
+    monkeypatch.setattr("tasks.corpus.guard.socket.getaddrinfo", answers)
+    seeds = ["http://127.0.0.1:4202/", "https://public.example/", "http://10.1.1.1/"]
+    assert private_seeds(seeds) == (("10.1.1.1", 80), ("127.0.0.1", 4202))

@@ -1,4 +1,7 @@
-"""Runs every benchmark and writes `benchmarks/RESULTS.md`: `python -m benchmarks [--quick]`."""
+"""Runs every benchmark: `python -m benchmarks [--quick] [NAME …]`.
+
+Without names it rewrites `benchmarks/RESULTS.md`.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,10 @@ def section(name: str, output: str, result: dict[str, Any] | None) -> str:
     return f"## {name}: {verdict}\n\n```\n{output.strip()}\n```\n"
 
 
+def verdict(results: dict[str, tuple[str, dict[str, Any] | None]]) -> int:
+    return 0 if all(result and not result["missed"] for _, result in results.values()) else 1
+
+
 def main() -> int:
     """0 only if every benchmark met every target."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -54,13 +61,17 @@ def main() -> int:
         parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(known)}")
     options = ["--quick"] if arguments.quick else []
     results = {name: run(name, options) for name in arguments.names or known}
-    machine = next((result["machine"] for _, result in results.values() if result), {})
+    machine: dict[str, Any] = next(
+        (result["machine"] for _, result in results.values() if result), {}
+    )
+    if arguments.names:
+        return verdict(results)
     about = ", ".join(f"{key} {value}" for key, value in machine.items())
     how = "python -m benchmarks" + (" --quick" if arguments.quick else "")
     parts = [section(name, *outcome) for name, outcome in results.items()]
     text = f"# Benchmark results\n\nWritten by `{how}`. Machine: {about}.\n\n" + "\n".join(parts)
     (HERE / "RESULTS.md").write_text(text)
-    return 0 if all(result and not result["missed"] for _, result in results.values()) else 1
+    return verdict(results)
 
 
 if __name__ == "__main__":

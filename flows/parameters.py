@@ -103,7 +103,7 @@ def explain(flow: str, model: type[BaseModel], error: ValidationError) -> str:
 
 
 def _sentence(flow: str, model: type[BaseModel], problem: Mapping[str, Any]) -> str:
-    place = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
+    place = _place(model, problem["loc"])
     key = ".".join(place)
     if problem["type"] == "extra_forbidden":
         names = _names_at(model, place[:-1])
@@ -117,6 +117,16 @@ def _sentence(flow: str, model: type[BaseModel], problem: Mapping[str, Any]) -> 
     given = json.dumps(problem["input"], default=str)
     shown = given if len(given) <= 80 else given[:77] + "…"
     return f"{key or flow} = {shown} is impossible: {message}" if key else f"{flow}: {message}"
+
+
+def _place(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """A location as a person writes it: without the tags pydantic adds for members of a union."""
+    *above, last = location
+    place: list[str] = []
+    for part in above:
+        if isinstance(part, int) or part in _names_at(model, place):
+            place.append(str(part))
+    return [*place, str(last)]
 
 
 def _names_at(model: type[BaseModel], place: Sequence[str]) -> list[str]:

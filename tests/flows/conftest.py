@@ -13,8 +13,9 @@ import pytest
 from killable_stack import KillableStack, settings_with_free_ports
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def killable() -> Iterator[KillableStack]:
+    """One stack for the command line's tests and then the supervisor's, which end it."""
     home = Path(tempfile.mkdtemp(prefix="gristmill-killable-"))
     settings = settings_with_free_ports(home)
     settings.save()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from killable_stack import KillableStack, settings_with_free_ports
+from killable_stack import KillableStack, settings_with_free_ports, until
 
 from flows import processes
 from flows.processes import Record
@@ -22,13 +22,6 @@ from flows.supervisor import Busy, Supervisor, cut_log
 from tasks.runtime.errors import UserError
 from tasks.runtime.rest import Refused, call
 from tasks.runtime.settings import Settings
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.2)
 
 
 def processes_of(settings: Settings) -> list[psutil.Process]:
@@ -133,55 +126,6 @@ def test_up_heals_what_died_while_nobody_watched(killable: KillableStack) -> Non
     killable.supervisor.up()
     assert set(killable.states().values()) == {"healthy"}
     assert not frozen.is_running()  # without a record it was found by its mark
-
-
-def test_a_run_outlives_its_runner(killable: KillableStack) -> None:
-    from flows.runs import Runs
-
-    runs = Runs(killable.settings)
-    run = runs.trigger("sleeper", {"nap": {"seconds": 6}})
-
-    def state() -> str:
-        return str(runs.ask(f"flow_runs/{run['id']}")["state_type"])
-
-    until(lambda: state() == "RUNNING")
-    killable.kill("worker")
-    until(lambda: state() != "RUNNING")
-    assert state() == "COMPLETED"
-
-
-def test_a_run_without_a_runner_can_still_be_cancelled(killable: KillableStack) -> None:
-    from flows.runs import Runs
-
-    runs = Runs(killable.settings)
-    until(lambda: killable.states()["worker"] == "healthy")
-    run = runs.trigger("sleeper", {"nap": {"seconds": 300}})
-    rows = {"flow_runs": {"id": {"any_": [run["id"]]}}}
-    until(lambda: [t["state_type"] for t in runs.ask("task_runs/filter", rows)] == ["RUNNING"])
-    (process,) = processes.flow_processes()[run["id"]]
-    killable.kill("worker")
-    ended = runs.cancel(runs.find(run["id"]))
-    until(lambda: runs.ask(f"flow_runs/{run['id']}")["state_type"] == "CANCELLED")
-    assert ended["state_type"] in ("CANCELLED", "CRASHED")
-    until(lambda: not process.is_running())
-    until(lambda: {t["state_type"] for t in runs.ask("task_runs/filter", rows)} == {"CANCELLED"})
-
-
-def test_a_run_killed_together_with_its_runner_does_not_stay_running(
-    killable: KillableStack,
-) -> None:
-    from flows.runs import Runs
-
-    runs = Runs(killable.settings)
-    until(lambda: killable.states()["worker"] == "healthy")
-    run = runs.trigger("sleeper", {"nap": {"seconds": 300}})
-    rows = {"flow_runs": {"id": {"any_": [run["id"]]}}}
-    until(lambda: [t["state_type"] for t in runs.ask("task_runs/filter", rows)] == ["RUNNING"])
-    (process,) = processes.flow_processes()[run["id"]]
-    killable.kill("worker")
-    process.kill()
-    until(lambda: runs.ask(f"flow_runs/{run['id']}")["state_type"] == "CRASHED")
-    until(lambda: {t["state_type"] for t in runs.ask("task_runs/filter", rows)} == {"CRASHED"})
 
 
 @pytest.mark.slow

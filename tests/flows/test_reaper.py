@@ -1,0 +1,100 @@
+"""Work that lost its owner: runs without a process, processes without a runner, jobs of no run."""
+
+from __future__ import annotations
+
+import pytest
+from killable_stack import KillableStack, until
+
+from flows import processes
+from flows.runs import Runs
+from tasks.runtime import job_board, jobs
+
+
+def test_a_run_outlives_its_runner(killable: KillableStack) -> None:
+    runs = Runs(killable.settings)
+    run = runs.trigger("sleeper", {"nap": {"seconds": 6}})
+
+    def state() -> str:
+        return str(runs.ask(f"flow_runs/{run['id']}")["state_type"])
+
+    until(lambda: state() == "RUNNING")
+    killable.kill("worker")
+    until(lambda: state() != "RUNNING")
+    assert state() == "COMPLETED"
+
+
+def test_a_run_without_a_runner_can_still_be_cancelled(killable: KillableStack) -> None:
+    runs = Runs(killable.settings)
+    until(lambda: killable.states()["worker"] == "healthy")
+    run = runs.trigger("sleeper", {"nap": {"seconds": 300}})
+    rows = {"flow_runs": {"id": {"any_": [run["id"]]}}}
+    until(lambda: [t["state_type"] for t in runs.ask("task_runs/filter", rows)] == ["RUNNING"])
+    (process,) = processes.flow_processes()[run["id"]]
+    killable.kill("worker")
+    ended = runs.cancel(runs.find(run["id"]))
+    until(lambda: runs.ask(f"flow_runs/{run['id']}")["state_type"] == "CANCELLED")
+    assert ended["state_type"] in ("CANCELLED", "CRASHED")
+    until(lambda: not process.is_running())
+    until(lambda: {t["state_type"] for t in runs.ask("task_runs/filter", rows)} == {"CANCELLED"})
+
+
+def test_a_run_killed_together_with_its_runner_does_not_stay_running(
+    killable: KillableStack,
+) -> None:
+    runs = Runs(killable.settings)
+    until(lambda: killable.states()["worker"] == "healthy")
+    run = runs.trigger("sleeper", {"nap": {"seconds": 300}})
+    rows = {"flow_runs": {"id": {"any_": [run["id"]]}}}
+    until(lambda: [t["state_type"] for t in runs.ask("task_runs/filter", rows)] == ["RUNNING"])
+    (process,) = processes.flow_processes()[run["id"]]
+    killable.kill("worker")
+    process.kill()
+    until(lambda: runs.ask(f"flow_runs/{run['id']}")["state_type"] == "CRASHED")
+    until(lambda: {t["state_type"] for t in runs.ask("task_runs/filter", rows)} == {"CRASHED"})
+
+
+def test_the_ray_job_of_a_cancelled_run_is_stopped_and_that_of_a_live_run_is_not(
+    killable: KillableStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = killable.settings
+    for name, value in settings.environment().items():
+        monkeypatch.setenv(name, value)
+    runs = Runs(settings)
+    until(lambda: killable.states()["worker"] == "healthy")
+    live = runs.trigger("sleeper", {"nap": {"seconds": 300}})
+    over = runs.trigger("sleeper", {"nap": {"seconds": 0}})
+    until(lambda: runs.ask(f"flow_runs/{live['id']}")["state_type"] == "RUNNING")
+    until(lambda: runs.ask(f"flow_runs/{over['id']}")["state_type"] == "COMPLETED")
+    client = jobs.client(settings)
+    submitted = {
+        run["id"]: client.submit_job(
+            entrypoint="sleep 300",
+            metadata={"gristmill_flow_run": run["id"]},
+            entrypoint_num_cpus=0,
+        )
+        for run in (live, over)
+    }
+    until(lambda: len(job_board.running_jobs(settings)) == 2)
+    state = {"type": "CANCELLED", "name": "Cancelled"}
+    runs.ask(f"flow_runs/{over['id']}/set_state", {"state": state, "force": True})
+    left = [job_board.RunningJob(submitted[live["id"]], live["id"])]
+    until(lambda: job_board.running_jobs(settings) == left)
+    runs.cancel(runs.find(live["id"]))
+    until(lambda: job_board.running_jobs(settings) == [])
+
+
+@pytest.mark.slow
+def test_a_run_taken_by_a_runner_that_died_is_scheduled_again(killable: KillableStack) -> None:
+    runs = Runs(killable.settings)
+    until(lambda: killable.states()["worker"] == "healthy")
+    deployment = runs.ask("deployments/name/sleeper/local")
+    later = {
+        "type": "SCHEDULED",
+        "name": "Scheduled",
+        "state_details": {"scheduled_time": "2999-01-01T00:00:00Z"},
+    }
+    run = runs.ask(f"deployments/{deployment['id']}/create_flow_run", {"state": later})
+    taken = {"state": {"type": "PENDING", "name": "Pending"}, "force": True}
+    runs.ask(f"flow_runs/{run['id']}/set_state", taken)
+    killable.kill("worker")
+    until(lambda: runs.ask(f"flow_runs/{run['id']}")["state_type"] == "COMPLETED", 120)

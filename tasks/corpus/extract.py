@@ -26,6 +26,7 @@ from tasks.corpus.documents import (
     selection_reports,
 )
 from tasks.corpus.killable import ChildDied, ChildTimeout, KillableChild
+from tasks.corpus.page_text import PLAIN_TYPES
 from tasks.corpus.pages import page_rows
 from tasks.corpus.records import DamagedRecord, Fetched, read_record, scan
 from tasks.corpus.sharding import run_shards
@@ -38,7 +39,7 @@ EXCERPT = 2000  # characters of a rejected page's HTML that are kept for inspect
 REMEDIES = {
     "": "check the seeds and the crawl's report of failures",
     "status": "check that the seeds answer with 200",
-    "content-type": "only HTML pages are read; seed pages, not files",
+    "content-type": "only HTML and plain text are read; seed pages, not files",
     "noindex": "the site asks not to be indexed; crawl another",
     "no-text": "the pages may need JavaScript, which is not run; seed static pages",
     "time-limit": "raise extract.seconds_per_document",
@@ -201,8 +202,10 @@ def _removed_by_head(found: Fetched) -> Removal | None:
         return Removal("status", f"answered with status {found.status}")
     stated = found.headers.get("content-type", "")
     kind = stated.partition(";")[0].strip().lower()
-    if kind not in HTML_TYPES and not (kind == "" and b"<html" in found.body[:2048].lower()):
-        return Removal("content-type", f"is {kind or 'of no stated type'}, not HTML")
+    if kind not in (*HTML_TYPES, *PLAIN_TYPES) and not (
+        kind == "" and b"<html" in found.body[:2048].lower()
+    ):
+        return Removal("content-type", f"is {kind or 'of no stated type'}, neither HTML nor text")
     directives = {word.strip().lower() for word in found.headers.get("x-robots-tag", "").split(",")}
     if directives & {"noindex", "none"}:
         return Removal("noindex", "X-Robots-Tag asks not to be indexed")

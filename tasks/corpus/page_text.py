@@ -18,6 +18,7 @@ from trafilatura.utils import load_html
 from tasks.corpus.charset import decode
 from tasks.corpus.killable import serve
 
+PLAIN_TYPES = ("text/plain", "text/markdown")
 _FENCE = re.compile(r"^(`{3,})", re.MULTILINE)
 _CODE_HEADING = re.compile(r"^(#{1,6} )(`+)(?!`)(.+?)(?<!`)\2$")
 _ESCAPE = re.compile(r"\\([\\`*_{}\[\]()<>#+\-.!|~\"])")
@@ -48,8 +49,13 @@ class PageText:
 
 
 def read_page(body: bytes, content_type: str = "", url: str = "") -> PageText:
-    """Extract one page. Never raises for odd HTML; a page without text gives an empty one."""
+    """Extract one page. Plain text and Markdown are taken as they are.
+
+    A page without text gives an empty one. Raises what the parser raises for what is no page.
+    """
     html, mended = decode(body, content_type)
+    if content_type.partition(";")[0].strip().lower() in PLAIN_TYPES:
+        return PageText(html.replace("\r\n", "\n").strip(), mended=mended)
     tree = load_html(html) if html.strip() else None
     if tree is None:
         return PageText(mended=mended)

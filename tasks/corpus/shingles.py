@@ -23,10 +23,13 @@ _SEPARATORS = re.compile(r"[\W_]+")
 # Scripts written without blanks: each character is a word, else a whole sentence would be one.
 _UNSPACED = re.compile("([\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])")
 _BLANK = 0x20
+_ASCII = "".join(chr(code).lower() if chr(code).isalnum() else " " for code in range(128))
 
 
 def normalise(text: str) -> str:
     """Lower case, letters and digits only, one blank between words. Idempotent."""
+    if text.isascii():
+        return " ".join(text.translate(_ASCII).split())
     spaced = _UNSPACED.sub(r" \1 ", text.casefold())
     return _SEPARATORS.sub(" ", spaced).strip()
 

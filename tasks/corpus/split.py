@@ -51,7 +51,7 @@ class SplitConfig(StageConfig):
     group_urls: tuple[str, ...] = (r"/(?:library|source|latest)/([^/]+)\.html$",)
     """Regular expressions with one group; addresses that give the same text stay together."""
     largest_group: float = Field(0.05, gt=0, le=1)
-    """A group with a larger share of the text is never held out: it would be most of the measure."""
+    """A group with a larger share of all text is never held out: it would be the whole measure."""
     common_groups: int = Field(20, ge=2)
     """A passage that stands in so many groups is boilerplate, and no leak of held-out text."""
 

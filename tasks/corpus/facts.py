@@ -14,9 +14,8 @@ from typing import Any
 
 from tasks.corpus.stdlib_docs import first_sentence
 
-SHORTEST, LONGEST = 3, 30  # words of a sentence that can be an answer
-LONGEST_CHARACTERS = 200
-MOST_PARAMETERS = 6
+SHORTEST = 3  # words of a sentence that can be an answer
+CHARACTERS_PER_WORD = 8  # above this, the words are not prose
 
 _HEADING = re.compile(r"^(#{1,6})\s+(.*?)\s*#*$")
 _FENCE = re.compile(r"^(```+|~~~+)")
@@ -64,15 +63,22 @@ class Section:
 
 
 def mine_entries(document: str, text: str) -> list[Fact]:
-    """The facts of a page of API documentation; none when its title is not a module's name."""
+    """The facts of a page of API documentation.
+
+    Such a page is titled by a module's name, and a heading below is a signature or a name in it;
+    or it has no other heading and the name is in small letters.
+    """
     whole = list(sections(text))
     if not whole or whole[0].level != 1:
         return []
     title = _MODULE.match(whole[0].heading)
     entries = [(section, _ENTRY.match(section.heading)) for section in whole[1:]]
-    if title is None or (whole[1:] and not any(match for _, match in entries)):
+    if title is None:
         return []
     module = title["name"]
+    stated = any(m and (m["signature"] or m["name"].startswith(f"{module}.")) for _, m in entries)
+    if not stated and (entries or not module.islower()):
+        return []
     facts = [_fact(document, module, "module", "", None, whole[0])]
     classes: set[str] = set()
     for section, match in entries:
@@ -129,14 +135,17 @@ def mentions(text: str) -> set[str]:
     return set(_CODE_NAME.findall(text))
 
 
-def is_answer(sentence: str) -> str | None:
-    """Why a sentence can't be an answer, as the name of a rule; None when it can."""
+def is_answer(sentence: str, longest: int = 30) -> str | None:
+    """Why a sentence can't be an answer, as the name of a rule; None when it can.
+
+    longest: words it may have.
+    """
     words = sentence.split()
     if not words:
         return "no sentence"
     if len(words) < SHORTEST:
         return "too short"
-    if len(words) > LONGEST or len(sentence) > LONGEST_CHARACTERS:
+    if len(words) > longest or len(sentence) > longest * CHARACTERS_PER_WORD:
         return "too long"
     if re.search(r"[a-z]{3}", sentence) is None or re.search(r"->|>>>|\|", sentence):
         return "not a sentence"

@@ -23,8 +23,8 @@ from typing import TypeVar
 import pyarrow as pa
 from pydantic import Field
 
-from tasks.corpus.facts import MOST_PARAMETERS, Fact, is_answer, mentions, mine_entries, mine_page
-from tasks.corpus.phrasings import Question, ask, phrasings, trained_questions
+from tasks.corpus.facts import Fact, is_answer, mentions, mine_entries, mine_page
+from tasks.corpus.phrasings import Question, Wording, ask, phrasings, trained_questions
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.ray_session import ray_session
@@ -52,14 +52,22 @@ class PairsConfig(StageConfig):
 
     facts: int = Field(0, ge=0)
     """Facts trained at most, those about the most mentioned modules first; 0 takes all."""
-    phrasings_per_fact: int = Field(8, ge=1, le=100)
-    """How many questions with the same answer are trained, each worded otherwise."""
+    phrasings_per_fact: int = Field(12, ge=1, le=200)
+    """Questions trained for what a thing does, each worded otherwise."""
+    phrasings_per_detail: int = Field(6, ge=1, le=200)
+    """Questions trained for its module, and for its parameters."""
+    altered: float = Field(0.4, ge=0, le=1)
+    """Share of trained questions in which small words are left out or put in."""
     where: bool = True
     """Also ask which module holds a function or class."""
     parameters: bool = True
     """Also ask for the parameters of a function or class."""
     questions_per_group: int = Field(500, ge=1)
     """Questions of each group the model is examined with."""
+    longest_sentence: int = Field(24, ge=3, le=200)
+    """Words of the longest sentence that is an answer."""
+    most_parameters: int = Field(4, ge=1, le=50)
+    """Functions with more parameters than this are not asked for them."""
     seed: int = Field(0, ge=0)
     """Chooses wordings and examination questions."""
 
@@ -108,7 +116,7 @@ def write_instruction_pairs(config: PairsConfig, work: Workspace, *, corpus: Man
         stated: set[str] = set()
         for _, found in session.map(_stated_shard, searches, label="Facts stated elsewhere"):
             stated |= found
-    chosen = select_facts(mined["train"], mined["heldout"], stated, mentioned, config.facts)
+    chosen = select_facts(config, mined["train"], mined["heldout"], stated, mentioned)
     if not chosen.trained:
         raise UserError(
             f"no page of the corpus's training split ({corpus.counts.get('train', 0)} documents) "
@@ -128,28 +136,29 @@ def write_instruction_pairs(config: PairsConfig, work: Workspace, *, corpus: Man
 
 
 def select_facts(
+    config: PairsConfig,
     train: Iterable[Fact],
     heldout: Iterable[Fact],
     stated: set[str],
     mentioned: Counter[str],
-    limit: int,
 ) -> Selection:
     """Decide what becomes of each fact.
 
     stated: names of held-out facts that some training document states as well; mentioned: how many
-    documents speak of a name; limit: most facts to train, 0 for all.
+    documents speak of a name.
     """
     result = Selection()
     kept: dict[str, list[Fact]] = {}
     train, heldout = list(train), list(heldout)
     names_held_out = {fact.name for fact in heldout}
-    by_layout = sum(f.kind != "page" for f in train if is_answer(f.sentence) is None)
+    longest = config.longest_sentence
+    by_layout = sum(f.kind != "page" and is_answer(f.sentence, longest) is None for f in train)
     pages = by_layout < ENOUGH_ENTRIES
     for split, facts in (("train", train), ("heldout", heldout)):
         seen: set[str] = set()
         kept[split] = []
         for fact in facts:
-            rule = is_answer(fact.sentence)
+            rule = is_answer(fact.sentence, longest)
             if fact.kind == "page" and not pages:
                 rule = "page beside documented names"
             elif rule is None and fact.name in seen:
@@ -173,7 +182,7 @@ def select_facts(
             else:
                 result.fates.append((fact, split, "ambiguous name"))
         named.sort(key=lambda fact: _rank(fact, mentioned))
-        cut = limit if limit and split == "train" else len(named)
+        cut = config.facts if config.facts and split == "train" else len(named)
         result.fates += [(fact, split, "beyond the number asked for") for fact in named[cut:]]
         (result.trained if split == "train" else result.unseen).extend(named[:cut])
     result.fates += [(fact, "train", "trained") for fact in result.trained]
@@ -190,7 +199,7 @@ def items_of(fact: Fact, config: PairsConfig) -> list[Item]:
     if config.where and short in fact.names and fact.home != "builtins":
         # The first is as people know it: `asyncio.sleep`, though it is written in asyncio.tasks.
         items.append(Item(fact, "where", fact.names[0].rpartition(".")[0]))
-    if config.parameters and fact.parameters and len(fact.parameters) <= MOST_PARAMETERS:
+    if config.parameters and fact.parameters and len(fact.parameters) <= config.most_parameters:
         items.append(Item(fact, "parameters", ", ".join(fact.parameters)))
     return items
 
@@ -199,23 +208,36 @@ def make_tables(config: PairsConfig, chosen: Selection) -> dict[str, pa.Table]:
     """The four tables; a function of the config and the facts."""
     trained = [item for fact in chosen.trained for item in items_of(fact, config)]
     unseen = [item for fact in chosen.unseen for item in items_of(fact, config)]
-    pairs: list[list[dict[str, str]]] = []
-    for item in trained:
-        draw = _draw(config.seed, "train", item)
-        wordings = trained_questions(item.question, item.fact, config.phrasings_per_fact, draw)
-        unique = {question: phrasing for phrasing, question in wordings}
-        pairs.append([_row(item, phrasing, text) for text, phrasing in unique.items()])
+    wordings = [_wordings(config, item) for item in trained]
     draw = random.Random(f"{config.seed}/groups")
     size = config.questions_per_group
-    seen = [draw.choice(rows) for rows in _sample(draw, pairs, size)]
+    asked = _sample(draw, list(zip(trained, wordings, strict=True)), size)
+    seen = [
+        _row(item, draw.choice([w for w in ways if not w.altered] or ways)) for item, ways in asked
+    ]
     recall = [_asked(config.seed, "recall", item) for item in _sample(draw, trained, size)]
     new = [_asked(config.seed, "unseen", item) for item in _sample(draw, unseen, size)]
     return {
-        "pairs-train": pa.Table.from_pylist([row for rows in pairs for row in rows], PAIRS),
+        "pairs-train": pa.Table.from_pylist(
+            [
+                _row(item, wording)
+                for item, ways in zip(trained, wordings, strict=True)
+                for wording in ways
+            ],
+            PAIRS,
+        ),
         "questions-seen": pa.Table.from_pylist(seen, PAIRS),
         "questions-recall": pa.Table.from_pylist(recall, PAIRS),
         "questions-unseen": pa.Table.from_pylist(new, PAIRS),
     }
+
+
+def _wordings(config: PairsConfig, item: Item) -> list[Wording]:
+    """How an item is asked in training; the same question is not asked twice."""
+    count = config.phrasings_per_fact if item.question == "what" else config.phrasings_per_detail
+    draw = _draw(config.seed, "train", item)
+    ways = trained_questions(item.question, item.fact, count, draw, config.altered)
+    return list({wording.text: wording for wording in ways}.values())
 
 
 def _asked(seed: int, group: str, item: Item) -> dict[str, str]:
@@ -223,17 +245,18 @@ def _asked(seed: int, group: str, item: Item) -> dict[str, str]:
     draw = _draw(seed, group, item)
     ways = phrasings(item.question, item.fact)
     phrasing = draw.choice(ways.never_trained if group == "recall" else ways.trained)
-    return _row(item, phrasing, ask(phrasing, item.question, item.fact, draw))
+    text = ask(phrasing, item.question, item.fact, draw)
+    return _row(item, Wording(phrasing, text, altered=False))
 
 
-def _row(item: Item, phrasing: str, question: str) -> dict[str, str]:
-    text = f"{item.fact.name}\n{item.question}\n{question}"
+def _row(item: Item, wording: Wording) -> dict[str, str]:
+    text = f"{item.fact.name}\n{item.question}\n{wording.text}"
     return {
         "id": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16],
         "fact": item.fact.name,
         "kind": item.question,
-        "phrasing": phrasing,
-        "question": question,
+        "phrasing": wording.phrasing,
+        "question": wording.text,
         "answer": item.answer,
     }
 
@@ -248,8 +271,9 @@ def _sample(draw: random.Random, population: list[T], size: int) -> list[T]:
 
 
 def _rank(fact: Fact, mentioned: Counter[str]) -> tuple[int, int, str]:
+    """What people ask about first: few dots in the name they use, then a module much mentioned."""
     home = fact.home or fact.name
-    return fact.name.count("."), -mentioned[home], fact.name
+    return fact.names[0].count("."), -mentioned[home], fact.name
 
 
 def _unambiguous(facts: list[Fact]) -> dict[str, str]:

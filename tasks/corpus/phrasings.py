@@ -168,17 +168,32 @@ def phrasings(question: Question, fact: Fact) -> Phrasings:
     return {"module": _MODULE, "page": _PAGE}.get(fact.kind, _WHAT)
 
 
+@dataclass(frozen=True)
+class Wording:
+    """One question as it is trained; `altered` when words around the name were changed."""
+
+    phrasing: str
+    text: str
+    altered: bool
+
+
 def trained_questions(
-    question: Question, fact: Fact, count: int, draw: random.Random
-) -> Iterator[tuple[str, str]]:
-    """`count` times (phrasing, question); every trained phrasing is used before one comes again."""
+    question: Question, fact: Fact, count: int, draw: random.Random, alter: float = 0.0
+) -> Iterator[Wording]:
+    """`count` wordings; every trained phrasing is used before one comes again.
+
+    alter: share of them in which small words come or go. It teaches that the name decides and not
+    the frame around it: without, 58% of seen phrasings and 35% of others were answered exactly.
+    """
     order: list[str] = []
-    for number in range(count):
-        if number % len(phrasings(question, fact).trained) == 0:
+    for _ in range(count):
+        if not order:
             order = list(phrasings(question, fact).trained)
             draw.shuffle(order)
         phrasing = order.pop()
-        yield phrasing, ask(phrasing, question, fact, draw)
+        altered = _altered(phrasing, draw) if draw.random() < alter else phrasing
+        text = ask(altered, question, fact, draw)
+        yield Wording(phrasing, text, altered != phrasing)
 
 
 def ask(phrasing: str, question: Question, fact: Fact, draw: random.Random) -> str:
@@ -193,6 +208,24 @@ def ask(phrasing: str, question: Question, fact: Fact, draw: random.Random) -> s
         if draw.random() < 0.6:
             text = text.rstrip("?.")
     return text.replace("{x}", _written(question, fact, draw))
+
+
+_SMALL_WORDS = (
+    *("please", "well", "so", "hey", "I", "just", "really", "actually", "thanks", "ok"),
+    *("the", "a", "this", "one", "my", "python", "code", "function"),
+    *("about", "here", "now", "in"),
+)
+
+
+def _altered(phrasing: str, draw: random.Random) -> str:
+    """The phrasing with about one word in six left out and one in twelve put in."""
+    words = []
+    for word in phrasing.split(" "):
+        if "{x}" in word or draw.random() >= 0.15:
+            words.append(word)
+        if draw.random() < 0.08:
+            words.append(draw.choice(_SMALL_WORDS))
+    return " ".join(words)
 
 
 def _written(question: Question, fact: Fact, draw: random.Random) -> str:

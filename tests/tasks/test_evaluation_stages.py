@@ -96,7 +96,9 @@ def test_the_vocabulary_is_learned_from_the_training_split(
 
 
 def test_a_vocabulary_beyond_the_corpus_is_one_clear_sentence(corpus: Manifest) -> None:
-    with pytest.raises(UserError, match=r"vocab_size 60000 is larger than the corpus supports \(\d"):
+    with pytest.raises(
+        UserError, match=r"vocab_size 60000 is larger than the corpus supports \(\d"
+    ):
         train_tokenizer(TokenizerConfig(vocab_size=60_000), corpus=corpus)
     assert all(m.config["vocab_size"] != 60_000 for m in Store.open().all("tokenizer"))
 

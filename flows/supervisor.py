@@ -37,6 +37,7 @@ from tasks.runtime.settings import Settings
 
 LOCK_PATIENCE = 180.0
 RECOVER_SECONDS = 20.0
+"""How long a living service may be too busy to answer before it counts as hung."""
 KEPT_LOG_BYTES = 5 * 2**20
 
 State = Literal["healthy", "starting", "not answering", "crashed", "stopped"]
@@ -193,12 +194,14 @@ class Supervisor:
         self.services = {service.name: service for service in services(self.settings)}
 
     def _missing(self) -> list[Service]:
-        with ThreadPoolExecutor(len(self.services)) as pool:
-            answers = pool.map(self._is_well, self.services.values())
-            well = dict(zip(self.services, answers, strict=True))
+        """What `up` has to start: the services that are not well, in the order of starting."""
+        own = [service for service in self.services.values() if service.inside is None]
+        with ThreadPoolExecutor(len(own)) as pool:
+            names = [service.name for service in own]
+            well = dict(zip(names, pool.map(self._is_well, own), strict=True))
         for service in self.services.values():
-            if service.inside is not None:  # what lives inside another service ends with it
-                well[service.name] &= well[service.inside]
+            if service.inside is not None:  # it ended with the service it lived in
+                well[service.name] = well[service.inside] and self._is_well(service)
         return [service for name, service in self.services.items() if not well[name]]
 
     def _start_in_order(self, chosen: list[Service]) -> None:
@@ -237,18 +240,19 @@ class Supervisor:
             CHECKOUT,
         )
         record.write(self.run / f"{service.name}.json")
+        deadline = begun + service.start_seconds
         while not self._stopping.is_set():
             alive = record.alive
-            if (alive or not service.stays) and service.healthy(record):
-                if service.stays or not alive:
-                    self.say(f"{service.name} is up ({time.monotonic() - begun:.1f} s)")
-                    return
-            elif not alive:
+            if service.stays and not alive:
                 raise UserError(self._why(service, "ended while starting"))
-            if time.monotonic() - begun > service.start_seconds:
-                raise UserError(
-                    self._why(service, f"did not answer within {service.start_seconds:.0f} s")
-                )
+            if not service.stays and not alive:  # it has done what it could
+                deadline = min(deadline, time.monotonic() + RECOVER_SECONDS)
+            if alive == service.stays and service.healthy(record):
+                self.say(f"{service.name} is up ({time.monotonic() - begun:.1f} s)")
+                return
+            if time.monotonic() > deadline:
+                spent = time.monotonic() - begun
+                raise UserError(self._why(service, f"did not answer within {spent:.0f} s"))
             time.sleep(0.1)
 
     def _why(self, service: Service, what: str) -> str:
@@ -332,7 +336,7 @@ class Supervisor:
             tuple(sorted(f"{key}={value}" for key, value in service.environment.items())),
         ):
             return False
-        deadline = time.monotonic() + (RECOVER_SECONDS if service.stays else 2)
+        deadline = time.monotonic() + RECOVER_SECONDS
         while not service.healthy(record):
             if time.monotonic() > deadline or (service.stays and not record.alive):
                 return False

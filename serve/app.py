@@ -152,6 +152,10 @@ def _card(served: ServedModel) -> dict[str, Any]:
         "version": spec.version,
         "system_fingerprint": spec.system_fingerprint,
         "artifact": spec.artifact,
+        "parameters": served.parameters,
+        "title": spec.title,
+        "corpus": spec.corpus,
+        "examples": spec.examples,
         "lineage": spec.lineage,
         "scores": spec.scores,
     }

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from serve.about import about
 from serve.host import ModelSpec
 from tasks.registry.models import Version
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.rest import Refused, call
 from tasks.runtime.settings import Settings
+from tasks.runtime.store import Store
 
 APPLICATION = "gristmill"
 DEPLOYMENT = "Endpoint"
@@ -26,8 +28,9 @@ def fingerprint_of(version: Version) -> str:
     return f"{version.model}-{version.version}-{version.fingerprint[:12]}"
 
 
-def specification(settings: Settings, version: Version) -> ModelSpec:
+def specification(settings: Settings, version: Version, artifact: Manifest) -> ModelSpec:
     """What a replica needs to know to serve a version."""
+    known = about(Store.open(settings), artifact)
     lineage = {"run": version.run_id, "artifact": version.artifact, **version.lineage}
     return ModelSpec(
         name=version.model,
@@ -37,6 +40,9 @@ def specification(settings: Settings, version: Version) -> ModelSpec:
         artifact=version.artifact,
         lineage=lineage,
         scores=dict(version.scores),
+        title=known.title,
+        corpus=known.corpus,
+        examples=known.examples,
     )
 
 
@@ -60,7 +66,7 @@ def deploy(
             f"{version.model} version {version.version} is artifact {version.artifact}, "
             f"not {artifact.stage}/{artifact.fingerprint}; deploy the version's own artifact"
         )
-    spec = specification(settings, version)
+    spec = specification(settings, version, artifact)
     apply_config(settings, spec, replicas)
     wait_until_served(settings, spec.system_fingerprint, replicas, timeout, on_wait)
     return spec.system_fingerprint

@@ -33,6 +33,9 @@ class ModelSpec(BaseModel):
     artifact: str = Field(description="stage/fingerprint of the model in the store")
     lineage: dict[str, str] = Field(default_factory=dict)
     scores: dict[str, float] = Field(default_factory=dict)
+    title: str = Field("", description="what the chat page invites to ask about")
+    corpus: str = Field("", description="what the model was trained on, in words")
+    examples: tuple[str, ...] = Field((), description="questions the chat page offers")
     slots: int = Field(32, ge=1, description="sequences generated at the same time")
     max_waiting: int = Field(256, ge=0, description="sequences that may wait for a slot")
     threads: int = Field(1, ge=1, description="CPU cores the engine may use")
@@ -48,6 +51,7 @@ class ServedModel:
 
     spec: ModelSpec
     engine: Engine
+    parameters: int
     since: float = field(default_factory=time.time)
     leases: int = 0
 
@@ -168,7 +172,8 @@ class ModelHost:
         if not finished.wait(WARM_UP_SECONDS) or not engine.healthy:
             engine.close()
             raise RuntimeError(f"the engine gave no token within {WARM_UP_SECONDS} s")
-        return ServedModel(spec, engine)
+        parameters = sum(p.numel() for p in loaded.model.parameters())
+        return ServedModel(spec, engine, parameters)
 
     def _retire(self, old: ServedModel) -> None:
         """End an engine when the last request that leased it is answered."""

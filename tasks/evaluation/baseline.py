@@ -32,7 +32,7 @@ DOCUMENTS = pa.schema([("id", pa.string()), ("bytes", pa.int64())])
 class BaselineConfig(StageConfig):
     """Which held-out text is scored, and what compressors have read before."""
 
-    heldout_megabytes: float = Field(1.0, gt=0)
+    heldout_megabytes: float = Field(0.5, gt=0)
     """Held-out text that is scored; more than this is sampled by document."""
     training_megabytes: float = Field(32.0, gt=0)
     """Training text the compressors are conditioned on; more than this is sampled by document."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from model.chat import Tokenizer
 from model.transformer import Transformer
 
-TOKENS_PER_BATCH = 8192
+TOKENS_PER_BATCH = 4096
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from tasks.training.options import OptimizerOptions, ScheduleOptions, TrainingCo
 class FinetuneConfig(TrainingConfig):
     """How the base model learns to answer. Only the answers count in the loss."""
 
-    passes: int = Field(10, ge=1)
-    """Times every question is seen."""
+    passes: int = Field(1, ge=1)
+    """Times every question is seen; the pairs stage words each fact in many questions already."""
     sequence: int = Field(256, ge=2)
     """Tokens of one packed sequence; a longer conversation is left out."""
     replay: float = Field(0.25, ge=0, le=0.95)

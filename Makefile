@@ -4,7 +4,10 @@
 # make bench  every benchmark, quickly; rewrites benchmarks/RESULTS.md
 # make lint   make clean   make down
 
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first Python of a version we support that really starts.
+PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
+  $$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
+  && { echo $$python; break; }; done)
 VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 PYTEST := $(VENV)/bin/python -m pytest
@@ -20,7 +23,7 @@ env: $(VENV)/installed
 
 # The directory is made anew when the interpreter is another one or an earlier attempt broke off.
 $(VENV)/made:
-	@test -n "$(PYTHON)" || { echo "no python3 found; install Python 3.11 or 3.12" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 found; install one" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
 	  { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); choose one: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV) || \

@@ -1,78 +1,59 @@
-"""Runs every benchmark: `python -m benchmarks [--quick] [NAME …]`.
-
-Without names it rewrites `benchmarks/RESULTS.md`.
-"""
+"""Runs every benchmark and rewrites `benchmarks/RESULTS.md`: `python -m benchmarks [--quick]`."""
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-HERE = Path(__file__).resolve().parent
-SUPPORT = ("__init__", "__main__", "report", "stack")
-LIMIT_SECONDS = 3600
+from benchmarks.report import machine
 
-
-def run(name: str, options: list[str]) -> tuple[str, dict[str, Any] | None]:
-    """A benchmark's output and the JSON object of its last line; None if it broke off."""
-    command = [sys.executable, str(HERE / f"{name}.py"), *options]
-    print(f"== {name}", flush=True)
-    try:
-        done = subprocess.run(
-            command, cwd=HERE.parent, capture_output=True, text=True, timeout=LIMIT_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return f"not done after {LIMIT_SECONDS} s", None
-    print(done.stdout, end="", flush=True)
-    *lines, last = done.stdout.strip().splitlines() or [""]
-    try:
-        return "\n".join(lines), json.loads(last)
-    except ValueError:
-        print(done.stderr, file=sys.stderr)
-        return (done.stderr or done.stdout).strip()[-2000:], None
+FOLDER = Path(__file__).parent
+NOT_BENCHMARKS = {"__init__", "__main__", "report", "stack"}
 
 
-def section(name: str, output: str, result: dict[str, Any] | None) -> str:
-    if result is None:
-        verdict = "broke off"
-    else:
-        missed = ", ".join(result["missed"])
-        verdict = f"missed: {missed}" if missed else "every target met"
-    return f"## {name}: {verdict}\n\n```\n{output.strip()}\n```\n"
-
-
-def verdict(results: dict[str, tuple[str, dict[str, Any] | None]]) -> int:
-    return 0 if all(result and not result["missed"] for _, result in results.values()) else 1
-
-
-def main() -> int:
-    """0 only if every benchmark met every target."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("names", nargs="*", help="benchmarks to run (default: all)")
-    arguments = parser.parse_args()
-    known = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in SUPPORT)
-    unknown = [name for name in arguments.names if name not in known]
-    if unknown:
-        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(known)}")
-    options = ["--quick"] if arguments.quick else []
-    results = {name: run(name, options) for name in arguments.names or known}
-    machine: dict[str, Any] = next(
-        (result["machine"] for _, result in results.values() if result), {}
+def run(script: Path, quick: bool) -> tuple[str, bool]:
+    """What a benchmark printed, and whether it reached every target."""
+    command = [sys.executable, str(script), *(["--quick"] if quick else [])]
+    done = subprocess.run(
+        command, cwd=FOLDER.parent, stdout=subprocess.PIPE, text=True, timeout=3600, check=False
     )
-    if arguments.names:
-        return verdict(results)
-    about = ", ".join(f"{key} {value}" for key, value in machine.items())
-    how = "python -m benchmarks" + (" --quick" if arguments.quick else "")
-    parts = [section(name, *outcome) for name, outcome in results.items()]
-    text = f"# Benchmark results\n\nWritten by `{how}`. Machine: {about}.\n\n" + "\n".join(parts)
-    (HERE / "RESULTS.md").write_text(text)
-    return verdict(results)
+    print(done.stdout, flush=True)
+    return done.stdout, done.returncode == 0
+
+
+def section(name: str, output: str, reached: bool) -> str:
+    """The benchmark's own table, without progress lines before it or the JSON line after it."""
+    lines = output.rstrip().splitlines()
+    heads = [i for i, line in enumerate(lines) if line.startswith("metric")]
+    table = "\n".join(lines[heads[-1] if heads else 0 : -1])
+    verdict = "every target reached" if reached else "**a target was missed**"
+    return f"## {name}\n\n{verdict}\n\n```\n{table}\n```\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the short form of each benchmark")
+    quick = parser.parse_args().quick
+    scripts = [path for path in sorted(FOLDER.glob("*.py")) if path.stem not in NOT_BENCHMARKS]
+    sections, missed = [], []
+    for script in scripts:
+        print(f"== {script.stem}", flush=True)
+        output, reached = run(script, quick)
+        sections.append(section(script.stem, output, reached))
+        if not reached:
+            missed.append(script.stem)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    head = (
+        f"# Results\n\nMeasured {today} with `python -m benchmarks{' --quick' * quick}` on "
+        f"`{json.dumps(machine())}`.\n"
+    )
+    (FOLDER / "RESULTS.md").write_text("\n".join([head, *sections]))
+    sys.exit(1 if missed else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

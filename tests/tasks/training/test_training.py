@@ -1,0 +1,376 @@
+"""Pretraining and fine-tuning as Ray jobs on a real stack: artifacts, kills, cancels, errors."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+
+from model.chat import Tokenizer, encode_chat
+from model.huggingface import load_directory
+from model.loader import WindowLoader
+from model.optim import OptimConfig
+from model.schedule import Schedule
+from model.train import TrainConfig, train
+from model.transformer import Transformer
+from tasks.registry import tracking
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.store import MANIFEST, Store
+from tasks.tokenizer.shards import encode_documents
+from tasks.tokenizer.train import train_sentencepiece
+from tasks.training.finetune import FinetuneConfig
+from tasks.training.options import ModelOptions, OptimizerOptions, RunOptions
+from tasks.training.pretrain import PretrainConfig, pretrain
+from tests.conftest import CHECKOUT, Stack
+
+pytestmark = pytest.mark.timeout(500)
+
+SMALL = ModelOptions(width=32, layers=2, heads=2, context=64)
+RUN = RunOptions(threads=1, checkpoint_every=10, log_every=2)
+CONFIG = PretrainConfig(
+    tokens=40 * 8 * 64, sequence=64, batch=8, model=SMALL, precision="fp32", run=RUN
+)
+CITIES = ["Rome", "Oslo", "Lima", "Cairo", "Paris", "Delhi", "Quito", "Seoul"]
+
+
+@pytest.fixture(autouse=True)
+def home(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GRISTMILL_HOME", str(stack.settings.home))
+    return stack.settings.home
+
+
+@pytest.fixture(scope="module")
+def corpus(stack: Stack) -> dict[str, Manifest]:
+    """Tokenizer, token shards and pairs of a small text, as their stages would leave them."""
+    sentences = [f"The train to {city} leaves at noon. " for city in CITIES]
+    texts = random.Random(0).choices(sentences, k=900)
+    documents = ["".join(texts[first : first + 9]) for first in range(0, 900, 9)]
+    proto = train_sentencepiece(documents, 320)
+    ids, starts = encode_documents(Tokenizer(proto), documents)
+    questions = [f"Where does train {number} go?" for number in range(len(CITIES))]
+    answers = [f"To {city}." for city in CITIES]
+    pairs = pa.table({"question": questions, "answer": answers})
+    tokenizer = commit(stack, "tokenizer", {"tokenizer.model": proto}, {"vocabulary": 320})
+    shards = commit(
+        stack,
+        "token-shards",
+        {"tokens-00000.npy": npy(ids), "tokens-00000.documents.npy": npy(starts)},
+        {"tokens": len(ids)},
+    )
+    return {
+        "tokenizer": tokenizer,
+        "shards": shards,
+        "pairs": commit(stack, "pairs", {"pairs-train.parquet": parquet(pairs)}, {"pairs": 8}),
+    }
+
+
+def commit(stack: Stack, stage: str, files: dict[str, bytes], counts: dict[str, int]) -> Manifest:
+    mark = f"{stage}-of-the-training-tests"
+    directory = Store.open(stack.settings).directory(stage, mark)
+    entries = tuple(directory.write_bytes(name, body) for name, body in files.items())
+    manifest = Manifest(
+        stage=stage, version=1, fingerprint=mark, content=mark, counts=counts, files=entries
+    )
+    directory.write_bytes(MANIFEST, manifest.model_dump_json().encode())
+    return manifest
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pa.parquet.write_table(table, sink)
+    return sink.getvalue()
+
+
+def losses(manifest: Manifest) -> dict[int, float]:
+    curve = Store.open().of(manifest).read_table("curve.parquet")
+    return dict(zip(curve["step"].to_pylist(), curve["loss"].to_pylist(), strict=True))
+
+
+def logged_steps(manifest: Manifest) -> list[int]:
+    run_id = str(manifest.metrics["mlflow_run_id"])
+    return [point.step for point in tracking.client().get_metric_history(run_id, "loss")]
+
+
+def bare_losses(config: PretrainConfig, shards: Manifest, vocabulary: int) -> dict[int, float]:
+    """The same training without Ray, in this process."""
+    torch.manual_seed(config.seed)
+    loader = WindowLoader(
+        [Store.open().local(shards, "tokens-00000.npy")], config.sequence, config.seed
+    )
+    loop = config.loop() | {
+        "optim": OptimConfig(**config.optimizer.model_dump()),
+        "schedule": Schedule(**config.schedule.model_dump()),
+        "total_tokens": config.tokens,
+    }
+    model = Transformer(config.model.config(vocabulary))
+    return {r.step: r.loss for r in train(model, loader, TrainConfig(**loop))}
+
+
+def workers(home: Path) -> list[psutil.Process]:
+    """The Ray Train workers of this stack, not of any other on the machine."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            is_worker = "RayTrainWorker" in " ".join(process.cmdline())
+            if is_worker and process.environ().get("GRISTMILL_HOME") == str(home):
+                found.append(process)
+    return found
+
+
+def wait_for(what: str, condition, seconds: float = 90.0):  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"{what} did not happen in {seconds} s")
+
+
+RUNNER = """
+import sys
+from tasks.runtime.errors import UserError
+from tasks.runtime.manifest import Manifest
+from tasks.training.finetune import FinetuneConfig, finetune
+from tasks.training.pretrain import PretrainConfig, pretrain
+stage, config, *inputs = sys.argv[1:]
+run, form = {"pretrain": (pretrain, PretrainConfig), "finetune": (finetune, FinetuneConfig)}[stage]
+named = dict(text.split("=", 1) for text in inputs)
+manifests = {name: Manifest.model_validate_json(body) for name, body in named.items()}
+try:
+    print(run(form.model_validate_json(config), **manifests).model_dump_json())
+except UserError as error:
+    sys.exit(f"UserError: {error}")
+"""
+
+
+@contextlib.contextmanager
+def training(
+    config: PretrainConfig | FinetuneConfig, stack: Stack, inputs: dict[str, Manifest]
+) -> Iterator[subprocess.Popen[str]]:
+    """The stage in a process of its own, as a flow run would be."""
+    stage = "finetune" if "base" in inputs else "pretrain"
+    bodies = [f"{name}={manifest.model_dump_json()}" for name, manifest in inputs.items()]
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUNNER, stage, config.model_dump_json(), *bodies],
+        cwd=CHECKOUT,
+        env=os.environ | stack.settings.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def trained(process: subprocess.Popen[str]) -> Manifest:
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    return Manifest.model_validate_json(out.splitlines()[-1])
+
+
+def checkpoints(fingerprint: str, home: Path) -> list[Path]:
+    return list((home / "store" / "pretrain" / fingerprint / "_checkpoints").glob("step-*"))
+
+
+def drivers(mark: str) -> list[psutil.Process]:
+    """The processes of the Ray jobs that work on a fingerprint."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            line = process.cmdline()
+            if "tasks.training.job" in line and mark in line[-1]:
+                found.append(process)
+    return found
+
+
+def changed(**values: object) -> PretrainConfig:
+    return PretrainConfig.model_validate(CONFIG.model_dump() | values)
+
+
+@pytest.fixture(scope="module")
+def inputs(corpus: dict[str, Manifest]) -> dict[str, Manifest]:
+    return {"shards": corpus["shards"], "tokenizer": corpus["tokenizer"]}
+
+
+@pytest.fixture(scope="module")
+def base(stack: Stack, inputs: dict[str, Manifest]) -> Manifest:
+    with training(CONFIG, stack, inputs) as process:
+        return trained(process)
+
+
+def test_pretraining_leaves_a_model_with_its_curve_and_run(base: Manifest, corpus) -> None:
+    assert {
+        "config.json",
+        "model.safetensors",
+        "generation_config.json",
+        "tokenizer.model",
+        "tokenizer.json",
+        "curve.parquet",
+    } <= set(base.names())
+    assert not [name for name in Store.open().of(base).names() if name.startswith("_")]
+    curve = losses(base)
+    assert list(curve) == list(range(2, 41, 2)) and curve[40] < curve[2] / 2
+    assert base.counts["steps"] == 40 and base.counts["tokens"] == CONFIG.tokens
+    assert 0 < base.metrics["bits_per_byte"] < 3
+    expected = bare_losses(CONFIG, corpus["shards"], 320)
+    assert list(curve.values()) == pytest.approx(list(expected.values()), rel=1e-4)
+    run_id = str(base.metrics["mlflow_run_id"])
+    run = tracking.client().get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.layers"] == "2" and run.data.params["precision"] == "fp32"
+    assert logged_steps(base) == list(curve)
+    assert {entry.dataset.name.split("-")[0] for entry in run.inputs.dataset_inputs} == {
+        "token",
+        "tokenizer",
+    }
+
+
+def test_fine_tuning_answers_what_it_was_taught(base: Manifest, corpus, stack: Stack) -> None:
+    config = FinetuneConfig(
+        passes=250,
+        sequence=64,
+        batch=4,
+        replay=0.2,
+        run=RUN,
+        optimizer=OptimizerOptions(learning_rate=3e-3),
+        precision="fp32",
+    )
+    with training(config, stack, {"base": base, "pairs": corpus["pairs"]}) as process:
+        chat = trained(process)
+    assert chat.counts["examples"] == 8 and chat.counts["examples_too_long"] == 0
+    folder = Path(Store.open().of(chat).path)
+    tokenizer, model = Tokenizer.load(folder), load_directory(folder).eval()
+    right = 0
+    for number, city in enumerate(CITIES):
+        question = {"role": "user", "content": f"Where does train {number} go?"}
+        ids = encode_chat([question], tokenizer)
+        while ids[-1] not in tokenizer.stop_ids and len(ids) < 60:
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        right += tokenizer.decode(ids).endswith(f"To {city}.")
+    assert right >= 7
+
+
+def test_two_workers_of_which_one_is_killed_follow_the_same_curve(inputs, stack, home) -> None:
+    run = RUN.model_copy(update={"workers": 2})
+    config = changed(seed=1, run=run.model_dump(), tokens=150 * 8 * 64)
+    mark = pretrain.fingerprint(config, inputs)
+    with training(config, stack, inputs) as process:
+        wait_for("a checkpoint", lambda: checkpoints(mark, home))
+        victims = workers(home)
+        assert len(victims) == 2
+        victims[1].send_signal(signal.SIGKILL)
+        manifest = trained(process)
+    assert manifest.world["workers"] == 2
+    expected = bare_losses(config, inputs["shards"], 320)
+    curve = losses(manifest)
+    assert list(curve) == list(expected)
+    assert list(curve.values()) == pytest.approx(list(expected.values()), rel=2e-3)
+    steps = logged_steps(manifest)
+    assert steps == sorted(set(steps))
+
+
+def test_cancelling_stops_the_job_and_keeps_the_checkpoints(inputs, stack, home) -> None:
+    config = changed(seed=2, tokens=100_000_000)
+    mark = pretrain.fingerprint(config, inputs)
+    with training(config, stack, inputs) as process:
+        wait_for("a checkpoint", lambda: checkpoints(mark, home))
+        process.send_signal(signal.SIGINT)
+        wait_for("the end of the workers", lambda: not workers(home), 15)
+        process.communicate(timeout=30)
+    assert Store.open().find("pretrain", mark) is None
+    assert checkpoints(mark, home)
+
+
+@pytest.mark.slow
+def test_a_killed_job_is_resumed_to_the_bit(inputs, stack, home) -> None:
+    config = changed(seed=3, tokens=150 * 8 * 64)
+    mark = pretrain.fingerprint(config, inputs)
+    with training(config, stack, inputs) as process:
+        wait_for("a checkpoint", lambda: checkpoints(mark, home))
+        for driver in drivers(mark):
+            driver.send_signal(signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode != 0 and "JobFailed" in err
+    with training(config, stack, inputs) as process:
+        resumed = trained(process)
+    assert losses(resumed) == bare_losses(config, inputs["shards"], 320)
+
+
+@pytest.mark.slow
+def test_a_run_whose_flow_was_killed_finds_its_job_again(inputs, stack, home) -> None:
+    config = changed(seed=4, tokens=1500 * 8 * 64)
+    mark = pretrain.fingerprint(config, inputs)
+    with training(config, stack, inputs) as process:
+        wait_for("a checkpoint", lambda: checkpoints(mark, home))
+        before = {driver.pid for driver in drivers(mark)}
+        process.kill()
+        process.communicate()
+    with training(config, stack, inputs) as process:
+        wait_for("the second run", lambda: process.poll() is not None or not drivers(mark))
+        assert {driver.pid for driver in drivers(mark)} <= before
+        assert trained(process).fingerprint == mark
+
+
+def test_mistakes_are_told_in_one_sentence(inputs, stack, home) -> None:
+    many = changed(seed=5, run=RUN.model_copy(update={"workers": 8}).model_dump())
+    hot = changed(optimizer={"learning_rate": 1e30})
+    long = changed(sequence=50_000, model={"context": 50_000})
+    for config, message in (
+        (many, "8 training workers need 8 CPUs, the Ray cluster has"),
+        (hot, "lower the learning rate or look at these sequences"),
+        (long, "fewer than one sequence of 50000 + 1; lower pretrain.sequence"),
+    ):
+        with training(config, stack, inputs) as process:
+            _, err = process.communicate(timeout=120)
+        (sentence,) = [line for line in err.splitlines() if line.startswith("UserError")]
+        assert message in sentence
+        left = home / "store" / "pretrain" / pretrain.fingerprint(config, inputs)
+        assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sequence": 1024}, "sequence 1024 is longer than the model's context 512"),
+        ({"model": {"width": 100, "heads": 3}}, "width 100 is not a multiple of heads 3"),
+        ({"batch": 2, "run": {"workers": 4}}, "4 workers cannot share a batch of 2"),
+        ({"schedule": {"warmup": 0.7}}, "more than the whole run"),
+        ({"tokns": 5}, "Extra inputs are not permitted"),
+    ],
+)
+def test_impossible_settings_are_refused_by_the_form(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PretrainConfig.model_validate(values)
+
+
+def test_places_do_not_bear_identity_and_auto_is_resolved(inputs) -> None:
+    elsewhere = changed(run={"workers": 2, "threads": 7, "micro_batch": 1})
+    assert pretrain.fingerprint(CONFIG, inputs) == pretrain.fingerprint(elsewhere, inputs)
+    auto = PretrainConfig()
+    assert auto.resolve().precision in ("bf16", "fp32")
+    assert pretrain.fingerprint(auto, inputs) == pretrain.fingerprint(auto.resolve(), inputs)

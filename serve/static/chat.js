@@ -355,7 +355,8 @@ function startOver() {
   keep();
   render();
   if (card) showExamples();
-  $("question").focus();
+  // On a phone the focus would raise the keyboard over the examples.
+  if (!matchMedia("(pointer: coarse)").matches) $("question").focus();
 }
 
 // ---- Settings ----

@@ -1,0 +1,179 @@
+"""The chat page as a person uses it, in headless Chromium against a real endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.browser import Page, browser
+from tests.serve.conftest import Endpoint, eventually, spec
+from tests.tiny_models import model_directory
+
+pytestmark = pytest.mark.browser
+
+IDLE = "document.querySelector('#send').textContent === 'Send'"
+ANSWERS = "[...document.querySelectorAll('.turn.theirs .text')].map(e => e.textContent)"
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Page]:
+    with browser() as page:
+        yield page
+
+
+@pytest.fixture
+def page(chromium: Page, endpoint: Endpoint) -> Page:
+    """The page as on a first visit."""
+    serve(endpoint, spec(examples=("What does `one` do?", "Two?")))
+    chromium.size(1100, 800)
+    chromium.open(endpoint.url)
+    chromium.run("localStorage.clear()")
+    chromium.open(endpoint.url)
+    chromium.wait("document.querySelector('#model').textContent.includes('version 1')")
+    chromium.errors.clear()
+    return chromium
+
+
+def serve(endpoint: Endpoint, wanted: object) -> None:
+    endpoint.host.want(wanted)
+    assert eventually(lambda: endpoint.host.current and endpoint.host.current.spec == wanted)
+
+
+def ask(page: Page, question: str, *, wait: bool = True) -> None:
+    count = page.run("document.querySelectorAll('.turn.theirs').length")
+    page.run("document.querySelector('#question').focus()")
+    page.type(question)
+    page.press("Enter")
+    page.wait(f"document.querySelectorAll('.turn.theirs').length === {count + 1}")
+    if wait:
+        page.wait(IDLE)
+
+
+def greedy(endpoint: Endpoint, question: str) -> str:
+    body = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": question}],
+        "temperature": 0,
+        "max_tokens": 160,
+    }
+    with endpoint.client() as client:
+        reply = client.post("/v1/chat/completions", json=body).json()
+    return reply["choices"][0]["message"]["content"]
+
+
+def choose(page: Page, setting: str, value: float) -> None:
+    """Change a setting as its control does."""
+    control = f"document.querySelector('#{setting}')"
+    page.run(f"{control}.value = {value}")
+    page.run(f"{control}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+
+
+def test_a_question_is_answered_and_the_conversation_is_kept(
+    page: Page, endpoint: Endpoint
+) -> None:
+    ask(page, "def main():")
+    expected = greedy(endpoint, "def main():").replace("`", "")
+    (text,) = page.run(ANSWERS)
+    assert text.replace("`", "") == expected
+    foot = page.run("document.querySelector('.foot').textContent")
+    assert "tokens" in foot and "ms" in foot and "version 1" in foot
+    page.open(endpoint.url)
+    page.wait("document.querySelectorAll('.turn.theirs').length === 1")
+    assert page.run(ANSWERS) == [text]
+    page.press("n", "KeyN", modifiers=1)
+    page.wait("document.querySelectorAll('.turn').length === 0")
+    assert page.run("!document.querySelector('#welcome').hidden")
+    assert not page.errors
+
+
+def test_an_example_is_one_click(page: Page) -> None:
+    assert page.run("document.querySelectorAll('#examples button').length") == 2
+    page.run(
+        "[...document.querySelectorAll('#examples button')].find(b => b.firstElementChild).click()"
+    )
+    page.wait(f"document.querySelectorAll('.turn').length === 2 && {IDLE}")
+    assert page.run("document.querySelector('.turn.mine').textContent") == "What does `one` do?"
+    assert not page.errors
+
+
+def test_regenerating_asks_the_same_again(page: Page) -> None:
+    ask(page, "def main():")
+    before = page.run(ANSWERS)
+    page.run("[...document.querySelectorAll('.foot button')].at(-1).click()")
+    page.wait(f"document.querySelector('.foot span') && {IDLE}")
+    assert page.run(ANSWERS) == before
+
+
+def test_escape_stops_an_answer_and_frees_the_engine(
+    page: Page, endpoint: Endpoint, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    slow = {"context": 4096, "width": 384, "heads": 6, "layers": 8, "mlp_width": 1024}
+    endpoint.models["slow"] = model_directory(tmp_path_factory.mktemp("slow") / "m", 0, **slow)
+    serve(endpoint, spec("slow", "slow"))
+    choose(page, "max_tokens", 4000)
+    ask(page, "import os", wait=False)
+    page.wait("document.querySelector('#send').textContent === 'Stop'")
+    page.press("Escape")
+    page.wait(IDLE)
+    assert "stopped" in page.run("document.querySelector('.foot').textContent")
+    assert endpoint.idle()
+
+
+def test_text_is_never_markup(page: Page) -> None:
+    attack = "<img src=x onerror=window.hit=1><script>window.hit=1</script>`<b>`"
+    ask(page, attack)
+    assert page.run("document.querySelector('.turn.mine').textContent") == attack
+    page.run(
+        "localStorage.setItem('gristmill.turns', JSON.stringify([{question: 'q', meta: '<i>m</i>',"
+        " answer: '<img src=x onerror=window.hit=1>\\n```html\\n<b>bold</b>\\n``` `<u>`',"
+        " problem: '<img src=x onerror=window.hit=1>'}]))"
+    )
+    page.open(page.run("location.href"))
+    page.wait("document.querySelectorAll('.turn').length === 2")
+    assert page.run("document.querySelectorAll('#log :is(img, script, b, u, i)').length") == 0
+    assert page.run("document.querySelector('#log pre').textContent") == "<b>bold</b>\n"
+    assert page.run("window.hit ?? 0") == 0
+
+
+def test_the_oldest_turns_are_left_out_visibly_when_the_context_is_full(page: Page) -> None:
+    page.run("document.querySelector('#tune').click()")
+    page.run("document.querySelector('#history').click()")
+    choose(page, "max_tokens", 12)
+    choose(page, "temperature", 2)  # so that every answer has some text
+    for number in range(6):
+        ask(page, f"import os, number {number}")
+        assert not page.run("document.querySelector('.problem')?.textContent")
+    assert "left out: the context is full" in page.run(
+        "document.querySelector('.note').textContent"
+    )
+    unsent = page.run("document.querySelectorAll('.turn.unsent').length")
+    assert 0 < unsent < 10
+    assert not page.errors
+
+
+def test_a_refusal_is_said_in_the_conversation(page: Page) -> None:
+    ask(page, "very long " * 200)
+    assert "maximum context length" in page.run("document.querySelector('.problem').textContent")
+
+
+def test_a_new_version_shows_itself(page: Page, endpoint: Endpoint) -> None:
+    serve(endpoint, spec("two", "2"))
+    ask(page, "def main():")
+    page.wait("document.querySelector('#model').textContent.includes('version 2')")
+    assert "version 2" in page.run("document.querySelector('.foot').textContent")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_fits_a_phone_and_is_readable(page: Page, dark: bool) -> None:
+    page.size(360, 700, mobile=True, dark=dark)
+    ask(page, "w" * 60)
+    for opened in ("#tune", "#tune", "#model"):
+        page.run(f"document.querySelector('{opened}').click()")
+        assert page.run("document.documentElement.scrollWidth <= window.innerWidth")
+    ink, paper = page.run(
+        "['color', 'backgroundColor'].map(name => getComputedStyle(document.body)[name]"
+        ".match(/\\d+/g).map(Number).reduce((a, b) => a + b) / 765)"
+    )
+    assert abs(ink - paper) > 0.7
+    assert (paper < 0.5) == dark

@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gristmill: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("\ngristmill: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `gristmill logs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -46,7 +46,7 @@ class Service:
     ports: dict[str, int] = field(default_factory=dict)
     after: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
-    start_seconds: float = 240
+    start_seconds: float = 300
     stop_seconds: float = 10
     inside: str | None = None
     """The service it lives in: its command starts it there and ends."""
@@ -240,6 +240,7 @@ def _site(settings: Settings) -> Service:
         healthy=lambda _: _answers(f"{settings.site}/robots.txt"),
         url=settings.site,
         ports={"site": settings.ports.site},
+        start_seconds=600,  # the first time it renders all pages
     )
 
 

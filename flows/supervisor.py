@@ -38,6 +38,7 @@ from tasks.runtime.settings import Settings
 LOCK_PATIENCE = 180.0
 RECOVER_SECONDS = 20.0
 """How long a living service may be too busy to answer before it counts as hung."""
+TOLD_EVERY = 15.0
 KEPT_LOG_BYTES = 5 * 2**20
 
 State = Literal["healthy", "starting", "not answering", "crashed", "stopped"]
@@ -240,7 +241,7 @@ class Supervisor:
             CHECKOUT,
         )
         record.write(self.run / f"{service.name}.json")
-        deadline = begun + service.start_seconds
+        deadline, told = begun + service.start_seconds, begun
         while not self._stopping.is_set():
             alive = record.alive
             if service.stays and not alive:
@@ -250,6 +251,9 @@ class Supervisor:
             if alive == service.stays and service.healthy(record):
                 self.say(f"{service.name} is up ({time.monotonic() - begun:.1f} s)")
                 return
+            if time.monotonic() - told > TOLD_EVERY:
+                told = time.monotonic()
+                self.say(f"{service.name} is still starting ({told - begun:.0f} s)")
             if time.monotonic() > deadline:
                 spent = time.monotonic() - begun
                 raise UserError(self._why(service, f"did not answer within {spent:.0f} s"))

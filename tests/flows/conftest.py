@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import tempfile
@@ -10,7 +11,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from killable_stack import KillableStack, settings_with_free_ports
+from killable_stack import KillableStack, put_small_site, settings_with_free_ports
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """The command line puts its home into the environment; no other test may see it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +29,7 @@ def killable() -> Iterator[KillableStack]:
     home = Path(tempfile.mkdtemp(prefix="gristmill-killable-"))
     settings = settings_with_free_ports(home)
     settings.save()
+    put_small_site(home / "site")
     stack = KillableStack(settings)
     try:
         stack.supervisor.up()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import psutil
 from flows import processes
 from flows.processes import Record
 from flows.supervisor import Supervisor
+from tasks.corpus import site
 from tasks.runtime.settings import Ports, Settings
 
 
@@ -23,6 +25,14 @@ def settings_with_free_ports(home: Path) -> Settings:
         if all(processes.port_holder("127.0.0.1", base + n) is None for n in range(len(names))):
             ports = Ports(**{name: base + n for n, name in enumerate(names)})
             return Settings(home=home, ports=ports, runner="tests.flows.sleeper_deployments")
+
+
+def put_small_site(root: Path) -> None:
+    """One page where the site server would render two thousand, which takes it seconds."""
+    (root / "pages").mkdir(parents=True)
+    (root / "pages" / "robots.txt").write_text("User-agent: *\n")
+    (root / "site.json").write_text(json.dumps(site._identity() | {"redirects": {}}))
+    assert site.is_current(root)
 
 
 class KillableStack:

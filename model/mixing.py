@@ -1,4 +1,4 @@
-"""Two sources of sequences in one run: documents replayed during fine-tuning, lest they be
+"""Two sources of sequences in one run: documents replayed in fine-tuning, lest they be forgotten."""
 forgotten.
 """
 
@@ -10,35 +10,40 @@ from model.loader import Batch, DataError, Ints, Loader
 
 
 class MixedLoader:
-    """Sequences of `main` with a fixed `share` of `replay` spread evenly among them.
+    """Blocks of `block` sequences, a fixed `share` of them from `replay`, the others from `main`.
 
-    Sequence number k is one of replay's exactly when ⌊(k+1)·share⌋ exceeds ⌊k·share⌋, and each
-    source
-    goes on in its own order: the mixture resumes exactly where both sources do. An id is the
-    source's own, doubled, plus one for replay.
+    Block number b is one of replay's exactly when ⌊(b+1)·share⌋ exceeds ⌊b·share⌋: evenly spread.
+    Each source goes on in its own order, so the mixture resumes exactly where both do. With the
+    batch as block every step is of one kind, and the many targets of documents do not outweigh the
+    few of answers. An id is the source's own, doubled, plus one for replay.
     """
 
-    def __init__(self, main: Loader, replay: Loader, share: float) -> None:
+    def __init__(self, main: Loader, replay: Loader, share: float, block: int) -> None:
         if not 0 <= share < 1:
             raise DataError(f"replay share {share} must be at least 0 and below 1")
         if main.sequence != replay.sequence:
             raise DataError(f"sequences of {main.sequence} and {replay.sequence} tokens do not mix")
         self.sequence = main.sequence
-        self.main, self.replay, self.share = main, replay, share
+        self.main, self.replay, self.share, self.block = main, replay, share, block
 
     def order(self, first: int, count: int) -> Ints:
-        before = np.floor(np.arange(first, first + count + 1) * self.share).astype(np.int64)
-        replayed = np.diff(before) > 0
+        blocks, within = np.divmod(np.arange(first, first + count), self.block)
+        before = np.floor(blocks * self.share).astype(np.int64)  # replayed blocks until this one
+        replayed = np.floor((blocks + 1) * self.share) > before
         ids = np.empty(count, dtype=np.int64)
-        replays = int(replayed.sum())
-        ids[replayed] = self.replay.order(int(before[0]), replays) * 2 + 1
-        ids[~replayed] = self.main.order(first - int(before[0]), count - replays) * 2
+        for source, loader in enumerate((self.main, self.replay)):
+            here = replayed == source
+            if here.any():
+                earlier = before if source else blocks - before
+                begin = int((earlier * self.block + within)[here][0])
+                ids[here] = loader.order(begin, int(here.sum())) * 2 + source
         return ids
 
     def read(self, ids: Ints) -> Batch:
         parts = [
             _complete(loader.read(ids[ids % 2 == source] // 2))
             for source, loader in enumerate((self.main, self.replay))
+            if (ids % 2 == source).any()
         ]
         back = torch.from_numpy(np.argsort(np.argsort(ids % 2, kind="stable"), kind="stable"))
         columns = zip(*parts, strict=True)

@@ -69,7 +69,7 @@ class OptimizerOptions(StageConfig):
     """Muon for the matrices inside the blocks and AdamW for the rest, or AdamW for all."""
     muon_learning_rate: float = Field(0.02, gt=0)
     """Muon's peak learning rate."""
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(4e-3, gt=0)
     """AdamW's peak learning rate."""
     embedding_learning_rate: float = Field(4e-3, gt=0)
     """AdamW's peak learning rate for the embedding matrix."""
@@ -84,7 +84,7 @@ class ScheduleOptions(StageConfig):
 
     kind: Literal["wsd", "cosine", "linear"] = "wsd"
     """Flat with a linear decay at the end (wsd), half a cosine, or a straight line down."""
-    warmup: float = Field(0.02, ge=0, le=1)
+    warmup: float = Field(0.03, ge=0, le=1)
     """Share of the run in which the rate rises."""
     decay: float = Field(0.4, ge=0, le=1)
     """Share of the run in which it falls (wsd only)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -145,8 +146,10 @@ def _data(
     counts = {"examples": len(examples), "examples_too_long": too_long, "rows": rows}
     if windows is None or job.pairs.replay == 0:
         return packed, rows * job.sequence, counts
-    mixed = MixedLoader(packed, windows, job.pairs.replay)
-    return mixed, round(rows / (1 - job.pairs.replay)) * job.sequence, counts
+    batch = int(job.loop["batch"])
+    mixed = MixedLoader(packed, windows, job.pairs.replay, block=batch)
+    steps = math.ceil(math.ceil(rows / batch) / (1 - job.pairs.replay))
+    return mixed, steps * batch * job.sequence, counts
 
 
 def local_shards(store: Store, shards: Manifest) -> list[Path]:

@@ -82,7 +82,8 @@ def loader(request, tmp_path_factory):
     documents = [[*rng.integers(3, 90, rng.integers(1, 40)), 2] for _ in range(60)]
     windows = WindowLoader(write_shards(folder, documents), 32, seed=3)
     if request.param == "mixed":
-        return MixedLoader(PackedLoader(examples(rng, 57), 32, seed=3, pad=0), windows, 0.3)
+        packed = PackedLoader(examples(rng, 57), 32, seed=3, pad=0)
+        return MixedLoader(packed, windows, share=0.3, block=4)
     return windows
 
 
@@ -163,9 +164,9 @@ def test_packed_rows_hold_whole_examples() -> None:
 def test_a_mixture_has_its_share_in_every_stretch_and_keeps_both_orders(shards) -> None:
     main = PackedLoader(examples(np.random.default_rng(1), 40), 32, seed=0, pad=99)
     replay = WindowLoader(shards, 32, seed=0)
-    mixed = MixedLoader(main, replay, 0.25)
+    mixed = MixedLoader(main, replay, share=0.25, block=2)
     ids = mixed.order(0, 80)
-    assert (ids % 2).sum() == 20 and all((ids[i : i + 8] % 2).sum() == 2 for i in range(0, 80, 8))
+    assert (ids % 2).tolist() == [0, 0, 0, 0, 0, 0, 1, 1] * 10
     assert np.array_equal(ids[ids % 2 == 0] // 2, main.order(0, 60))
     assert np.array_equal(ids[ids % 2 == 1] // 2, replay.order(0, 20))
     batch = mixed.read(ids)
@@ -175,7 +176,7 @@ def test_a_mixture_has_its_share_in_every_stretch_and_keeps_both_orders(shards) 
         assert torch.equal(batch.tokens[row], source.tokens[0])
         assert torch.equal(batch.targets[row], source.targets[0])
     with pytest.raises(DataError, match=r"share 1.0 must be"):
-        MixedLoader(main, replay, 1.0)
+        MixedLoader(main, replay, 1.0, 2)
 
 
 def test_examples_that_do_not_fit_are_named() -> None:

@@ -72,7 +72,7 @@ class Directory:
         return sorted(name for name in names if ".partial-" not in name)
 
     def read_bytes(self, name: str) -> bytes:
-        with self.filesystem.open_input_stream(self.location(name)) as stream:
+        with self.filesystem.open_input_stream(self.location(name), compression=None) as stream:
             return stream.read()
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
@@ -90,7 +90,7 @@ class Directory:
                 os.fsync(stream.fileno())
             os.replace(partial, target)
         else:
-            with filesystem.open_output_stream(target) as stream:
+            with filesystem.open_output_stream(target, compression=None) as stream:
                 stream.write(data)
         return FileEntry(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
@@ -109,7 +109,10 @@ class Directory:
         filesystem.create_dir(os.path.dirname(target), recursive=True)
         partial = f"{target}.partial-{uuid.uuid4().hex[:8]}" if self.is_local else target
         digest, size = hashlib.sha256(), 0
-        with open(source, "rb") as stream, filesystem.open_output_stream(partial) as out:
+        with (
+            open(source, "rb") as stream,
+            filesystem.open_output_stream(partial, compression=None) as out,
+        ):
             while block := stream.read(1 << 20):
                 digest.update(block)
                 size += len(block)
@@ -121,7 +124,7 @@ class Directory:
     def entry(self, name: str) -> FileEntry:
         """Size and digest of a file as it lies there."""
         digest, size = hashlib.sha256(), 0
-        with self.filesystem.open_input_stream(self.location(name)) as stream:
+        with self.filesystem.open_input_stream(self.location(name), compression=None) as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
                 size += len(block)

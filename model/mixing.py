@@ -1,6 +1,4 @@
-"""Two sources of sequences in one run: documents replayed in fine-tuning, lest they be forgotten."""
-forgotten.
-"""
+"""Two sources of sequences in one run: documents replayed in fine-tuning are not forgotten."""
 
 import numpy as np
 import torch

@@ -164,6 +164,8 @@ class Reaper:
             }
         )
         now = time.monotonic()
+        present = {run["id"] for run in ended}
+        self._looked_after = {k: v for k, v in self._looked_after.items() if k in present}
         for run in ended:
             first = self._looked_after.setdefault(run["id"], now)
             if now - first < 60:  # rows that arrive late are still mended

@@ -35,7 +35,7 @@ from flows.services import (
 from tasks.runtime.errors import UserError
 from tasks.runtime.settings import Settings
 
-LOCK_PATIENCE = 180.0
+LOCK_PATIENCE = 900.0
 RECOVER_SECONDS = 20.0
 """How long a living service may be too busy to answer before it counts as hung."""
 TOLD_EVERY = 15.0
@@ -109,8 +109,7 @@ class Supervisor:
             self._check_ports(missing)
             (self.run / "wanted").touch()
             self._start_in_order(missing)
-            if self._watcher_record() is None:
-                self._start_watcher()
+            self._start_watcher()
 
     def down(self) -> None:
         """Stop everything, each before what it needs; nothing that we started stays.
@@ -149,7 +148,10 @@ class Supervisor:
             if not self.wanted:
                 return
             self._prepare()
-            chosen = [self.services[name] for name in self.services if name in names]
+            known = self.services.values()
+            hung = {s.name for s in known if not s.stays and not self.is_healthy(s)}
+            still = {*names} & {*self.dead(), *hung}  # `up` may have been quicker
+            chosen = [service for service in known if service.name in still]
             for service in reversed(chosen):
                 if service.stays:
                     self._sweep(service)
@@ -289,16 +291,17 @@ class Supervisor:
             raise UserError("\n".join(taken))
 
     def _start_watcher(self) -> None:
+        command = (sys.executable, "-m", "flows.watcher", "--home", str(self.settings.home))
+        environment = self.services["worker"].environment
+        record = self._watcher_record()
+        if record is not None and _is_same(record, command, environment):
+            return
+        self._end("watcher", 3)
         log = self.settings.home / "logs" / "watcher.log"
-        record = processes.spawn(
-            (sys.executable, "-m", "flows.watcher", "--home", str(self.settings.home)),
-            self.services["worker"].environment,
-            inherited_environment(),
-            self.mark("watcher"),
-            log,
-            CHECKOUT,
+        started = processes.spawn(
+            command, environment, inherited_environment(), self.mark("watcher"), log, CHECKOUT
         )
-        record.write(self.run / "watcher.json")
+        started.write(self.run / "watcher.json")
 
     # Stopping
 
@@ -335,10 +338,7 @@ class Supervisor:
     def _is_well(self, service: Service) -> bool:
         """Whether a service can be left alone; one that lives but is busy gets a little time."""
         record = self._running(service)
-        if record is None or (record.command, record.environment) != (
-            service.command,
-            tuple(sorted(f"{key}={value}" for key, value in service.environment.items())),
-        ):
+        if record is None or not _is_same(record, service.command, service.environment):
             return False
         deadline = time.monotonic() + RECOVER_SECONDS
         while not service.healthy(record):
@@ -374,6 +374,12 @@ class Supervisor:
             return ServiceStatus("watcher", "crashed" if self.wanted else "stopped")
         used = processes.memory(record, self.mark("watcher"))
         return ServiceStatus("watcher", "healthy", record.pid, time.time() - record.since, used)
+
+
+def _is_same(record: Record, command: tuple[str, ...], environment: dict[str, str]) -> bool:
+    """Whether a process was started as it would be started now; settings may have changed."""
+    wanted = tuple(sorted(f"{key}={value}" for key, value in environment.items()))
+    return (record.command, record.environment) == (command, wanted)
 
 
 def cut_log(log: Path, limit: int = 2 * KEPT_LOG_BYTES) -> None:

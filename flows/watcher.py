@@ -41,8 +41,21 @@ class Watcher:
     def run(self) -> None:
         """Watch until the stack is no longer wanted or its home is gone."""
         while self.supervisor.wanted:
+            self._notice_settings()
             self.tick()
             time.sleep(TICK_SECONDS)
+
+    def _notice_settings(self) -> None:
+        """`up` may have moved services to other ports."""
+        try:
+            settings = Settings.load(self.settings.home)
+        except UserError as error:
+            say(str(error))
+            return
+        if settings != self.settings:
+            self.settings = settings
+            self.supervisor = Supervisor(settings, say)
+            self.reaper = Reaper(settings, say)
 
     def tick(self) -> None:
         self._restart(self.supervisor.dead())

@@ -22,10 +22,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tasks.corpus.docstring_html import block_html, inline_html
-from tasks.corpus.stdlib_docs import ClassDoc, FunctionDoc, ModuleDoc, first_sentence, read_modules
+from tasks.corpus.module_docs import ClassDoc, FunctionDoc, ModuleDoc, first_sentence
+from tasks.corpus.stdlib_docs import read_modules
 
 # Raise it whenever rendered bytes change; the server then renders anew.
-RENDERER = 1
+RENDERER = 2
 CRAWL_DELAY = 0.005  # seconds; it is our own machine, a demo should not wait
 DUPLICATED = ("json", "pathlib", "textwrap")
 REDIRECTS = {
@@ -189,10 +190,16 @@ def _functions(owner: str, functions: tuple[FunctionDoc, ...], level: str) -> It
         anchor = function.name if level == "h2" else f"{owner}.{function.name}"
         yield (
             f'<section id="{anchor}">\n<{level}><code>{signature}</code></{level}>\n'
-            f"{block_html(function.doc)}\n</section>"
+            f"{block_html(function.doc)}\n{_also(function.also)}</section>"
         )
     if bare:
         yield "<ul>\n" + "\n".join(bare) + "\n</ul>"
+
+
+def _also(names: tuple[str, ...]) -> str:
+    if not names:
+        return ""
+    return f"<p>Also available as {', '.join(f'<code>{n}</code>' for n in names)}.</p>\n"
 
 
 def _class(owner: str, class_doc: ClassDoc) -> Iterable[str]:
@@ -203,6 +210,8 @@ def _class(owner: str, class_doc: ClassDoc) -> Iterable[str]:
         yield f"<p>Bases: {bases}.</p>"
     if class_doc.doc:
         yield block_html(class_doc.doc)
+    if class_doc.also:
+        yield _also(class_doc.also)
     yield from _functions(class_doc.name, class_doc.methods, "h3")
     yield "</section>"
 

@@ -129,6 +129,19 @@ def test_modules_written_in_c_or_elsewhere_are_documented(
     assert heading in text_of(site, module)
 
 
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("asyncio.runners", "Also available as `asyncio.run`."),
+        ("posixpath", "Also available as `os.path.join`."),
+        ("unittest.case", "Also available as `unittest.TestCase`."),
+        ("concurrent.futures.thread", "`concurrent.futures.ThreadPoolExecutor`."),
+    ],
+)
+def test_pages_say_the_name_people_use(site: Path, module: str, line: str) -> None:
+    assert line in text_of(site, module)
+
+
 def test_examples_keep_their_lines(site: Path) -> None:
     assert ">>> json.dumps(['foo', {'bar': ('baz', None, 1.0, 2)}])\n'[\"foo\"" in text_of(
         site, "json"

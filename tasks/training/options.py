@@ -27,8 +27,8 @@ class ModelOptions(StageConfig):
     """Key-value heads (grouped-query attention); 0: as many as heads."""
     mlp_width: int = Field(0, ge=0)
     """Channels of the feed-forward blocks; 0: 8/3 of the width, rounded up to 64s."""
-    context: int = Field(512, ge=2)
-    """Longest text the model can read, in tokens."""
+    context: int = Field(256, ge=2)
+    """Longest text the model can read, in tokens; positions beyond the training sequence stay raw."""
     sliding_window: int = Field(0, ge=0)
     """Tokens each token can look back on, itself included (Mistral); 0: all."""
     qk_norm: bool = False

@@ -356,7 +356,7 @@ def test_mistakes_are_told_in_one_sentence(inputs, stack, home) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"sequence": 1024}, "sequence 1024 is longer than the model's context 512"),
+        ({"sequence": 1024}, "sequence 1024 is longer than the model's context 256"),
         ({"model": {"width": 100, "heads": 3}}, "width 100 is not a multiple of heads 3"),
         ({"batch": 2, "run": {"workers": 4}}, "4 workers cannot share a batch of 2"),
         ({"schedule": {"warmup": 0.7}}, "more than the whole run"),

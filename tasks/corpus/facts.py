@@ -9,12 +9,11 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from tasks.corpus.stdlib_docs import first_sentence
 
-SHORTEST = 3  # words of a sentence that can be an answer
+SHORTEST = 2  # words of a sentence that can be an answer
 CHARACTERS_PER_WORD = 8  # above this, the words are not prose
 
 _HEADING = re.compile(r"^(#{1,6})\s+(.*?)\s*#*$")
@@ -30,6 +29,7 @@ _NAVIGATION = re.compile(
     r"\b[^\n]*`"
 )
 _CODE_NAME = re.compile(rf"`({_NAME})`")
+_CALL_FORM = re.compile(r"^\W{0,2}[\w.]+\W?(?:\([^\n]*\)|\[[^\n]*\])+`? *-+> ?[^\n]{0,80}$")
 _ALIASES = re.compile(r"^Also available as (`[^\n]+`)\.$")
 _KINDS = {"class": "class", "exception": "class", "property": "property"}
 
@@ -50,9 +50,6 @@ class Fact:
     sentence: str
     parameters: tuple[str, ...] | None
     document: str  # id
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -80,17 +77,20 @@ def mine_entries(document: str, text: str) -> list[Fact]:
     if not stated and (entries or not module.islower()):
         return []
     facts = [_fact(document, module, "module", "", None, whole[0])]
-    classes: set[str] = set()
+    owner, owner_level = "", 6  # the class whose members may follow, below its level
     for section, match in entries:
         if match is None:
             continue
-        name = match["name"].removeprefix(f"{module}.")
-        owner = name.rpartition(".")[0]
-        if match["word"] in ("class", "exception"):
-            classes.add(name)
-        kind = _KINDS.get(match["word"] or "", "method" if owner in classes else "function")
-        if owner and owner not in classes:
+        name, kind = match["name"], _KINDS.get(match["word"] or "", "function")
+        is_member = section.level > owner_level and name.startswith(f"{owner}.")
+        if not is_member:
+            name = name.removeprefix(f"{module}.")
+        if "." in name and not is_member:
             continue  # prose that looks like a name, or a member of something not shown
+        if is_member and kind == "function":
+            kind = "method"
+        elif kind == "class" and not is_member:
+            owner, owner_level = name, section.level
         facts.append(_fact(document, name, kind, module, match["signature"], section))
     return facts
 
@@ -186,7 +186,11 @@ def _fact(
     document: str, name: str, kind: str, module: str, signature: str | None, section: Section
 ) -> Fact:
     full = f"{module}.{name}" if module else name
-    prose = [p for p in section.paragraphs if not _NAVIGATION.match(p)]
+    prose = [
+        paragraph
+        for paragraph in section.paragraphs
+        if not _NAVIGATION.match(paragraph) and not _CALL_FORM.match(paragraph)
+    ]
     also = [
         alias
         for paragraph in section.paragraphs

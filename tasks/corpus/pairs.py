@@ -116,23 +116,17 @@ def write_instruction_pairs(config: PairsConfig, work: Workspace, *, corpus: Man
         stated: set[str] = set()
         for _, found in session.map(_stated_shard, searches, label="Facts stated elsewhere"):
             stated |= found
-    chosen = select_facts(config, mined["train"], mined["heldout"], stated, mentioned)
-    if not chosen.trained:
-        raise UserError(
-            f"no page of the corpus's training split ({corpus.counts.get('train', 0)} documents) "
-            "states a fact to ask for: it has neither signatures under headings nor titled pages "
-            "that open with a sentence; crawl other pages, or fine-tune on pairs of your own"
-        )
-    tables = make_tables(config, chosen)
-    for name, table in tables.items():
-        work.write_table(f"{name}.parquet", table)
-    work.write_table("facts.parquet", _fact_table(chosen))
-    counts = {
-        "facts": len(chosen.trained),
-        "heldout_facts": len(chosen.unseen),
-        **{name.replace("-", "_"): table.num_rows for name, table in tables.items()},
-    }
-    return Outcome(counts=counts, rules=chosen.rules, reports=_reports(tables, chosen))
+        chosen = select_facts(config, mined["train"], mined["heldout"], stated, mentioned)
+        if not chosen.trained:
+            raise UserError(
+                f"no page of the corpus's training split ({corpus.counts.get('train', 0)} "
+                "documents) states a fact to ask for: it has neither signatures under headings "
+                "nor titled pages that open with a sentence; crawl other pages"
+            )
+        written = session.map(_write, [(config, work, chosen)], label="Pairs", unit="tables")
+        sizes, reports = next(result for _, result in written)
+    counts = {"facts": len(chosen.trained), "heldout_facts": len(chosen.unseen), **sizes}
+    return Outcome(counts=counts, rules=chosen.rules, reports=reports)
 
 
 def select_facts(
@@ -345,6 +339,18 @@ def _stated_shard(
 
 def _last_part(name: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w){re.escape(name.rpartition('.')[2])}(?!\w)")
+
+
+def _write(
+    config: PairsConfig, work: Workspace, chosen: Selection
+) -> tuple[dict[str, int], tuple[Report, ...]]:
+    """In a Ray worker: write all tables; their sizes and what a person reads of them."""
+    tables = make_tables(config, chosen)
+    for name, table in tables.items():
+        work.write_table(f"{name}.parquet", table)
+    work.write_table("facts.parquet", _fact_table(chosen))
+    sizes = {name.replace("-", "_"): table.num_rows for name, table in tables.items()}
+    return sizes, _reports(tables, chosen)
 
 
 def _fact_table(chosen: Selection) -> pa.Table:

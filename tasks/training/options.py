@@ -28,7 +28,7 @@ class ModelOptions(StageConfig):
     mlp_width: int = Field(0, ge=0)
     """Channels of the feed-forward blocks; 0: 8/3 of the width, rounded up to 64s."""
     context: int = Field(256, ge=2)
-    """Longest text the model can read, in tokens; positions beyond the training sequence stay raw."""
+    """Longest text the model can read, in tokens; more than it was trained on is guesswork."""
     sliding_window: int = Field(0, ge=0)
     """Tokens each token can look back on, itself included (Mistral); 0: all."""
     qk_norm: bool = False

@@ -4,6 +4,7 @@ Callable from any process: nothing here joins the Ray cluster.
 """
 
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from tasks.runtime.store import Store
 APPLICATION = "gristmill"
 DEPLOYMENT = "Endpoint"
 IMPORT_PATH = "serve.deployment:application"
-DEPLOY_SECONDS = 180.0
+DEPLOY_SECONDS = 300.0
 POLL_SECONDS = 0.25
 
 
@@ -43,6 +44,7 @@ def specification(settings: Settings, version: Version, artifact: Manifest) -> M
         title=known.title,
         corpus=known.corpus,
         examples=known.examples,
+        request=uuid.uuid4().hex,
     )
 
 
@@ -68,7 +70,7 @@ def deploy(
         )
     spec = specification(settings, version, artifact)
     apply_config(settings, spec, replicas)
-    wait_until_served(settings, spec.system_fingerprint, replicas, timeout, on_wait)
+    wait_until_served(settings, spec, replicas, timeout, on_wait)
     return spec.system_fingerprint
 
 
@@ -106,22 +108,25 @@ def served_version(settings: Settings) -> str | None:
 
 def wait_until_served(
     settings: Settings,
-    fingerprint: str,
+    spec: ModelSpec,
     replicas: int,
     timeout: float,
     on_wait: Callable[[str], None] | None = None,
 ) -> None:
-    """Return when `replicas` replicas serve the fingerprint. Raises UserError as `deploy` does."""
+    """Return when `replicas` replicas serve the spec. Raises UserError as `deploy` does."""
+    fingerprint = spec.system_fingerprint
     deadline = time.monotonic() + timeout
     serving: set[str] = set()
     said = ""
     while len(serving) < replicas:
         state = _health(settings)
-        if reason := state.get("failed", {}).get(fingerprint):
-            raise UserError(f"{fingerprint} cannot be served: {reason}")
-        if state.get("serving") == fingerprint:
-            serving.add(state["replica"])
-            continue
+        if state.get("request") == spec.request:  # else it has not heard of our wish yet
+            if reason := state["failed"].get(fingerprint):
+                raise UserError(f"{fingerprint} cannot be served: {reason}")
+            is_served = state["serving"] == fingerprint and state["loading"] is None
+            if is_served and state["replica"] not in serving:
+                serving.add(state["replica"])
+                continue
         status, problem = _application(settings)
         if status == "DEPLOY_FAILED":
             raise UserError(f"Ray Serve could not start the endpoint: {problem}")
@@ -147,8 +152,11 @@ def _health(settings: Settings) -> dict[str, Any]:
 
 
 def _application(settings: Settings) -> tuple[str, str]:
-    """Serve's status of our application and its message."""
-    found = _serve_api(settings, "GET")["applications"].get(APPLICATION, {})
+    """Serve's status of our application and its message; a busy dashboard may owe an answer."""
+    try:
+        found = _serve_api(settings, "GET")["applications"].get(APPLICATION, {})
+    except UserError as error:
+        return "UNKNOWN", str(error)
     return str(found.get("status", "NOT_STARTED")), str(found.get("message", ""))
 
 

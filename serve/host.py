@@ -36,9 +36,14 @@ class ModelSpec(BaseModel):
     title: str = Field("", description="what the chat page invites to ask about")
     corpus: str = Field("", description="what the model was trained on, in words")
     examples: tuple[str, ...] = Field((), description="questions the chat page offers")
+    request: str = Field("", description="marks one deploy; a new mark tries a failed model again")
     slots: int = Field(32, ge=1, description="sequences generated at the same time")
-    max_waiting: int = Field(256, ge=0, description="sequences that may wait for a slot")
+    max_waiting: int = Field(256, ge=1, description="sequences that may wait for a slot")
     threads: int = Field(1, ge=1, description="CPU cores the engine may use")
+
+    def same_model(self, other: "ModelSpec") -> bool:
+        """Equal but for the mark of the request."""
+        return self == other.model_copy(update={"request": self.request})
 
 
 class NotReady(Exception):
@@ -115,6 +120,7 @@ class ModelHost:
                 "version": served.spec.version if served else None,
                 "serving": served.spec.system_fingerprint if served else None,
                 "since": served.since if served else None,
+                "request": wanted.request if wanted else None,
                 "loading": wanted.system_fingerprint if loading and wanted else None,
                 "failed": dict(self._failures),
             }
@@ -133,7 +139,7 @@ class ModelHost:
         while True:
             with self._lock:
                 wanted, served = self._wanted, self._current
-                if self._closed or wanted is None or (served and served.spec == wanted):
+                if self._closed or wanted is None or (served and served.spec.same_model(wanted)):
                     self._loader = None
                     return
                 if wanted.system_fingerprint in self._failures:

@@ -4,9 +4,12 @@ One thread owns torch and every structure of `Core`. Others reach it through an 
 event loop never waits for it.
 """
 
+import atexit
+import functools
 import logging
 import threading
 import uuid
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -64,6 +67,9 @@ class Engine:
         self._closed = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        # A daemon thread that the interpreter kills inside torch takes the process down with it.
+        self._at_exit = functools.partial(_close_at_exit, weakref.ref(self))
+        atexit.register(self._at_exit)
         self._thread.start()
 
     def submit(
@@ -107,6 +113,7 @@ class Engine:
             self._closed = True
             self._changed.notify()
         self._thread.join(timeout)
+        atexit.unregister(self._at_exit)
 
     @property
     def healthy(self) -> bool:
@@ -176,3 +183,8 @@ class Engine:
                     grouped.setdefault(listener, []).append(update)
         for listener, news in grouped.items():
             listener(news)
+
+
+def _close_at_exit(engine: "weakref.ref[Engine]") -> None:
+    if (alive := engine()) is not None:
+        alive.close()

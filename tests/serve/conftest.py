@@ -47,7 +47,7 @@ def spec(artifact: str = "one", version: str = "1", **more: object) -> ModelSpec
     )
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float = 120) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from tests.serve.conftest import Endpoint, eventually, spec
+from tests.tiny_models import model_directory
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "def main():"}]}
 TEXT = {"model": "tiny", "prompt": "import os"}
@@ -349,6 +350,16 @@ def test_a_version_that_cannot_be_loaded_changes_nothing(endpoint: Endpoint) -> 
     assert state["serving"] == "tiny-1-one" and state["status"] == "ok"
     assert "config.json" in state["failed"]["tiny-9-broken"]
     assert post(endpoint, "/v1/chat/completions", CHAT | {"max_tokens": 2})["choices"]
+    # Mended and asked for again, it is tried again.
+    model_directory(endpoint.models["broken"], 5)
+    endpoint.host.want(spec("broken", "9", request="again"))
+    assert eventually(lambda: endpoint.host.state()["serving"] == "tiny-9-broken")
+    served = endpoint.host.current
+    endpoint.host.want(spec("broken", "9", request="and again"))
+    assert eventually(lambda: endpoint.host.state()["loading"] is None)
+    assert endpoint.host.current is served and endpoint.host.state()["request"] == "and again"
+    endpoint.host.want(spec())
+    assert eventually(lambda: endpoint.host.state()["serving"] == "tiny-1-one")
 
 
 @pytest.mark.peer

@@ -1,0 +1,111 @@
+"""What a deploy tells a replica, and where a replica finds a model's files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from serve.about import about, choose_examples
+from serve.fetch import fetch
+from tasks.runtime.errors import UserError
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.store import MANIFEST, Store
+from tests.serve.conftest import spec
+
+
+def commit(store: Store, stage: str, files: dict[str, bytes], **more: object) -> Manifest:
+    """An artifact with these files."""
+    fingerprint = hashlib.sha256(f"{stage}{sorted(files)}{more}".encode()).hexdigest()
+    directory = store.directory(stage, fingerprint)
+    manifest = Manifest(
+        stage=stage,
+        version=1,
+        fingerprint=fingerprint,
+        content=fingerprint,
+        files=tuple(directory.write_bytes(name, data) for name, data in files.items()),
+        **more,
+    )
+    directory.write_bytes(MANIFEST, manifest.model_dump_json().encode())
+    return manifest
+
+
+def of(store: Store, manifest: Manifest) -> object:
+    return spec(f"{manifest.stage}/{manifest.fingerprint}").model_copy(update={"store": store.uri})
+
+
+def test_a_local_artifact_is_served_from_where_it_lies(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"), tmp_path / "cache")
+    manifest = commit(store, "finetune", {"config.json": b"{}", "model.safetensors": b"w"})
+    directory = fetch(of(store, manifest))
+    assert directory == Path(store.of(manifest).path)
+    (directory / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"model\.safetensors differs from its manifest"):
+        fetch(of(store, manifest))
+
+
+def test_a_remote_artifact_is_copied_once_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
+    store = Store(f"file://{tmp_path}/store", tmp_path / "unused")
+    manifest = commit(store, "finetune", {"config.json": b"{}", "model.safetensors": b"w"})
+    directory = fetch(of(store, manifest))
+    assert directory.is_relative_to(tmp_path / "home" / "cache")
+    assert {file.name: file.read_bytes() for file in directory.iterdir()} == {
+        "config.json": b"{}",
+        "model.safetensors": b"w",
+    }
+    (directory / "model.safetensors").write_bytes(b"tampered")
+    with pytest.raises(UserError, match="digest"):
+        fetch(of(store, manifest))
+
+
+def test_a_missing_artifact_is_named(tmp_path: Path) -> None:
+    wanted = spec("finetune/0000").model_copy(update={"store": str(tmp_path)})
+    with pytest.raises(UserError, match="has no artifact finetune/0000"):
+        fetch(wanted)
+
+
+def test_what_a_person_should_know_comes_from_the_chain(tmp_path: Path) -> None:
+    store = Store(str(tmp_path), tmp_path / "cache")
+    crawl = commit(store, "crawl", {}, config={"seeds": ["https://docs.example.org/a"]})
+    split = commit(store, "split", {}, inputs={"pages": crawl.fingerprint})
+    rows = [
+        {"fact": "os.walk", "kind": "what", "question": "What does os.walk do?"},
+        {"fact": "os.walk", "kind": "where", "question": "What module holds os.walk?"},
+    ]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    pairs = commit(
+        store,
+        "pairs",
+        {"pairs-train.parquet": sink.getvalue().to_pybytes()},
+        inputs={"corpus": split.fingerprint},
+    )
+    model = commit(store, "finetune", {}, inputs={"base": "gone", "pairs": pairs.fingerprint})
+    known = about(store, model)
+    assert known.corpus == "pages of docs.example.org"
+    assert known.examples == ("What does os.walk do?",)
+    assert about(store, crawl).examples == ()
+
+
+def test_examples_are_public_short_and_of_many_subjects() -> None:
+    facts = ["json.dumps", "json.loads", "json.load", "zlib.crc32", "abc._private", "os.walk"]
+    rows = [
+        {"fact": fact, "kind": "what", "question": question}
+        for fact in facts
+        for question in (f"What does {fact} do?", f"what is {fact}", f"What is `{fact}`?")
+    ]
+    rows.append(
+        {"fact": "os.getcwd", "kind": "what", "question": "What does os.getcwd " + "x" * 99}
+    )
+    chosen = choose_examples(rows)
+    assert chosen[0] == "What does os.walk do?"
+    assert len(chosen) == 4 and set(chosen) < {f"What does {fact} do?" for fact in facts}
+    assert not any("_private" in question for question in chosen)
+    assert choose_examples(rows[::-1]) == chosen
+    assert choose_examples([]) == ()

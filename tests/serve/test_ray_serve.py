@@ -1,0 +1,209 @@
+"""The endpoint inside Ray Serve, behind its proxy: deploying, swapping, failing, coming back."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from serve import deploy as serving
+from tasks.registry.models import Version
+from tasks.runtime.errors import UserError
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.store import MANIFEST, Store
+from tests.conftest import Stack
+from tests.serve.conftest import eventually
+from tests.tiny_models import model_directory
+
+REQUEST = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "def main():"}],
+    "temperature": 0,
+    "max_tokens": 60,
+}
+
+
+class Registered:
+    """Versions of a tiny model, their artifacts in the stack's own store."""
+
+    def __init__(self, stack: Stack, scratch: Path) -> None:
+        self.settings, self.scratch = stack.settings, scratch
+        self.store = Store.open(stack.settings)
+        self.client = httpx.Client(base_url=stack.settings.serve, timeout=60, trust_env=False)
+
+    def version(self, seed: int) -> tuple[Version, Manifest]:
+        fingerprint = hashlib.sha256(f"tiny {seed}".encode()).hexdigest()
+        manifest = self.store.find("finetune", fingerprint)
+        if manifest is None:
+            source = model_directory(self.scratch / str(seed), seed)
+            directory = self.store.directory("finetune", fingerprint)
+            files = tuple(directory.put(file, file.name) for file in source.iterdir())
+            manifest = Manifest(
+                stage="finetune",
+                version=1,
+                fingerprint=fingerprint,
+                content=fingerprint,
+                files=files,
+            )
+            directory.write_bytes(MANIFEST, manifest.model_dump_json().encode())
+        version = Version(
+            model="tiny",
+            version=str(seed),
+            run_id="a-run",
+            artifact=f"finetune/{fingerprint}",
+            aliases=(),
+            scores={"recall": 0.5},
+            created=time.time(),
+            lineage={"report": "evaluate/abc"},
+        )
+        return version, manifest
+
+    def deploy(self, seed: int) -> str:
+        return serving.deploy(self.settings, *self.version(seed))
+
+    def health(self) -> dict:
+        return self.client.get("/health").json()
+
+    def metric(self, name: str) -> float:
+        lines = self.client.get("/metrics").text.splitlines()
+        return float(
+            next(line for line in lines if line.startswith(f"gristmill_{name}")).split()[-1]
+        )
+
+
+@pytest.fixture(scope="module")
+def registered(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Registered:
+    models = Registered(stack, tmp_path_factory.mktemp("models"))
+    models.deploy(1)
+    return models
+
+
+def test_a_deployed_version_answers_under_its_name(registered: Registered) -> None:
+    served = registered.deploy(1)
+    assert served == serving.served_version(registered.settings)
+    body = registered.client.post("/v1/chat/completions", json=REQUEST).json()
+    assert body["system_fingerprint"] == served and served.startswith("tiny-1-")
+    (card,) = registered.client.get("/v1/models").json()["data"]
+    assert card["version"] == "1" and card["scores"] == {"recall": 0.5}
+    assert card["lineage"] == {
+        "run": "a-run",
+        "artifact": registered.version(1)[0].artifact,
+        "report": "evaluate/abc",
+    }
+    assert registered.client.get("/").status_code == 200
+    assert registered.client.post("/v1/chat/completions", json={}).status_code == 400
+
+
+def test_versions_swap_under_load_without_a_failed_request(registered: Registered) -> None:
+    failures: list[BaseException] = []
+    answers: dict[str, set[str]] = defaultdict(set)
+    stopping = threading.Event()
+
+    def client(streamed: bool) -> None:
+        url = f"{registered.settings.serve}/v1/chat/completions"
+        with httpx.Client(timeout=60, trust_env=False) as http:
+            while not stopping.is_set():
+                try:
+                    if streamed:
+                        body = REQUEST | {"stream": True}
+                        with http.stream("POST", url, json=body) as response:
+                            lines = [line for line in response.iter_lines() if line]
+                        assert lines[-1] == "data: [DONE]"
+                        chunks = [json.loads(line[6:]) for line in lines[:-1]]
+                        (name,) = {chunk["system_fingerprint"] for chunk in chunks}
+                        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+                        answers[name].add("".join(delta.get("content", "") for delta in deltas))
+                    else:
+                        body = http.post(url, json=REQUEST).json()
+                        text = body["choices"][0]["message"]["content"]
+                        answers[body["system_fingerprint"]].add(text)
+                except BaseException as error:
+                    failures.append(error)
+
+    clients = [threading.Thread(target=client, args=(number % 2 == 0,)) for number in range(4)]
+    for thread in clients:
+        thread.start()
+    try:
+        names = {registered.deploy(seed) for seed in (2, 1, 2, 1)}
+    finally:
+        stopping.set()
+        for thread in clients:
+            thread.join(60)
+    assert not failures
+    assert set(answers) == names and all(len(texts) == 1 for texts in answers.values())
+
+
+def test_a_version_that_cannot_be_loaded_leaves_the_old_one(registered: Registered) -> None:
+    served = registered.deploy(1)
+    version, manifest = registered.version(3)
+    weights = Path(registered.store.of(manifest).location("model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model\.safetensors differs from its manifest"):
+        serving.deploy(registered.settings, version, manifest)
+    gone = dataclasses.replace(version, version="4", artifact="finetune/0000")
+    with pytest.raises(UserError, match="deploy the version's own artifact"):
+        serving.deploy(registered.settings, gone, manifest)
+    assert registered.health()["serving"] == served
+    assert registered.client.post("/v1/chat/completions", json=REQUEST).status_code == 200
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_disconnect_behind_the_proxy_frees_the_engine(
+    registered: Registered, streamed: bool
+) -> None:
+    before = registered.metric("requests_aborted_total")
+    many = REQUEST | {"n": 128, "stream": streamed, "temperature": 1}
+    body = json.dumps(many | {"max_tokens": 110}).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    address = (registered.settings.host, registered.settings.ports.serve)
+    with socket.create_connection(address) as connection:
+        connection.sendall(head.encode() + body)
+        if streamed:
+            assert connection.recv(100)
+        else:
+            assert eventually(lambda: registered.metric("num_requests_running") > 0)
+    assert eventually(lambda: registered.metric("requests_aborted_total") > before)
+    assert eventually(lambda: registered.metric("num_requests_running") == 0)
+
+
+def test_nothing_of_the_endpoint_listens_outside(registered: Registered) -> None:
+    for process in replicas(registered):
+        listening = [c for c in process.net_connections("inet") if c.status == "LISTEN"]
+        assert listening
+        assert {connection.laddr.ip for connection in listening} <= {"127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_a_killed_replica_comes_back_with_the_same_version(registered: Registered) -> None:
+    served = registered.deploy(2)
+    for process in replicas(registered):
+        os.kill(process.pid, signal.SIGKILL)
+    assert eventually(lambda: serving.served_version(registered.settings) is None, 60)
+    assert eventually(lambda: serving.served_version(registered.settings) == served, 120)
+
+
+def replicas(registered: Registered) -> list[psutil.Process]:
+    """The processes of this stack's replicas."""
+    home = str(registered.settings.home)
+    found = []
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if "ServeReplica" not in " ".join(process.info["cmdline"] or ()):
+            continue
+        if process.environ().get("GRISTMILL_HOME") == home:
+            found.append(process)
+    assert found
+    return found

@@ -7,152 +7,38 @@ host's politeness. After each round the state is saved; within a round the segme
 
 from __future__ import annotations
 
-import hashlib
-import json
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
-from pydantic import Field, ValidationError, field_validator
 
-from tasks.corpus.fetch import SEGMENTS, Limits, PartitionResult, Plan, fetch_partition
-from tasks.corpus.frontier import Address, Earlier, Frontier
+from tasks.corpus.crawl_config import EMBEDDED, CrawlConfig, CrawlOptions
+from tasks.corpus.crawl_report import crawl_outcome
+from tasks.corpus.crawl_state import Rounds, earlier_epoch, earlier_pages
+from tasks.corpus.fetch import fetch_partition
+from tasks.corpus.fetch_plan import DOWN, SEGMENTS, PartitionResult, Plan
+from tasks.corpus.frontier import DOCUMENT_STATES, Address, Frontier
 from tasks.corpus.guard import endpoint, private_seeds
 from tasks.corpus.pack import pack_segments
-from tasks.corpus.pages import LINKS, PAGES
+from tasks.corpus.pages import PAGES
 from tasks.corpus.urls import Aliases, Scope, canonical_url, host_of
 from tasks.runtime.errors import UserError
-from tasks.runtime.fingerprint import identity, place
-from tasks.runtime.manifest import Manifest
 from tasks.runtime.progress import Progress, run_logger
 from tasks.runtime.ray_session import ray_session
 from tasks.runtime.settings import Settings
-from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.store import Directory
 
-EMBEDDED = "embedded:stdlib"
+__all__ = ["EMBEDDED", "CrawlConfig", "CrawlOptions", "SiteDown", "crawl", "crawl_site"]
+
 EMBEDDED_NAME = "embedded://stdlib"
-ROUNDS = "_rounds"
 
 # Runs a function over a list of argument tuples somewhere, yielding (index, result) as they come.
 Mapper = Callable[[Callable[..., Any], list[tuple[Any, ...]]], Iterable[tuple[int, Any]]]
 
 
-class CrawlOptions(StageConfig):
-    """How politely and how far to crawl."""
-
-    domains: tuple[str, ...] = Field(
-        (),
-        description="Domains, subdomains included, to follow links to besides the seeds' hosts.",
-    )
-    include: tuple[str, ...] = Field(
-        (),
-        description="If given, only addresses matching one of these are fetched: a prefix of the "
-        "path (/docs/) or a glob over the whole address (https://*.example.org/*).",
-    )
-    exclude: tuple[str, ...] = Field(
-        ("/source/", "/library/index-"),
-        description="Addresses never fetched, written like include. The default leaves out the "
-        "embedded site's source code, and its alphabetical index, which would show to training "
-        "the first sentence of functions that are held out of it.",
-    )
-    max_pages: int = Field(2000, ge=1, description="Documents after which the crawl stops.")
-    max_depth: int = Field(16, ge=0, description="Links between a seed and a page, at most.")
-    max_redirects: int = Field(5, ge=0, description="Redirects in a row that are followed.")
-    max_bytes: int = Field(
-        10_000_000, ge=1, description="Size in bytes, after decompression, of the largest page."
-    )
-    max_delay: float = Field(
-        60.0,
-        gt=0,
-        description="Seconds between requests, or of Retry-After, beyond which a host is left.",
-    )
-    content_types: tuple[str, ...] = Field(
-        ("text/html", "application/xhtml+xml", "text/plain"),
-        description="Media types of pages that are kept.",
-    )
-    user_agent: str = Field(
-        "Gristmill/1.0",
-        pattern=r"^[A-Za-z_-]+(/\S+)?$",
-        description="Name sent to sites; the part before the slash is looked up in robots.txt.",
-    )
-    contact: str = Field(
-        "",
-        pattern=r"^[ -~]*$",
-        description="E-mail or web address where the owner of a site reaches you; sent with every "
-        "request. Give one before crawling sites that are not yours.",
-    )
-    delay: float = place(
-        1.0,
-        ge=0,
-        description="Seconds between requests to a host whose robots.txt names no Crawl-delay.",
-    )
-    timeout: float = place(30.0, gt=0, description="Seconds one request may take in all.")
-    retries: int = place(2, ge=0, description="Further attempts after a failure that may pass.")
-    parallel: int = place(4, ge=1, description="Requests in flight to one host, at most.")
-    round_seconds: float = place(
-        10.0, gt=0, description="About how long one round of fetching takes."
-    )
-    segment_bytes: int = place(
-        64 * 1024 * 1024, ge=1, description="Size in bytes at which a WARC file is closed."
-    )
-
-
-class CrawlConfig(CrawlOptions):
-    """What to crawl and how politely."""
-
-    seeds: tuple[str, ...] = Field(
-        (EMBEDDED,),
-        min_length=1,
-        description="Addresses the crawl starts from. embedded:stdlib is the standard library's "
-        "documentation on this machine and needs no network.",
-    )
-    epoch: int = Field(
-        0,
-        ge=0,
-        description="Raise it to crawl again: pages are asked for with If-None-Match and "
-        "If-Modified-Since, and if none changed nothing after the crawl runs again.",
-    )
-
-    @field_validator("seeds")
-    @classmethod
-    def _are_addresses(cls, seeds: tuple[str, ...]) -> tuple[str, ...]:
-        for seed in seeds:
-            if seed == EMBEDDED:
-                continue
-            if seed.startswith("embedded:"):
-                raise ValueError(f"seed {seed!r} is not known; the embedded site is {EMBEDDED!r}")
-            try:
-                canonical_url(seed)
-            except ValueError as error:
-                raise ValueError(
-                    f"seed {seed!r} cannot be crawled: {error}; write it like https://example.org/"
-                ) from error
-        return seeds
-
-    @property
-    def agent(self) -> str:
-        """The User-Agent header."""
-        return f"{self.user_agent} (+{self.contact})" if self.contact else self.user_agent
-
-    def limits(self) -> Limits:
-        return Limits(
-            user_agent=self.agent,
-            token=self.user_agent.partition("/")[0],
-            contact=self.contact,
-            delay=self.delay,
-            max_delay=self.max_delay,
-            timeout=self.timeout,
-            max_bytes=self.max_bytes,
-            retries=self.retries,
-            parallel=self.parallel,
-            content_types=self.content_types,
-        )
-
-
-@stage("crawl", version=1, content_addressed=True)
+@stage("crawl", version=1, retries=3, content_addressed=True)
 def crawl(config: CrawlConfig, work: Workspace) -> Outcome:
     """Fetch the seeds' sites politely into WARC files."""
     settings = Settings.load()
@@ -193,16 +79,16 @@ def crawl_site(
         run_logger().warning(
             "crawl.contact is empty: owners of the sites cannot reach you; set an e-mail or address"
         )
-    earlier_manifest = _earlier_epoch(config, work)
+    earlier_manifest = earlier_epoch(config, work)
     earlier_directory = work.store.of(earlier_manifest) if earlier_manifest else None
     frontier = Frontier(
         Scope(frozenset(), config.domains, config.include, config.exclude, config.max_depth),
         config.max_pages,
         config.max_redirects,
         config.round_seconds,
-        _earlier_pages(earlier_directory) if earlier_directory else None,
+        earlier_pages(earlier_directory) if earlier_directory else None,
     )
-    saved = _Rounds(work)
+    saved = Rounds(work)
     partitions = saved.restore(frontier, partitions)
     if not frontier.addresses:
         for url in seeds:
@@ -214,6 +100,7 @@ def crawl_site(
         results: list[PartitionResult] = [
             result for _, result in run(fetch_partition, [(plan, work) for plan in cut])
         ]
+        _require_an_answer(frontier, results)
         links = frontier.update(
             plans,
             (outcome for result in results for outcome in result.outcomes),
@@ -235,6 +122,27 @@ def _seed_address(seed: str) -> str:
 
 def _documents(frontier: Frontier) -> int:
     return sum(address.is_document for address in frontier.addresses.values())
+
+
+class SiteDown(ConnectionError):
+    """No site of the crawl answers any more; run again, it goes on from where it stood."""
+
+
+def _require_an_answer(frontier: Frontier, results: list[PartitionResult]) -> None:
+    """Refuse to end a crawl in the middle because its sites went away.
+
+    The round is not saved, so the next run asks again for what failed, and for nothing else.
+    """
+    down = {host.host: host.left for result in results for host in result.hosts if host.left}
+    down |= {name: host.left for name, host in frontier.hosts.items() if host.left}
+    fetched = {a.url for a in frontier.addresses.values() if a.is_document}
+    fetched |= {o.url for r in results for o in r.outcomes if o.state in DOCUMENT_STATES}
+    if DOWN & set(down.values()) and fetched and not {host_of(url) for url in fetched} - set(down):
+        hosts = ", ".join(f"{name}: {reason}" for name, reason in sorted(down.items()))
+        raise SiteDown(
+            f"the crawl stopped after {len(fetched)} pages ({hosts}); "
+            "run it again when the site answers: it goes on from there"
+        )
 
 
 def _cut(
@@ -262,85 +170,6 @@ def _cut(
     ]
 
 
-class _Rounds:
-    """The saved state after each round; its JSON file, written last, is the commit."""
-
-    def __init__(self, work: Workspace) -> None:
-        self._work = work
-        self.number = -1
-
-    def restore(self, frontier: Frontier, partitions: int) -> int:
-        """Take up the last whole round, if there is one; returns the number of partitions."""
-        commits = [n for n in self._work.names() if n.startswith(ROUNDS) and n.endswith(".json")]
-        if not commits:
-            return partitions
-        self.number = int(commits[-1].rpartition("/")[2].removesuffix(".json"))
-        state = json.loads(self._work.read_bytes(commits[-1]))
-        frontier.restore(
-            self._work.read_table(self._name("urls.parquet")),
-            self._work.read_table(self._name("hosts.parquet")),
-            state["counts"],
-        )
-        return int(state["partitions"])
-
-    def save(self, frontier: Frontier, partitions: int, links: dict[str, tuple[str, ...]]) -> None:
-        self.number += 1
-        rows = [{"url": url, "links": list(found)} for url, found in links.items()]
-        self._work.write_table(self._name("links.parquet"), pa.Table.from_pylist(rows, LINKS))
-        self._work.write_table(self._name("urls.parquet"), frontier.url_table())
-        self._work.write_table(self._name("hosts.parquet"), frontier.host_table())
-        state = {"partitions": partitions, "counts": dict(frontier.counts)}
-        self._work.write_json(f"{ROUNDS}/{self.number:06d}.json", state)
-        for table in ("urls", "hosts"):  # the round before the last is never needed again
-            name = f"{ROUNDS}/{self.number - 2:06d}-{table}.parquet"
-            if self.number >= 2 and self._work.has(name):
-                self._work.filesystem.delete_file(self._work.location(name))
-
-    def links(self) -> pa.Table:
-        names = [n for n in self._work.names() if n.startswith(ROUNDS) and "links" in n]
-        tables = [self._work.read_table(name) for name in names]
-        return pa.concat_tables(tables).sort_by("url") if tables else LINKS.empty_table()
-
-    def _name(self, table: str) -> str:
-        return f"{ROUNDS}/{self.number:06d}-{table}"
-
-
-def _earlier_epoch(config: CrawlConfig, work: Workspace) -> Manifest | None:
-    """The latest earlier epoch of the same crawl, if the store still has one."""
-    wanted = identity(config.model_copy(update={"epoch": 0}))
-    best: tuple[int, Manifest] | None = None
-    for manifest in work.store.all(work.stage):
-        try:
-            other = CrawlConfig(**manifest.config)
-        except ValidationError:
-            continue  # made by another version of this stage
-        if identity(other.model_copy(update={"epoch": 0})) != wanted:
-            continue
-        if other.epoch < config.epoch and (best is None or other.epoch >= best[0]):
-            best = (other.epoch, manifest)
-    return best[1] if best else None
-
-
-def _earlier_pages(directory: Directory) -> dict[str, Earlier]:
-    links = {
-        row["url"]: tuple(row["links"]) for row in directory.read_table("links.parquet").to_pylist()
-    }
-    rows = {row["url"]: row for row in directory.read_table("urls.parquet").to_pylist()}
-    pages = directory.read_table("pages.parquet").to_pylist()
-    earlier = {}
-    for page in pages:
-        row = rows[page["url"]]
-        row["segment"] = row.pop("warc")
-        address = Address(**row)
-        # A conditional request refers to the record that holds the body.
-        address.record_id, address.fetched_at = page["record_id"], page["fetched_at"]
-        address.segment, address.offset = page["warc"], page["offset"]
-        address.length = page["length"]
-        found = links.get(page["url"], ())
-        earlier[page["url"]] = Earlier(address, page["fetch_url"], found)
-    return earlier
-
-
 def _nothing_found(frontier: Frontier, seeds: dict[str, str]) -> str:
     tried = []
     for url, seed in seeds.items():
@@ -360,15 +189,12 @@ def _nothing_found(frontier: Frontier, seeds: dict[str, str]) -> str:
     return f"the crawl found no page at {', '.join(tried)}; {remedy}"
 
 
-# --- the artifact --------------------------------------------------------------------------------
-
-
 def _finish(
     config: CrawlConfig,
     work: Workspace,
     run: Mapper,
     frontier: Frontier,
-    saved: _Rounds,
+    saved: Rounds,
     aliases: Aliases,
     earlier: Directory | None,
 ) -> Outcome:
@@ -398,97 +224,10 @@ def _finish(
     work.write_table("urls.parquet", _url_table(frontier, rows))
     work.write_table("hosts.parquet", frontier.host_table())
     work.write_table("links.parquet", saved.links())
-    return _outcome(frontier, documents, saved.number)
+    return crawl_outcome(frontier, documents, saved.number)
 
 
 def _url_table(frontier: Frontier, rows: list[tuple[Address, str, int]]) -> pa.Table:
     values = [vars(address) | {"segment": warc, "offset": offset} for address, warc, offset in rows]
     table = pa.Table.from_pylist(values, schema=frontier.url_table().schema)
     return table.rename_columns(["warc" if n == "segment" else n for n in table.column_names])
-
-
-def content_digest(documents: Iterable[Address]) -> str:
-    """What stages downstream depend on: which documents there are and what they say."""
-    lines = sorted(f"{address.url}\t{address.digest}\n" for address in documents)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _outcome(frontier: Frontier, documents: list[Address], rounds: int) -> Outcome:
-    addresses = list(frontier.addresses.values())
-    states = Counter(a.state for a in addresses if a.kind == "page")
-    rules = Counter(
-        "noindex" if a.noindex else a.reason
-        for a in addresses
-        if not a.is_document and a.kind == "page" and a.state != "redirect"
-    )
-    counts = {
-        "pages": len(documents),
-        "fetched": sum(a.state == "fetched" for a in documents),
-        "not_modified": sum(a.state == "not_modified" for a in documents),
-        "redirects": states["redirect"],
-        "errors": states["error"],
-        "robots_denied": states["denied"],
-        "skipped": states["skipped"],
-        "addresses": len(addresses),
-        "same_body": len(documents) - len({a.digest for a in documents}),
-        "links_to_known": frontier.counts["links to a known address"],
-        "links_out_of_scope": frontier.counts["links to another host"],
-        "hosts": sum(host.in_scope for host in frontier.hosts.values()),
-        "requests": sum(host.requests for host in frontier.hosts.values()),
-        "bytes": sum(a.bytes for a in documents),
-        "rounds": rounds,
-    }
-    if frontier.earlier:
-        before = {url: earlier.address.digest for url, earlier in frontier.earlier.items()}
-        now = {a.url: a.digest for a in documents}
-        counts |= {
-            "new": len(now.keys() - before.keys()),
-            "gone": len(before.keys() - now.keys()),
-            "changed": sum(now[url] != before[url] for url in now.keys() & before.keys()),
-        }
-    return Outcome(
-        counts=counts,
-        rules=dict(rules.most_common()),
-        content=content_digest(documents),
-        reports=(
-            Report("crawl-hosts", "table", _host_rows(frontier), "Hosts of the crawl"),
-            Report("crawl-rules", "table", _rule_rows(addresses), "What became of addresses"),
-        ),
-    )
-
-
-def _host_rows(frontier: Frontier, limit: int = 200) -> list[dict[str, Any]]:
-    by_host: dict[str, list[Address]] = {}
-    for address in frontier.addresses.values():
-        by_host.setdefault(host_of(address.url), []).append(address)
-    rows: list[dict[str, Any]] = []
-    for host in frontier.hosts.values():
-        if not host.in_scope:
-            continue
-        own = by_host.get(host.host, [])
-        taken = [a.seconds for a in own if a.seconds]
-        rows.append(
-            {
-                "host": host.host,
-                "fetched": sum(a.is_document for a in own),
-                "failed": sum(a.state == "error" for a in own),
-                "denied": sum(a.state == "denied" for a in own),
-                "requests": host.requests,
-                "bytes": host.bytes,
-                "delay, s": host.delay,
-                "mean pause, s": round(host.paused / max(host.requests, 1), 4),
-                "mean answer, s": round(sum(taken) / max(len(taken), 1), 4),
-            }
-        )
-    return sorted(rows, key=lambda row: -row["fetched"])[:limit]
-
-
-def _rule_rows(addresses: list[Address], examples: int = 2) -> list[dict[str, Any]]:
-    groups: dict[tuple[str, str], list[str]] = {}
-    for address in addresses:
-        reason = "noindex" if address.noindex else address.reason
-        groups.setdefault((address.state, reason), []).append(address.url)
-    return [
-        {"state": state, "reason": reason, "addresses": len(urls), "such as": urls[:examples]}
-        for (state, reason), urls in sorted(groups.items(), key=lambda item: -len(item[1]))
-    ]

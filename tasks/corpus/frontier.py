@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-from tasks.corpus.fetch import HostPlan, HostResult, Outcome, Request
+from tasks.corpus.fetch_plan import HostPlan, HostResult, Outcome, Request
 from tasks.corpus.robots import Robots
 from tasks.corpus.urls import Scope, host_of
 
@@ -28,7 +28,7 @@ URLS = pa.schema(
     [
         ("url", pa.string()),
         ("kind", pa.string()),  # page or sitemap
-        ("state", pa.string()),  # queued, or as in tasks.corpus.fetch.Outcome
+        ("state", pa.string()),  # queued, or as in tasks.corpus.fetch_plan.Outcome
         ("reason", pa.string()),  # why it is not a document
         ("status", pa.int32()),  # HTTP
         ("depth", pa.int32()),  # links from a seed

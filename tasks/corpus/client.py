@@ -1,0 +1,208 @@
+"""One HTTP exchange: asked, read within limits, kept as it will stand in a WARC record."""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+
+import aiohttp
+from yarl import URL
+
+from tasks.corpus import warc
+from tasks.corpus.fetch_plan import Limits
+from tasks.corpus.guard import GuardedResolver, PrivateAddressError
+
+MAX_ERROR_BODY = 64 * 1024
+CONNECT_SECONDS = 15
+
+
+class FetchError(Exception):
+    """No whole answer came; the message is the reason, in the same few words for one cause."""
+
+    @property
+    def reason(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether asking again could help."""
+        return self.reason not in ("private address", "TLS error")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An exchange with the headers a crawler acts on."""
+
+    exchange: warc.Exchange
+    etag: str
+    modified: str
+    content_type: str
+    charset: str | None
+    directives: tuple[str, ...]
+    location: str
+    retry_after: float | None
+    refused: str = ""  # why the body was not read to its end
+
+
+class Client:
+    """HTTP for one partition: one pool of connections, the guard against private addresses."""
+
+    def __init__(self, session: aiohttp.ClientSession, resolver: GuardedResolver) -> None:
+        self._session, self._resolver = session, resolver
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(
+        cls, limits: Limits, private: Iterable[tuple[str, int]]
+    ) -> AsyncIterator[Client]:
+        """A client that reaches private addresses only at the endpoints `private`."""
+        resolver = GuardedResolver(private)
+        connector = aiohttp.TCPConnector(resolver=resolver, limit=0, ttl_dns_cache=300)
+        headers = {
+            "User-Agent": limits.user_agent,
+            "Accept": "text/html,application/xhtml+xml,text/plain;q=0.9,*/*;q=0.1",
+            "Accept-Encoding": "gzip, deflate",
+        }
+        if "@" in limits.contact:
+            headers["From"] = limits.contact.removeprefix("mailto:")
+        async with aiohttp.ClientSession(
+            connector=connector,
+            headers=headers,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(
+                total=limits.timeout, sock_connect=min(limits.timeout, CONNECT_SECONDS)
+            ),
+            max_line_size=16_384,
+            max_field_size=32_768,
+        ) as session:
+            # aiohttp would repeat a request on a dropped connection by itself, without the delay.
+            session._retry_connection = False
+            yield cls(session, resolver)
+
+    async def ask(
+        self,
+        url: str,
+        headers: dict[str, str] | None = None,
+        types: tuple[str, ...] | None = None,
+        max_bytes: int = MAX_ERROR_BODY,
+    ) -> Answer:
+        """GET `url`, without following redirects.
+
+        A page whose type is not among `types` is not read; one longer than `max_bytes` is cut.
+        Raises FetchError when no whole answer comes.
+        """
+        try:
+            self._resolver.check_literal(url)
+            return await self._exchange(url, headers or {}, types, max_bytes)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise FetchError(_reason(error)) from error
+
+    async def _exchange(
+        self, url: str, headers: dict[str, str], types: tuple[str, ...] | None, max_bytes: int
+    ) -> Answer:
+        date = warc.warc_date()
+        async with self._session.get(
+            URL(url, encoded=True), headers=headers, allow_redirects=False
+        ) as response:
+            address = _peer(response)
+            content_type = response.headers.get("Content-Type", "")
+            refused = ""
+            if response.status == 200 and types is not None:
+                media = content_type.partition(";")[0].strip().lower() or "text/html"
+                if media not in types:
+                    refused = f"content type {media}"
+                elif (response.content_length or 0) > max_bytes:
+                    refused = "too large"
+            body = bytearray()
+            if not refused:
+                limit = max_bytes if response.status == 200 else MAX_ERROR_BODY
+                async for chunk in response.content.iter_any():
+                    body += chunk
+                    if len(body) > limit:
+                        if response.status == 200:
+                            refused = "too large"
+                        body = body[:limit]
+                        response.close()
+                        break
+            request_info = response.request_info
+            path = URL(url, encoded=True).raw_path_qs
+            head = f"GET {path} HTTP/1.1\r\n" + "".join(
+                f"{name}: {value}\r\n" for name, value in request_info.headers.items()
+            )
+            pairs = tuple(
+                (k.decode("utf-8", "surrogateescape"), v.decode("utf-8", "surrogateescape"))
+                for k, v in response.raw_headers
+            )
+            return Answer(
+                warc.Exchange(
+                    url,
+                    (head + "\r\n").encode("utf-8", "replace"),
+                    response.status,
+                    response.reason or "",
+                    pairs,
+                    bytes(body),
+                    address,
+                    date,
+                ),
+                response.headers.get("ETag", ""),
+                response.headers.get("Last-Modified", ""),
+                content_type,
+                response.charset,
+                tuple(response.headers.getall("X-Robots-Tag", [])),
+                response.headers.get("Location", ""),
+                _retry_after(response.headers.get("Retry-After", "")),
+                refused,
+            )
+
+
+def _reason(error: BaseException) -> str:
+    """A failed request's reason in a few words, the same for the same cause."""
+    causes: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in causes:
+        causes.append(following)
+        inner = getattr(following, "os_error", None)
+        following = inner if isinstance(inner, BaseException) else following.__cause__
+    if any(isinstance(cause, PrivateAddressError) for cause in causes):
+        return "private address"
+    if isinstance(error, TimeoutError):
+        return "timeout"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return "name not resolved"
+    if isinstance(error, aiohttp.ClientSSLError | ssl.SSLError):
+        return "TLS error"
+    if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
+        return "connection refused"
+    if isinstance(error, aiohttp.ContentTypeError | aiohttp.ClientPayloadError):
+        return "truncated or damaged body"
+    if isinstance(error, aiohttp.ServerDisconnectedError | ConnectionResetError):
+        return "connection closed"
+    if isinstance(error, aiohttp.ClientConnectorError | OSError):
+        return "no connection"
+    return "not HTTP"
+
+
+def _peer(response: aiohttp.ClientResponse) -> str:
+    connection = response.connection
+    if connection is None or connection.transport is None:
+        return ""
+    peer = connection.transport.get_extra_info("peername")
+    return str(peer[0]) if peer else ""
+
+
+def _retry_after(value: str) -> float | None:
+    """Seconds of a Retry-After header (RFC 9110, section 10.2.3): a number or a date."""
+    if not value:
+        return None
+    try:
+        return max(float(int(value)), 0.0)
+    except ValueError:
+        pass
+    try:
+        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,124 @@
+"""What a person says about a crawl: where to start, how far and how politely to go."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from tasks.corpus.fetch_plan import Limits
+from tasks.corpus.urls import canonical_url
+from tasks.runtime.fingerprint import place
+from tasks.runtime.stage import StageConfig
+
+EMBEDDED = "embedded:stdlib"
+
+
+class CrawlOptions(StageConfig):
+    """How politely and how far to crawl."""
+
+    domains: tuple[str, ...] = Field(
+        (),
+        description="Domains, subdomains included, to follow links to besides the seeds' hosts.",
+    )
+    include: tuple[str, ...] = Field(
+        (),
+        description="If given, only addresses matching one of these are fetched: a prefix of the "
+        "path (/docs/) or a glob over the whole address (https://*.example.org/*).",
+    )
+    exclude: tuple[str, ...] = Field(
+        ("/source/", "/library/index-"),
+        description="Addresses never fetched, written like include. The default leaves out the "
+        "embedded site's source code, and its alphabetical index, which would show to training "
+        "the first sentence of functions that are held out of it.",
+    )
+    max_pages: int = Field(2000, ge=1, description="Documents after which the crawl stops.")
+    max_depth: int = Field(16, ge=0, description="Links between a seed and a page, at most.")
+    max_redirects: int = Field(5, ge=0, description="Redirects in a row that are followed.")
+    max_bytes: int = Field(
+        10_000_000, ge=1, description="Size in bytes, after decompression, of the largest page."
+    )
+    max_delay: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds between requests, or of Retry-After, beyond which a host is left.",
+    )
+    content_types: tuple[str, ...] = Field(
+        ("text/html", "application/xhtml+xml", "text/plain"),
+        description="Media types of pages that are kept.",
+    )
+    user_agent: str = Field(
+        "Gristmill/1.0",
+        pattern=r"^[A-Za-z_-]+(/\S+)?$",
+        description="Name sent to sites; the part before the slash is looked up in robots.txt.",
+    )
+    contact: str = Field(
+        "",
+        pattern=r"^[ -~]*$",
+        description="E-mail or web address where the owner of a site reaches you; sent with every "
+        "request. Give one before crawling sites that are not yours.",
+    )
+    delay: float = place(
+        1.0,
+        ge=0,
+        description="Seconds between requests to a host whose robots.txt names no Crawl-delay.",
+    )
+    timeout: float = place(30.0, gt=0, description="Seconds one request may take in all.")
+    retries: int = place(2, ge=0, description="Further attempts after a failure that may pass.")
+    parallel: int = place(4, ge=1, description="Requests in flight to one host, at most.")
+    round_seconds: float = place(
+        10.0, gt=0, description="About how long one round of fetching takes."
+    )
+    segment_bytes: int = place(
+        64 * 1024 * 1024, ge=1, description="Size in bytes at which a WARC file is closed."
+    )
+
+
+class CrawlConfig(CrawlOptions):
+    """What to crawl and how politely."""
+
+    seeds: tuple[str, ...] = Field(
+        (EMBEDDED,),
+        min_length=1,
+        description="Addresses the crawl starts from. embedded:stdlib is the standard library's "
+        "documentation on this machine and needs no network.",
+    )
+    epoch: int = Field(
+        0,
+        ge=0,
+        description="Raise it to crawl again: pages are asked for with If-None-Match and "
+        "If-Modified-Since, and if none changed nothing after the crawl runs again.",
+    )
+
+    @field_validator("seeds")
+    @classmethod
+    def _are_addresses(cls, seeds: tuple[str, ...]) -> tuple[str, ...]:
+        for seed in seeds:
+            if seed == EMBEDDED:
+                continue
+            if seed.startswith("embedded:"):
+                raise ValueError(f"seed {seed!r} is not known; the embedded site is {EMBEDDED!r}")
+            try:
+                canonical_url(seed)
+            except ValueError as error:
+                raise ValueError(
+                    f"seed {seed!r} cannot be crawled: {error}; write it like https://example.org/"
+                ) from error
+        return seeds
+
+    @property
+    def agent(self) -> str:
+        """The User-Agent header."""
+        return f"{self.user_agent} (+{self.contact})" if self.contact else self.user_agent
+
+    def limits(self) -> Limits:
+        return Limits(
+            user_agent=self.agent,
+            token=self.user_agent.partition("/")[0],
+            contact=self.contact,
+            delay=self.delay,
+            max_delay=self.max_delay,
+            timeout=self.timeout,
+            max_bytes=self.max_bytes,
+            retries=self.retries,
+            parallel=self.parallel,
+            content_types=self.content_types,
+        )

@@ -1,0 +1,99 @@
+"""What a crawl says of itself: counts, removals by rule, a table of hosts, the content digest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from tasks.corpus.frontier import Address, Frontier
+from tasks.corpus.urls import host_of
+from tasks.runtime.stage import Outcome, Report
+
+
+def content_digest(documents: Iterable[Address]) -> str:
+    """What stages downstream depend on: which documents there are and what they say."""
+    lines = sorted(f"{address.url}\t{address.digest}\n" for address in documents)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def crawl_outcome(frontier: Frontier, documents: list[Address], rounds: int) -> Outcome:
+    addresses = list(frontier.addresses.values())
+    states = Counter(a.state for a in addresses if a.kind == "page")
+    rules = Counter(
+        "noindex" if a.noindex else a.reason
+        for a in addresses
+        if not a.is_document and a.kind == "page" and a.state != "redirect"
+    )
+    counts = {
+        "pages": len(documents),
+        "fetched": sum(a.state == "fetched" for a in documents),
+        "not_modified": sum(a.state == "not_modified" for a in documents),
+        "redirects": states["redirect"],
+        "errors": states["error"],
+        "robots_denied": states["denied"],
+        "skipped": states["skipped"],
+        "addresses": len(addresses),
+        "same_body": len(documents) - len({a.digest for a in documents}),
+        "links_to_known": frontier.counts["links to a known address"],
+        "links_out_of_scope": frontier.counts["links to another host"],
+        "hosts": sum(host.in_scope for host in frontier.hosts.values()),
+        "requests": sum(host.requests for host in frontier.hosts.values()),
+        "bytes": sum(a.bytes for a in documents),
+        "rounds": rounds,
+    }
+    if frontier.earlier:
+        before = {url: earlier.address.digest for url, earlier in frontier.earlier.items()}
+        now = {a.url: a.digest for a in documents}
+        counts |= {
+            "new": len(now.keys() - before.keys()),
+            "gone": len(before.keys() - now.keys()),
+            "changed": sum(now[url] != before[url] for url in now.keys() & before.keys()),
+        }
+    return Outcome(
+        counts=counts,
+        rules=dict(rules.most_common()),
+        content=content_digest(documents),
+        reports=(
+            Report("crawl-hosts", "table", _host_rows(frontier), "Hosts of the crawl"),
+            Report("crawl-rules", "table", _rule_rows(addresses), "What became of addresses"),
+        ),
+    )
+
+
+def _host_rows(frontier: Frontier, limit: int = 200) -> list[dict[str, Any]]:
+    by_host: dict[str, list[Address]] = {}
+    for address in frontier.addresses.values():
+        by_host.setdefault(host_of(address.url), []).append(address)
+    rows: list[dict[str, Any]] = []
+    for host in frontier.hosts.values():
+        if not host.in_scope:
+            continue
+        own = by_host.get(host.host, [])
+        taken = [a.seconds for a in own if a.seconds]
+        rows.append(
+            {
+                "host": host.host,
+                "fetched": sum(a.is_document for a in own),
+                "failed": sum(a.state == "error" for a in own),
+                "denied": sum(a.state == "denied" for a in own),
+                "requests": host.requests,
+                "bytes": host.bytes,
+                "delay, s": host.delay,
+                "mean pause, s": round(host.paused / max(host.requests, 1), 4),
+                "mean answer, s": round(sum(taken) / max(len(taken), 1), 4),
+            }
+        )
+    return sorted(rows, key=lambda row: -row["fetched"])[:limit]
+
+
+def _rule_rows(addresses: list[Address], examples: int = 2) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for address in addresses:
+        reason = "noindex" if address.noindex else address.reason
+        groups.setdefault((address.state, reason), []).append(address.url)
+    return [
+        {"state": state, "reason": reason, "addresses": len(urls), "such as": urls[:examples]}
+        for (state, reason), urls in sorted(groups.items(), key=lambda item: -len(item[1]))
+    ]

@@ -1,0 +1,361 @@
+"""One host, asked politely: robots.txt first, a delay between requests, patience and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from urllib.parse import urlsplit
+
+from tasks.corpus import warc
+from tasks.corpus.client import Answer, Client, FetchError
+from tasks.corpus.fetch_plan import (
+    LONG_PAUSE,
+    NO_ANSWER,
+    TOO_MANY_FAILURES,
+    HostPlan,
+    HostResult,
+    Outcome,
+    Plan,
+    Request,
+)
+from tasks.corpus.links import page_links, sitemap_links
+from tasks.corpus.robots import MAX_BYTES, MAX_REDIRECTS, Robots
+from tasks.corpus.segments import Segments
+from tasks.corpus.urls import canonical_url, host_of
+
+FAILURES_TO_PROBE = 5  # failed requests in a row: is it the host, or are it these pages?
+FAILURES_TO_LEAVE = 50  # failed requests in all
+MAX_SITEMAP_BYTES = 50 * 1024 * 1024
+REDIRECT = frozenset({301, 302, 303, 307, 308})
+RETRIED = frozenset({429, 500, 502, 503, 504})
+
+
+@dataclass(frozen=True)
+class _Retry:
+    """A request worth repeating, with the outcome it has if it is not repeated."""
+
+    outcome: Outcome
+    after: float | None  # seconds the server asked for
+
+
+class HostFetcher:
+    """One host's requests, spaced by its delay, at most `parallel` in flight."""
+
+    def __init__(
+        self,
+        host: HostPlan,
+        plan: Plan,
+        client: Client,
+        segments: Segments,
+        done: list[Outcome],
+    ) -> None:
+        self._host, self._aliases, self._limits = host, plan.aliases, plan.limits
+        self._client, self._segments, self._done = client, segments, done
+        self._robots = dict(host.robots)
+        self._base_delay = host.delay
+        self._delay = host.delay if host.delay is not None else plan.limits.delay
+        self._last_start = -math.inf  # monotonic seconds, like _hold_until
+        self._hold_until = time.monotonic() + max(host.not_before - time.time(), 0)
+        self._failed_in_a_row = self._failed = 0  # attempts without an answer, or with a 5xx
+        self._left = host.left
+        self._paused = 0.0
+        own = [outcome for outcome in done if host_of(outcome.url) == host.host]
+        self._requests, self._bytes = len(own), sum(outcome.bytes for outcome in own)
+        for outcome in own:
+            if outcome.robots is not None:
+                self._set_robots(outcome.url.removesuffix("/robots.txt"), Robots(**outcome.robots))
+            if outcome.fetched_at:  # the delay goes on across a restart
+                ago = time.time() - datetime.fromisoformat(outcome.fetched_at).timestamp()
+                self._last_start = max(self._last_start, time.monotonic() - max(ago, 0.0))
+        finished = {outcome.url for outcome in own}
+        self._waiting = deque((r, 1) for r in host.requests if r.url not in finished)
+
+    def result(self) -> HostResult:
+        return HostResult(
+            self._host.host,
+            self._base_delay,
+            time.time() + max(self._pause(), 0),
+            self._robots,
+            tuple(self._sitemaps()),
+            self._left,
+            self._requests,
+            self._bytes,
+            round(self._paused, 3),
+        )
+
+    def _sitemaps(self) -> Iterator[str]:
+        for origin, robots in self._robots.items():
+            for url in robots.sitemaps:
+                with contextlib.suppress(ValueError):
+                    yield self._aliases.name(canonical_url(url, self._aliases.place(f"{origin}/")))
+
+    async def run(self) -> None:
+        running: set[asyncio.Task[None]] = set()
+        try:
+            while self._waiting or running:
+                if self._waiting and len(running) < self._limits.parallel:
+                    request, attempt = self._waiting[0]
+                    verdict = await self._verdict(request)
+                    if verdict is not None:
+                        self._waiting.popleft()
+                        self._done.append(verdict)
+                        continue
+                    pause = self._pause()
+                    if pause <= 0:
+                        self._waiting.popleft()
+                        self._last_start = time.monotonic()
+                        running.add(asyncio.create_task(self._attempt(request, attempt)))
+                        continue
+                    self._paused += pause
+                    await asyncio.sleep(pause)
+                else:
+                    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in [task for task in running if task.done()]:
+                    running.remove(task)
+                    task.result()
+        finally:
+            for task in running:
+                task.cancel()
+
+    def _pause(self) -> float:
+        """Seconds until the next request may start; start to start, as robots.txt means it."""
+        return max(self._last_start + self._delay, self._hold_until) - time.monotonic()
+
+    async def _verdict(self, request: Request) -> Outcome | None:
+        """The outcome of a request that must not be made; None when it may."""
+        if self._failed_in_a_row >= FAILURES_TO_PROBE and not self._left:
+            await self._probe(_origin(request.url))
+        if self._left:
+            return self._unasked(request, "error", self._left)
+        place = self._aliases.place(request.url)
+        origin = _origin(request.url)
+        if origin not in self._robots:
+            await self._fetch_robots(origin)
+        robots = self._robots[origin]
+        if robots.failure:
+            return self._unasked(request, "error", robots.failure)
+        if robots.policy == "none":
+            return self._unasked(request, "denied", f"robots.txt answered {robots.status}")
+        if not robots.allows(place, self._limits.token):
+            return self._unasked(request, "denied", "robots.txt disallows it")
+        if self._delay > self._limits.max_delay:
+            return self._unasked(
+                request, "denied", f"asks for {self._delay:.0f} s between requests"
+            )
+        return None
+
+    def _unasked(self, request: Request, state: str, reason: str) -> Outcome:
+        return Outcome(request.url, request.kind, state, reason)
+
+    def _set_robots(self, origin: str, robots: Robots) -> None:
+        self._robots[origin] = robots
+        asked = robots.crawl_delay(self._limits.token)
+        self._base_delay = self._limits.delay if asked is None else asked
+        self._delay = max(self._base_delay, 0.0)
+
+    async def _fetch_robots(self, origin: str) -> None:
+        """Ask for an origin's robots.txt, following redirects (RFC 9309, section 2.3.1.2)."""
+        target = url = f"{origin}/robots.txt"
+        failure = ""
+        records: tuple[bytes, ...] = ()
+        outcome = Outcome(url, "robots", "error")
+        robots = Robots("none")
+        for attempt in range(1, self._limits.retries + 2):
+            for _ in range(MAX_REDIRECTS + 1):
+                await asyncio.sleep(max(self._pause(), 0))
+                self._last_start = time.monotonic()
+                try:
+                    self._requests += 1
+                    place = self._aliases.place(target)
+                    answer = await self._client.ask(place, max_bytes=MAX_BYTES)
+                    failure = ""
+                except FetchError as error:
+                    failure = error.reason
+                    break
+                self._bytes += len(answer.exchange.body)
+                status = answer.exchange.status
+                robots = Robots.of_response(status, answer.exchange.body)
+                identifier = warc.record_id()
+                digest = warc.payload_digest(answer.exchange.body)
+                records = warc.response_records(answer.exchange, digest, identifier)
+                outcome = Outcome(
+                    url, "robots", "fetched", status=status, digest=digest, record_id=identifier
+                )
+                if status not in REDIRECT or not answer.location:
+                    break
+                try:
+                    target = canonical_url(answer.location, self._aliases.place(target))
+                except ValueError:
+                    robots = Robots("all", "", status)
+                    break
+            else:
+                robots = Robots("all", "", status)  # five redirects count as no file
+            final = failure in ("private address", "name not resolved", "TLS error")
+            if robots.policy != "none" or final or attempt > self._limits.retries:
+                break
+            await asyncio.sleep(min(2.0 ** (attempt - 1), self._limits.max_delay))
+        if failure:
+            robots = Robots("none", failure=failure)
+        else:
+            outcome = dataclasses.replace(
+                outcome, robots=dataclasses.asdict(robots), fetched_at=warc.warc_date()
+            )
+            self._done.append(self._segments.append(outcome, records, self._aliases.place(url)))
+        self._set_robots(origin, robots)
+
+    async def _attempt(self, request: Request, attempt: int) -> None:
+        """One request; its outcome is committed, or it waits for another attempt."""
+        begun = time.monotonic()
+        try:
+            result = await self._get(request)
+        except FetchError as error:
+            failed = Outcome(request.url, request.kind, "error", error.reason)
+            result = _Retry(failed, None) if error.may_pass else (failed, ())
+        outcome = result.outcome if isinstance(result, _Retry) else result[0]
+        seconds = round(time.monotonic() - begun, 4)
+        outcome = dataclasses.replace(
+            outcome, seconds=seconds, fetched_at=outcome.fetched_at or warc.warc_date()
+        )
+        if not isinstance(result, _Retry):
+            self._failed_in_a_row = 0
+            self._delay = max(self._base_delay or 0.0, self._delay * 0.9)
+            place = self._aliases.place(request.url)
+            self._done.append(self._segments.append(outcome, result[1], place))
+            return
+        self._slow_down(result.after)
+        if attempt <= self._limits.retries and not self._left:
+            self._waiting.append((request, attempt + 1))
+        else:
+            # Not committed: a failure that may pass is asked again when the round is.
+            self._done.append(outcome)
+
+    def _slow_down(self, after: float | None) -> None:
+        """Back off from a host in trouble: its own Retry-After, or longer with every failure."""
+        limit = self._limits.max_delay
+        self._failed_in_a_row += 1
+        self._failed += 1
+        if self._failed >= FAILURES_TO_LEAVE:
+            self._left = TOO_MANY_FAILURES
+        if after is not None and after > limit:
+            self._left = LONG_PAUSE
+        self._delay = min(max(2 * self._delay, 0.25), max(limit, self._base_delay or 0.0))
+        pause = after if after is not None else 0.25 * 2.0 ** min(self._failed_in_a_row, 6)
+        self._hold_until = max(self._hold_until, time.monotonic() + min(pause, limit))
+
+    async def _probe(self, origin: str) -> None:
+        """After many failures in a row: a host that still answers only has some bad pages."""
+        await asyncio.sleep(max(self._pause(), 0))
+        self._last_start = time.monotonic()
+        self._requests += 1
+        try:
+            answer = await self._client.ask(self._aliases.place(f"{origin}/robots.txt"))
+            alive = answer.exchange.status not in RETRIED
+        except FetchError:
+            alive = False
+        if alive:
+            self._failed_in_a_row = 0
+        else:
+            self._left = self._left or NO_ANSWER
+
+    async def _get(self, request: Request) -> tuple[Outcome, tuple[bytes, ...]] | _Retry:
+        headers = {}
+        if request.etag:
+            headers["If-None-Match"] = request.etag
+        if request.modified:
+            headers["If-Modified-Since"] = request.modified
+        place = self._aliases.place(request.url)
+        types = self._limits.content_types if request.kind == "page" else None
+        size = self._limits.max_bytes if request.kind == "page" else MAX_SITEMAP_BYTES
+        self._requests += 1
+        answer = await self._client.ask(place, headers, types, size)
+        exchange = answer.exchange
+        self._bytes += len(exchange.body)
+        identifier = warc.record_id()
+        outcome = Outcome(
+            request.url,
+            request.kind,
+            "fetched",
+            status=exchange.status,
+            content_type=answer.content_type,
+            etag=answer.etag,
+            modified=answer.modified,
+            digest=warc.payload_digest(exchange.body),
+            bytes=len(exchange.body),
+            fetched_at=exchange.date,
+            record_id=identifier,
+        )
+        if exchange.status == 304 and request.digest:
+            outcome = dataclasses.replace(
+                outcome, state="not_modified", digest=request.digest, content_type=""
+            )
+            earlier = warc.Earlier(
+                request.record_id, request.record_url, request.fetched_at, request.digest
+            )
+            records = warc.revisit_records(exchange, earlier, identifier)
+            return outcome, records
+        records = warc.response_records(exchange, outcome.digest, identifier)
+        if exchange.status in REDIRECT:
+            return self._redirected(outcome, answer, place), records
+        if exchange.status != 200:
+            failed = dataclasses.replace(outcome, state="error", reason=f"HTTP {exchange.status}")
+            if exchange.status in RETRIED:
+                return _Retry(failed, answer.retry_after)
+            return failed, records
+        if answer.refused:
+            return dataclasses.replace(
+                outcome, state="skipped", reason=answer.refused, digest="", bytes=0, record_id=""
+            ), ()
+        if not exchange.body:
+            return dataclasses.replace(outcome, state="skipped", reason="empty"), records
+        return self._read(request, outcome, answer, place, records)
+
+    def _redirected(self, outcome: Outcome, answer: Answer, place: str) -> Outcome:
+        try:
+            location = self._aliases.name(canonical_url(answer.location, place))
+        except ValueError:
+            return dataclasses.replace(outcome, state="error", reason="redirect to no address")
+        return dataclasses.replace(outcome, state="redirect", location=location)
+
+    def _read(
+        self,
+        request: Request,
+        outcome: Outcome,
+        answer: Answer,
+        place: str,
+        records: tuple[bytes, ...],
+    ) -> tuple[Outcome, tuple[bytes, ...]]:
+        body, names = answer.exchange.body, self._aliases.name
+        if request.kind == "sitemap":
+            try:
+                pages, maps = sitemap_links(body, place)
+            except ValueError as error:
+                return dataclasses.replace(
+                    outcome, state="error", reason=f"sitemap: {error}"
+                ), records
+            return dataclasses.replace(
+                outcome, links=tuple(map(names, pages)), sitemaps=tuple(map(names, maps))
+            ), records
+        if answer.content_type.partition(";")[0].strip().lower() == "text/plain":
+            return outcome, records
+        found = page_links(body, place, answer.charset, answer.directives, self._limits.token)
+        outcome = dataclasses.replace(
+            outcome,
+            links=tuple(map(names, found.links)),
+            canonical=names(found.canonical),
+            noindex=found.noindex,
+        )
+        if found.noindex:  # read for its links and not kept
+            return dataclasses.replace(outcome, record_id="", digest=""), ()
+        return outcome, records
+
+
+def _origin(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"

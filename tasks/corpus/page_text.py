@@ -17,11 +17,19 @@ from trafilatura.utils import load_html
 
 from tasks.corpus.charset import decode
 from tasks.corpus.killable import serve
+from tasks.corpus.shingles import normalise
 
 PLAIN_TYPES = ("text/plain", "text/markdown")
+_HEADINGS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
 _FENCE = re.compile(r"^(`{3,})", re.MULTILINE)
 _CODE_HEADING = re.compile(r"^(#{1,6} )(`+)(?!`)(.+?)(?<!`)\2$")
 _ESCAPE = re.compile(r"\\([\\`*_{}\[\]()<>#+\-.!|~\"])")
+_MARKED = re.compile(r"[\\*<_]")
+_TAG = re.compile(r"(?<!\\)</?(?:u|sup|sub|del|s|b|i|em|strong|mark|small|kbd|var)>")
+_EMPHASIS = tuple(
+    re.compile(rf"(?<!\\){mark}(?=[^\s*])(.+?)(?<=[^\s\\*]){mark}")
+    for mark in (r"\*\*\*", r"\*\*", r"\*", r"(?<!\w)__(?!_)", "~~")
+)
 _CODE_SPAN = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)")
 _DATE = re.compile(r"(\d{4})-(\d\d)-(\d\d)")
 _DATE_NAMES = (
@@ -62,17 +70,33 @@ def read_page(body: bytes, content_type: str = "", url: str = "") -> PageText:
     title, date, language, noindex = _about(tree)
     if noindex:
         return PageText("", title, date, language, True, mended)
+    return PageText(main_text(tree, url), title, date, language, False, mended)
+
+
+def main_text(tree: HtmlElement, url: str = "") -> str:
+    """The main text of a parsed page as tidy Markdown, empty when there is none.
+
+    Changes `tree`. trafilatura drops elements whose id speaks of sharing, cookies, comments and so
+    on, and took the documentation of `SharedMemory` for share buttons; an id that only repeats its
+    section's heading is an anchor, and goes before.
+    """
+    for section in tree.iter("section", "div"):
+        anchor = section.get("id")
+        heading = next((c for c in section if c.tag in _HEADINGS), None) if anchor else None
+        if heading is not None and normalise(anchor) in normalise(heading.text_content()):
+            del section.attrib["id"]
     text = extract(
         tree, url=url or None, fast=True, output_format="markdown", include_comments=False
     )
-    return PageText(tidy_markdown(text or ""), title, date, language, False, mended)
+    return tidy_markdown(text or "")
 
 
 def tidy_markdown(text: str) -> str:
     """Undo what serves only a renderer.
 
-    Backslash escapes in prose go (a model would learn `\\*args`), a heading that is one code span
-    loses its marks, fences stand apart from their surroundings. Fenced code is left as it is.
+    Backslash escapes in prose go (a model would learn `\\*args`), and so do emphasis and tags like
+    `<sup>`; a heading that is one code span loses its marks; fences stand apart from their
+    surroundings. Code is left as it is.
     """
     lines: list[str] = []
     fence = ""
@@ -95,13 +119,16 @@ def _prose_line(line: str) -> str:
     heading = _CODE_HEADING.match(line)
     if heading and heading.group(2) not in heading.group(3):
         return heading.group(1) + heading.group(3).strip()
-    if "\\" not in line:
+    if not _MARKED.search(line):
         return line
-    parts, end = [], 0
-    for span in _CODE_SPAN.finditer(line):
-        parts += [_ESCAPE.sub(r"\1", line[end : span.start()]), span.group()]
-        end = span.end()
-    return "".join([*parts, _ESCAPE.sub(r"\1", line[end:])])
+    spans = [span.group() for span in _CODE_SPAN.finditer(line)]
+    plain = _TAG.sub("", _CODE_SPAN.sub("\x00", line))
+    for emphasis in _EMPHASIS:
+        plain = emphasis.sub(r"\1", plain)
+    plain = _ESCAPE.sub(r"\1", plain)
+    for span in spans:
+        plain = plain.replace("\x00", span, 1)
+    return plain
 
 
 def _about(tree: HtmlElement) -> tuple[str, str, str, bool]:

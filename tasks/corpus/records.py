@@ -48,23 +48,26 @@ def scan(path: Path) -> Iterator[Place | int]:
     size = path.stat().st_size
     with open(path, "rb") as stream:
         start: int | None = 0
+        lost = False  # in a damaged stretch: bytes in it that look like a head are no new one
         while start is not None and start < size:
             stream.seek(start)
             open_place: dict[str, Any] | None = None
             last = start
             try:
                 for entry in ArchiveIterator(stream, WarcRecordType.any_type, parse_http=False):
-                    last = entry.stream_pos
+                    last, lost = entry.stream_pos, False
                     if open_place is not None:
                         yield Place(length=last - open_place["offset"], **open_place)
                     open_place = _described(entry, last)
             except (OSError, EOFError, UnicodeError, ValueError):
                 start = _next_member(stream, last + 1)
-                yield last
+                if not lost:
+                    yield last
+                lost = True
                 continue
             if open_place is not None:
                 yield Place(length=size - open_place["offset"], **open_place)
-            elif last == start and size - start > 0 and _is_not_warc(stream, start):
+            elif not lost and last == start and size - start > 0 and _is_not_warc(stream, start):
                 yield start
             return
 

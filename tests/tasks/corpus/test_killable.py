@@ -1,0 +1,67 @@
+"""A child that hangs, dies or eats memory costs one answer, never the parent."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tasks.corpus.killable import ChildDied, ChildTimeout, KillableChild
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch) -> Iterator[KillableChild]:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    running = KillableChild("odd_child", seconds=2, megabytes=1024)
+    yield running
+    running.close()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_child_that_hangs_is_killed_and_replaced(child: KillableChild) -> None:
+    first = child.call({"do": "answer"}, b"")["pid"]
+    begun = time.monotonic()
+    with pytest.raises(ChildTimeout):
+        child.call({"do": "hang"}, b"")
+    assert time.monotonic() - begun < 60
+    assert not is_alive(first)
+    assert child.call({"do": "answer"}, b"x" * 300_000)["length"] == 300_000
+
+
+def test_a_child_that_dies_says_how(child: KillableChild) -> None:
+    with pytest.raises(ChildDied) as death:
+        child.call({"do": "die"}, b"")
+    assert death.value.args[0] == -signal.SIGSEGV
+    with pytest.raises(ChildDied) as death:
+        child.call({"do": "exit"}, b"")
+    assert death.value.args[0] == 3
+    assert child.call({"do": "answer"}, b"")["length"] == 0
+
+
+def test_memory_beyond_the_limit_is_refused(child: KillableChild) -> None:
+    assert child.call({"do": "eat"}, b"") == {"failure": "memory"}
+
+
+def test_what_a_library_prints_does_not_break_the_frames(child: KillableChild) -> None:
+    pids = {child.call({"do": "print"}, b"")["pid"] for _ in range(3)}
+    assert len(pids) == 1
+
+
+def test_a_child_is_replaced_after_its_share_of_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    child = KillableChild("odd_child", seconds=20, megabytes=1024, requests=2)
+    try:
+        pids = [child.call({"do": "answer"}, b"")["pid"] for _ in range(3)]
+    finally:
+        child.close()
+    assert pids[0] == pids[1] != pids[2]
+    assert not is_alive(pids[2])

@@ -1,0 +1,176 @@
+"""The held-out split: nothing that is held out, or resembles it, is in training."""
+
+import re
+
+import pytest
+from documents_of import documents, rows, urls
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inline_shards import run_inline
+from pydantic import ValidationError
+
+from tasks.corpus.leakage import Marks, line_marks, own_marks, without_leaks
+from tasks.corpus.shingles import normalise
+from tasks.corpus.split import SplitConfig, choose, split, stable_key
+from tasks.runtime.errors import UserError
+
+NOTICE = "Copyright of the example foundation, all of the rights are reserved for ever."
+WORDS = [
+    "amber",
+    "birch",
+    "cedar",
+    "delta",
+    "ember",
+    "frost",
+    "grove",
+    "heron",
+    "inlet",
+    "jetty",
+    "knoll",
+    "larch",
+    "marsh",
+]
+
+
+def sentence(number: int, salt: str) -> str:
+    chosen = [WORDS[(number * 7 + k * k + ord(salt)) % len(WORDS)] for k in range(9)]
+    return f"Return the {' '.join(chosen)} of item{number}{salt} in the given collection."
+
+
+def module(number: int) -> str:
+    name = f"module{number}"
+    parts = [f"# {name}", f"The {name} module handles the things of kind {number}."]
+    for salt in "abcd":
+        parts += [f"## {name}.function_{salt}(x, y)", sentence(number, salt)]
+    return "\n\n".join([*parts, NOTICE])
+
+
+def site(count: int = 40) -> dict[str, str]:
+    """Module pages, their sources (other line breaks), and one page of summaries of them all."""
+    pages = {f"http://h:8080/library/module{n}.html": module(n) for n in range(count)}
+    for n in range(count):
+        wrapped = "\n".join(
+            f'def function_{salt}(x, y):\n    """{sentence(n, salt)[:37]}\n    '
+            f'{sentence(n, salt)[37:]}\n    """\n    return x{n} + y{salt}'
+            for salt in "abcd"
+        )
+        pages[f"http://h:8080/source/module{n}.html"] = f"# source {n}\n\n```\n{wrapped}\n```"
+    entries = [
+        f"- `module{n}.function_{salt}`: {sentence(n, salt)}"
+        for n in range(count)
+        for salt in "abc"
+    ] + [f"- module{n}.function_d: short fact {n}" for n in range(count)]
+    pages["http://h:8080/summary.html"] = "# All functions\n\n" + "\n".join(entries)
+    return pages
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
+    run_inline(monkeypatch)
+
+
+def own_clusters(texts: dict[str, str]) -> tuple[str, ...]:
+    return tuple(str(number) for number in range(len(texts)))
+
+
+def divided(texts: dict[str, str], **options):
+    return split(SplitConfig(**options), documents=documents(texts, own_clusters(texts)))
+
+
+def test_no_line_of_a_held_out_document_is_in_training_however_it_is_broken() -> None:
+    manifest = divided(site())
+    held, train = rows(manifest, "heldout-"), rows(manifest, "train-")
+    assert held and train
+    seen = " ".join(normalise(row["text"]) for row in train)
+    lines = {line for row in held for line in row["text"].split("\n")}
+    long = {line for line in lines if len(normalise(line)) >= 40}
+    leaked = {line for line in long if normalise(line) in seen}
+    assert leaked == {NOTICE}  # everybody's, and so nobody's own
+    assert sum(NOTICE in row["text"] for row in train) > 20
+    assert manifest.metrics["leaked_lines_cut"] > 0
+
+
+def test_summaries_tell_nothing_of_what_is_held_out_and_all_of_the_rest() -> None:
+    manifest = divided(site())
+    numbers = {re.search(r"(\d+)\.html", url).group(1) for url in urls(manifest, "heldout-")}
+    (summary,) = [r for r in rows(manifest, "train-") if r["url"].endswith("/summary.html")]
+    told = set(re.findall(r"module(\d+)\.", summary["text"]))
+    assert told == {str(n) for n in range(40)} - numbers
+    assert summary["text"].count("short fact") == 40 - len(numbers)
+
+
+def test_a_page_and_its_source_are_never_divided() -> None:
+    manifest = divided(site())
+    held = {url.rsplit("/", 1)[1] for url in urls(manifest, "heldout-")}
+    assert not held & {url.rsplit("/", 1)[1] for url in urls(manifest, "train-")}
+    assert 2 * len(held) == manifest.counts["heldout_documents"]
+
+
+def test_the_choice_is_stable_under_growth_and_ports() -> None:
+    few, many = site(30), site(40)
+    moved = {url.replace("http://h:8080", "https://h:9"): text for url, text in few.items()}
+    held_few = {stable_key(url) for url in urls(divided(few), "heldout-")}
+    held_many = {stable_key(url) for url in urls(divided(many), "heldout-")}
+    assert held_few == {stable_key(url) for url in urls(divided(moved), "heldout-")}
+    assert held_few == {key for key in held_many if int(re.search(r"(\d+)\.", key)[1]) < 30}
+    assert held_few != {stable_key(url) for url in urls(divided(few, seed=1), "heldout-")}
+
+
+def test_clusters_of_similar_documents_stay_together() -> None:
+    urls_ = [f"http://h/{n}" for n in range(100)]
+    clusters = [str(n // 4) for n in range(100)]
+    choice = choose(SplitConfig(fraction=0.3), urls_, clusters, [10] * 100)
+    for start in range(0, 100, 4):
+        assert len(set(choice.held[start : start + 4])) == 1
+    assert 0.1 < sum(choice.held) / 100 < 0.5
+
+
+def test_a_large_group_is_not_held_out() -> None:
+    urls_ = [f"http://h/{n}" for n in range(200)]
+    clusters = ["big" if n < 100 else str(n) for n in range(200)]
+    for seed in range(20):
+        choice = choose(SplitConfig(seed=seed), urls_, clusters, [10] * 200)
+        assert not any(choice.held[:100])
+        assert any(choice.held[100:])
+
+
+def test_a_small_corpus_holds_one_group_out_and_one_document_is_refused() -> None:
+    choice = choose(SplitConfig(), ["http://h/a", "http://h/b"], ["a", "b"], [1, 1])
+    assert sorted(choice.held) == [False, True]
+    with pytest.raises(UserError, match="needs two; crawl more pages"):
+        choose(SplitConfig(), ["http://h/a", "http://h/b"], ["a", "a"], [1, 1])
+
+
+def test_group_patterns_need_one_group() -> None:
+    with pytest.raises(ValidationError, match="0 groups; give exactly one"):
+        SplitConfig(group_urls=("/library/",))
+
+
+text_lines = st.lists(
+    st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map(" ".join), min_size=1, max_size=8
+)
+
+
+@settings(max_examples=200)
+@given(text_lines, text_lines, st.integers(0, 7), st.integers(20, 60))
+def test_whatever_is_planted_is_cut(
+    held: list[str], train: list[str], place: int, width: int
+) -> None:
+    planted = held[place % len(held)]
+    broken = re.sub(rf"(.{{{width},}}?) ", r"\1\n    # ", planted)
+    text = "\n".join([*train[:place], broken, *train[place:]])
+    marks = own_marks("\n".join(held))
+    cut, _ = without_leaks(line_marks(text), marks)
+    for line in held:
+        if len(normalise(line)) >= 40:
+            assert f" {normalise(line)} " not in f" {normalise(cut)} "
+
+
+def test_only_what_is_shared_is_cut_and_empty_code_goes_with_it() -> None:
+    fact = "Return the absolute value of the number that is given as x."
+    text = f"# page\n\nOf its own.\n\n```\n{fact}\n```\n\n- keep this\n- math.fabs: see there"
+    marks = own_marks(f"# math\n\n## math.fabs(x)\n\n{fact}")
+    assert without_leaks(line_marks(text), marks) == ("# page\n\nOf its own.\n\n- keep this", 2)
+    untouched = without_leaks(line_marks(text), Marks(marks.windows[:0], marks.names[:0]))
+    assert untouched == (text, 0)

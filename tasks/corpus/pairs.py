@@ -118,10 +118,11 @@ def write_instruction_pairs(config: PairsConfig, work: Workspace, *, corpus: Man
             stated |= found
         chosen = select_facts(config, mined["train"], mined["heldout"], stated, mentioned)
         if not chosen.trained:
+            documents = corpus.counts.get("train_documents", 0)
             raise UserError(
-                f"no page of the corpus's training split ({corpus.counts.get('train', 0)} "
-                "documents) states a fact to ask for: it has neither signatures under headings "
-                "nor titled pages that open with a sentence; crawl other pages"
+                f"none of the corpus's {documents} training documents states a fact to ask for: "
+                "they have neither signatures under headings nor titles followed by a sentence; "
+                "crawl other pages"
             )
         written = session.map(_write, [(config, work, chosen)], label="Pairs", unit="tables")
         sizes, reports = next(result for _, result in written)

@@ -59,4 +59,4 @@ def split_pages(config: PagesConfig, work: Workspace) -> Outcome:
     }
     for name, modules in shards.items():
         work.write_table(f"{name}.parquet", documents({m: page(m) for m in modules}))
-    return Outcome(counts={"train": len(config.train), "heldout": len(config.heldout)})
+    return Outcome(counts={"train_documents": len(config.train)})

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 
 from model.chat import Tokenizer
 from model.config import ModelConfig
@@ -19,12 +18,20 @@ from tasks.evaluation.evaluate import EvaluateConfig, evaluate
 from tasks.evaluation.gates import is_better
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
 from tasks.runtime.store import Store
 from tasks.tokenizer.shards import ShardsConfig, write_token_shards
 from tasks.tokenizer.train import TokenizerConfig, train_tokenizer
-from tests.tasks.api_pages import HELDOUT, TRAIN, PagesConfig, page, split_pages
+from tests.tasks.api_pages import HELDOUT, TRAIN, PagesConfig, documents, page, split_pages
+from tests.tasks.corpus.inline_shards import InlineSession
+
+STAGES = (
+    "tasks.tokenizer.train",
+    "tasks.tokenizer.shards",
+    "tasks.corpus.pairs",
+    "tasks.evaluation.baseline",
+    "tasks.evaluation.evaluate",
+)
 
 
 class ModelSettings(StageConfig):
@@ -50,22 +57,18 @@ def untrained(config: ModelSettings, work: Workspace, *, tokenizer: Manifest) ->
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A Gristmill home and a Ray node of this process."""
-    home = tmp_path_factory.mktemp("home")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Gristmill home; shard functions run in this process (the chain's test runs them on Ray)."""
     with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("home")
         patch.setenv("GRISTMILL_HOME", str(home))
-        ray.shutdown()
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        patch.setattr("tasks.runtime.ray_session._connected_to", Settings.load().ray)
-        try:
-            yield home
-        finally:
-            ray.shutdown()
+        for module in STAGES:
+            patch.setattr(f"{module}.ray_session", InlineSession)
+        yield home
 
 
 @pytest.fixture(scope="module")
-def corpus(cluster: Path) -> Manifest:
+def corpus(home: Path) -> Manifest:
     return split_pages(PagesConfig())
 
 
@@ -217,9 +220,7 @@ def test_an_evaluation_scores_the_same_bytes_and_every_question(
 def test_a_corpus_without_facts_says_so() -> None:
     empty = split_pages(PagesConfig(train=("keyword",), heldout=("token",)))
     directory = Store.open().of(empty)
-    from tests.tasks.api_pages import documents
-
     for name in empty.names("", ".parquet"):
         directory.write_table(name, documents({"": "no heading, no title"}))
-    with pytest.raises(UserError, match="states a fact to ask for"):
+    with pytest.raises(UserError, match="training documents states a fact to ask for"):
         write_instruction_pairs(PairsConfig(), corpus=empty)

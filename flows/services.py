@@ -206,6 +206,12 @@ def _ray(settings: Settings) -> Service:
             RAY_SERVE_ENABLE_HA_PROXY="1",
             RAY_SERVE_HAPROXY_BINARY_PATH=str(_haproxy_wrapper(settings)),
             RAY_SERVE_HAPROXY_NBTHREAD="1",
+            # On cores that train as well, a late answer is no dead proxy; its restart under load cut
+            # the endpoint off for four minutes.
+            RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S="60",
+            RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="60",
+            # Replicas on their way out hold up the next swap for this long (30 s by default).
+            RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="2",
             RAY_SERVE_HAPROXY_METRICS_PORT=str(ports.serve_metrics),
             RAY_SERVE_HAPROXY_STATS_PORT=str(ports.serve_stats),
             RAY_SERVE_FALLBACK_PROXY_HTTP_PORT=str(ports.serve_fallback),

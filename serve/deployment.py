@@ -27,7 +27,7 @@ DRAIN_SECONDS = 120  # a full context of the slowest model we serve on a CPU tak
     max_ongoing_requests=MAX_ONGOING_REQUESTS,
     graceful_shutdown_timeout_s=DRAIN_SECONDS,
     health_check_period_s=5,
-    health_check_timeout_s=15,
+    health_check_timeout_s=60,  # cores that train as well may answer late
     ray_actor_options={"num_cpus": 0},
 )
 @serve.ingress()

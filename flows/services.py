@@ -206,8 +206,8 @@ def _ray(settings: Settings) -> Service:
             RAY_SERVE_ENABLE_HA_PROXY="1",
             RAY_SERVE_HAPROXY_BINARY_PATH=str(_haproxy_wrapper(settings)),
             RAY_SERVE_HAPROXY_NBTHREAD="1",
-            # On cores that train as well, a late answer is no dead proxy; its restart under load cut
-            # the endpoint off for four minutes.
+            # On cores that train as well, a late answer is no dead proxy; its restart under load
+            # cut the endpoint off for four minutes.
             RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S="60",
             RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="60",
             # Replicas on their way out hold up the next swap for this long (30 s by default).

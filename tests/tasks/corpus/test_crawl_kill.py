@@ -15,7 +15,7 @@ from loopback_site import Crawler, LoopbackSite, page
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 PARALLEL = 4
-OPTIONS = {"parallel": PARALLEL, "round_seconds": 0.3, "delay": 0.01, "segment_bytes": 20_000}
+OPTIONS = {"timeout": 60.0, "parallel": PARALLEL, "round_seconds": 0.3, "delay": 0.01, "segment_bytes": 20_000}
 
 
 def linked_pages(count: int) -> dict[str, str]:
@@ -53,9 +53,9 @@ def crawl_with_kills(tmp_path: Path, pages: int, kills: int, seed: int) -> None:
             if process.poll() is None:
                 killed += 1
                 process.send_signal(signal.SIGKILL)
-            process.communicate(timeout=60)
+            process.communicate(timeout=250)
         process = start(tmp_path / "home", site.url)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=250)
     assert process.returncode == 0
     assert killed >= 1
     result = json.loads(output)

@@ -4,7 +4,7 @@ import gzip
 import socket
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.corpus.guard import is_public, private_seeds
@@ -39,6 +39,7 @@ def test_the_status_of_robots_decides(status: int, policy: str) -> None:
     assert Robots.of_response(status, b"").policy == policy
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_robots_file(data: bytes) -> None:
     rules = Robots.of_response(200, data)
@@ -66,6 +67,7 @@ def test_links_are_resolved_deduplicated_and_in_order() -> None:
     assert found.invalid == 1
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.binary(max_size=400))
 def test_any_bytes_are_a_page_and_a_sitemap(data: bytes) -> None:
     page_links(data, BASE, "utf-8", (), "Gristmill")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from loopback_site import LoopbackSite, page
 
 ROOT = Path(__file__).parents[3]
@@ -41,6 +42,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow  # starts a Ray node of its own; the chain test crawls on the stack's
 def test_the_stage_runs_on_ray_is_cached_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     pages = {"/": page("/a", "/b"), "/a": page("/b"), "/b": page(text="b")}
     environment = os.environ | {
@@ -56,7 +58,7 @@ def test_the_stage_runs_on_ray_is_cached_and_leaves_nothing_half_written(tmp_pat
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=280,
         )
         assert done.returncode == 0, done.stderr
         assert site.paths["/a"] == 2  # once per epoch, not for the cached call

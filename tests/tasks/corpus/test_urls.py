@@ -1,7 +1,7 @@
 """URL canonicalisation, scope, traps and aliases."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.corpus.urls import Aliases, Scope, canonical_url, trap_reason
@@ -63,6 +63,7 @@ def test_links_are_resolved_against_their_page() -> None:
     assert canonical_url("?page=2", base) == "http://example.org/library/json.html?page=2"
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60), st.text(max_size=30))
 def test_canonical_form_is_a_fixed_point(path: str, query: str) -> None:
     try:
@@ -73,6 +74,7 @@ def test_canonical_form_is_a_fixed_point(path: str, query: str) -> None:
     assert once.isascii()
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80))
 def test_any_text_is_canonical_or_refused(text: str) -> None:
     try:
@@ -82,6 +84,7 @@ def test_any_text_is_canonical_or_refused(text: str) -> None:
     assert canonical_url(once) == once
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab./%2eE;=jsiond", max_size=40))
 def test_no_dot_segment_survives(path: str) -> None:
     once = canonical_url("http://example.org/" + path)
@@ -114,6 +117,7 @@ def test_repeating_paths_are_traps() -> None:
     assert trap_reason("http://e.org/2024/01/01/a") == ""
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["/", "/library/json.html", "/a?b=c"]))
 def test_aliases_are_inverse(path: str) -> None:
     aliases = Aliases((("embedded://stdlib", "http://127.0.0.1:4202"),))

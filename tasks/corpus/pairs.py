@@ -57,7 +57,7 @@ class PairsConfig(StageConfig):
     phrasings_per_detail: int = Field(6, ge=1, le=200)
     """Questions trained for its module, and for its parameters."""
     altered: float = Field(0.4, ge=0, le=1)
-    """Share of trained questions in which small words are left out or put in."""
+    """Share of trained questions in which words around the name are left out or put in."""
     where: bool = True
     """Also ask which module holds a function or class."""
     parameters: bool = True
@@ -95,7 +95,7 @@ class Selection:
         return dict(sorted(Counter(fate for *_, fate in self.fates if fate not in kept).items()))
 
 
-@stage("pairs", version=1)
+@stage("pairs", version=2)
 def write_instruction_pairs(config: PairsConfig, work: Workspace, *, corpus: Manifest) -> Outcome:
     """Ask questions that the corpus's own documents answer."""
     mined: dict[str, list[Fact]] = {"train": [], "heldout": []}

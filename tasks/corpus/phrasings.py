@@ -53,6 +53,24 @@ _WHAT = Phrasings(
         "Documentation for {x}, please.",
         "Meaning of {x}",
         "Define {x}",
+        "I saw {x} somewhere. What is that?",
+        "While reading code I met {x}; what does it do?",
+        "A colleague uses {x}. What is it?",
+        "There is {x} in this file. What does that do?",
+        "Just wondering, what does {x} do?",
+        "Remind me what {x} does.",
+        "Tell me in a few words what {x} does.",
+        "Short answer only: what does {x} do?",
+        "In short, what is {x}?",
+        "One line about {x}, please.",
+        "Sum up {x}.",
+        "Give me an overview of {x}.",
+        "What is the use of {x}?",
+        "What is the idea behind {x}?",
+        "What would I need {x} for?",
+        "Why does {x} exist?",
+        "Why do people call {x}?",
+        "Is {x} useful, and for what?",
         "help({x})",
         "{x}?",
         "{x}",
@@ -89,6 +107,11 @@ _MODULE = Phrasings(
         "Tell me about the module {x}.",
         "Tell me about {x}.",
         "When would I import {x}?",
+        "This file imports {x}. What is that?",
+        "What does the package {x} offer?",
+        "Sum up the {x} module.",
+        "Remind me what {x} is for.",
+        "One line about the module {x}, please.",
         "import {x}",
         "{x}",
     ),
@@ -130,6 +153,12 @@ _WHERE = Phrasings(
         "Which module do I import to use {x}?",
         "Where is {x} defined?",
         "Where does {x} come from?",
+        "Where is {x}?",
+        "From which module can I get {x}?",
+        "What do I import for {x}?",
+        "I want to use {x}. Which import is that?",
+        "{x} lives in which module?",
+        "Name the module of {x}.",
         "Module of {x}?",
     ),
     (
@@ -148,6 +177,13 @@ _PARAMETERS = Phrasings(
         "List the parameters of {x}.",
         "How do I call {x}?",
         "What is the signature of {x}?",
+        "What do I pass to {x}?",
+        "What input does {x} need?",
+        "What must I give to {x}?",
+        "What goes into {x}?",
+        "Tell me the arguments of {x}.",
+        "I want to call {x}. What can be given to it?",
+        "Inputs of {x}?",
         "Parameters of {x}",
     ),
     (
@@ -182,8 +218,8 @@ def trained_questions(
 ) -> Iterator[Wording]:
     """`count` wordings; every trained phrasing is used before one comes again.
 
-    alter: share of them in which small words come or go. It teaches that the name decides and not
-    the frame around it: without, 58% of seen phrasings and 35% of others were answered exactly.
+    alter: share of them in which words come or go. It teaches that the name decides and not the
+    frame around it: without, 58% of trained phrasings and 35% of others were answered exactly.
     """
     order: list[str] = []
     for _ in range(count):
@@ -210,22 +246,38 @@ def ask(phrasing: str, question: Question, fact: Fact, draw: random.Random) -> s
     return text.replace("{x}", _written(question, fact, draw))
 
 
-_SMALL_WORDS = (
-    *("please", "well", "so", "hey", "I", "just", "really", "actually", "thanks", "ok"),
-    *("the", "a", "this", "one", "my", "python", "code", "function"),
-    *("about", "here", "now", "in"),
-)
+_COMMON_WORDS = """
+a about after again all also an and another any anyone are as ask at away back be because been
+before being best between both but by call called can case change check class code come could
+current data day default do does doing done down each easy else end even ever every example
+explain fact few file find first for from function get give given go good guess had has have hear
+help her here him his how i idea if import in input into is it its just keep kind know last learn
+let like line list little look lot make many may maybe me mean method might mind minute module
+moment more most much must my name need never new next nice no not now object of off often ok old
+on once one only open or other our out over own page part people person place please point
+possible problem program python question quick quite read really reason remember return right run
+said same say script see seems sense set she should show since small so some someone something
+soon sort standard start still string such sure take talk tell text than thank thanks that the
+their them then there these they thing think this those though time to today told too try trying
+two type under understand until up us use used useful user using value very want was way we well
+were what when where whether which while who whole why will wish with without wonder word work
+works would write wrong yes yet you your
+""".split()  # noqa: SIM905 (a list of 262 quoted words reads worse)
 
 
 def _altered(phrasing: str, draw: random.Random) -> str:
-    """The phrasing with about one word in six left out and one in twelve put in."""
-    words = []
+    """The phrasing with words left out, and common words put in, before or after it."""
+    often = draw.random() * 0.35
+    words = draw.choices(_COMMON_WORDS, k=draw.randint(1, 5)) if draw.random() < 0.35 else []
     for word in phrasing.split(" "):
-        if "{x}" in word or draw.random() >= 0.15:
+        if "{x}" in word or draw.random() >= 0.2:
             words.append(word)
-        if draw.random() < 0.08:
-            words.append(draw.choice(_SMALL_WORDS))
-    return " ".join(words)
+        if draw.random() < often:
+            words.append(draw.choice(_COMMON_WORDS))
+    if draw.random() < 0.3:
+        words += draw.choices(_COMMON_WORDS, k=draw.randint(1, 5))
+    text = " ".join(words)
+    return text.rstrip("?.") + draw.choice("?.! ").strip() if draw.random() < 0.4 else text
 
 
 def _written(question: Question, fact: Fact, draw: random.Random) -> str:

@@ -4,13 +4,14 @@ Rounds, each a shard function on Ray: signatures of a shard of documents; candid
 over all shards; exact Jaccard similarity of a block of candidate pairs; the selection of a shard.
 The driver holds a rank and a digest for each document and the pairs, never the text.
 
-Which copy stays: the longest text; among equals the address that does not look like a copy's
-(`/latest/`, `/print/`, a query, …), then the shorter address, then alphabetical order.
+Which copy stays: the longest text, in steps of a tenth; among equals the address that does not look
+like a copy's (`/latest/`, `/print/`, a query, …), then the shorter one, then alphabetical order.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import Counter
 from dataclasses import asdict
@@ -43,6 +44,7 @@ from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
 BAND_GROUPS = 8  # tasks that look for candidates; each reads the keys of its bands only
 PAIRS_PER_BLOCK = 20_000
 LARGEST_SHOWN = 10
+LENGTH_STEP = 1.1  # a few words more do not make a mirror the better copy
 REMEDIES = {"": "crawl more pages"}
 _COPY = re.compile(
     r"[/._-](?:latest|old|archive[sd]?|print|printable|amp|mobile|mirrors?|cop(?:y|ies)|backup)"
@@ -222,7 +224,7 @@ def _ranks(urls: list[str], sizes: list[int]) -> NDArray[np.int64]:
     order = sorted(
         range(len(urls)),
         key=lambda row: (
-            -sizes[row],
+            -int(math.log(sizes[row] + 1, LENGTH_STEP)),
             bool(_COPY.search(urls[row])),
             len(urls[row]),
             urls[row],

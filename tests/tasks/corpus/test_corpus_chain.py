@@ -1,0 +1,173 @@
+"""All five text stages over one small crawl: the whole walk, what each stage makes, and Ray."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from crawled import Page, PagesConfig, crawl_of, html
+from documents_of import rows, urls
+from inline_shards import run_inline
+
+from tasks.corpus import extract as extract_module
+from tasks.corpus.dedup import DeduplicateConfig, deduplicate
+from tasks.corpus.extract import ExtractConfig, extract
+from tasks.corpus.language import LanguageConfig, language
+from tasks.corpus.quality import QualityConfig, quality
+from tasks.corpus.split import SplitConfig, split
+from tasks.runtime.manifest import Manifest
+
+ROOT = Path(__file__).parents[3]
+THINGS = ("queue", "stack", "heap", "tree", "graph", "table", "list", "set", "ring", "trie")
+VERBS = ("append", "remove", "rotate", "search", "merge", "split", "count", "clear")
+
+
+def module(number: int, thing: str) -> str:
+    blocks = [f"<p>A {thing} that keeps its items in the order of module {number}.</p>"]
+    for place, verb in enumerate(VERBS):
+        word = f"{verb}_{thing}"
+        blocks += [
+            f'<section id="{word}"><h2><code>{thing}s.{word}(items, limit={place})</code></h2>',
+            f"<p>{verb.title()} the items of the given {thing}, and return how many of its "
+            f"{THINGS[(number + place) % 10]}s have been changed by {number * place}.</p>",
+            f"<pre><code>&gt;&gt;&gt; {word}([1, 2], limit={place})\n{number}</code></pre>",
+            "</section>",
+        ]
+    return html(f"{thing}s", *blocks)
+
+
+def site() -> PagesConfig:
+    base = "embedded://stdlib"
+    pages = [
+        Page(url=f"{base}/library/{thing}s.html", body=module(number, thing))
+        for number, thing in enumerate(THINGS)
+    ]
+    copy = pages[3].body
+    # A near duplicate: one of some 250 words is another.
+    near = pages[4].body.replace("A graph that keeps", "A graph which keeps")
+    entries = "".join(
+        f"<li><code>{thing}s.{verb}_{thing}</code>: {verb} of the {thing} and what it returns</li>"
+        for thing in THINGS
+        for verb in VERBS
+    )
+    german = html(
+        "Brücke", "<p>" + "Die Brücke über den Fluss war im Winter gesperrt. " * 8 + "</p>"
+    )
+    hidden = html("n", "<p>text</p>", head='<meta name="robots" content="noindex">')
+    return PagesConfig(
+        pages=(
+            *pages,
+            Page(url=f"{base}/latest/trees.html", body=copy),
+            Page(url=f"{base}/mirror/graphs.html", body=near),
+            Page(url=f"{base}/index.html", body=html("Index", f"<ul>{entries}</ul>")),
+            Page(url=f"{base}/de.html", body=german),
+            Page(url=f"{base}/hidden.html", body=hidden),
+            Page(url=f"{base}/gone.html", body="gone", status=410),
+        )
+    )
+
+
+def build() -> dict[str, Manifest]:
+    crawled = crawl_of(site())
+    extracted = extract(ExtractConfig(shard_megabytes=0.01), crawl=crawled)
+    identified = language(LanguageConfig(), documents=extracted)
+    good = quality(QualityConfig(), documents=identified)
+    unique = deduplicate(DeduplicateConfig(), documents=good)
+    divided = split(SplitConfig(common_groups=5), documents=unique)
+    return {m.stage: m for m in (extracted, identified, good, unique, divided)}
+
+
+@pytest.fixture
+def built(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
+    run_inline(monkeypatch)
+    yield build()
+    for child in extract_module._children.values():
+        child.close()
+    extract_module._children.clear()
+
+
+def digest(manifest: Manifest) -> str:
+    """Of every row of an artifact's tables; not of times, offsets and floating-point scores."""
+    told = hashlib.sha256()
+    for prefix in ("documents-", "train-", "heldout-", "rejected-"):
+        for row in rows(manifest, prefix):
+            kept = {
+                k: v for k, v in row.items() if k not in ("offset", "fetched_at", "language_score")
+            }
+            told.update(json.dumps([prefix, kept], sort_keys=True, ensure_ascii=False).encode())
+    return told.hexdigest()[:16]
+
+
+# Where one of these changes, the stage makes something else of the same input: raise its version
+# in @stage, then write the new digest here.
+GOLDEN: dict[str, tuple[int, str]] = {
+    "extract": (1, "461b3a12e25443f5"),
+    "language": (1, "4f386a91d7f825ea"),
+    "quality": (1, "295fc9873ea10609"),
+    "deduplicate": (1, "cf4ef3404c83f91f"),
+    "split": (1, "85fc1402a199daf5"),
+}
+
+
+def test_each_stage_removes_what_it_should(built: dict[str, Manifest]) -> None:
+    assert built["extract"].rules == {"noindex": 1, "status": 1}
+    assert built["language"].rules == {"language-other": 1}
+    assert built["quality"].rules == {"bullet_lines": 1}
+    assert built["deduplicate"].rules == {"exact-duplicate": 1, "near-duplicate": 1}
+    final = built["split"]
+    kept = [*urls(final, "train-"), *urls(final, "heldout-")]
+    assert sorted(kept) == sorted(f"embedded://stdlib/library/{t}s.html" for t in THINGS)
+    assert final.counts["train_documents"] + final.counts["heldout_documents"] == 10
+    train = rows(final, "train-")[0]["text"].split("\n")
+    signature = next(line for line in train if line.startswith("## "))
+    assert signature.endswith(", limit=0)") and "`" not in signature
+    assert train[train.index(signature) + 2].startswith("Append the items of the given")
+    assert "```" in train
+
+
+def test_every_stage_reports_a_table_of_its_rules(built: dict[str, Manifest]) -> None:
+    from tasks.runtime.store import Store
+
+    for manifest in built.values():
+        reports = json.loads(Store.open().of(manifest).read_bytes("report.json"))
+        tables = [report for report in reports if report["kind"] == "table"]
+        assert tables and all(report["body"] for report in tables)
+        assert all(report["key"] == report["key"].lower() for report in reports)
+
+
+def test_what_a_stage_makes_changes_only_with_its_version(built: dict[str, Manifest]) -> None:
+    found = {name: (manifest.version, digest(manifest)) for name, manifest in built.items()}
+    assert found == GOLDEN
+
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from test_corpus_chain import build, digest
+print(json.dumps({name: digest(manifest) for name, manifest in build().items()}))
+"""
+
+
+def test_ray_workers_make_the_same(tmp_path: Path) -> None:
+    here = str(Path(__file__).parent)
+    environment = os.environ | {
+        "GRISTMILL_HOME": str(tmp_path / "home"),
+        "GRISTMILL_RAY_ADDRESS": "local",
+        "RAY_AUTH_MODE": "disabled",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{here}",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, here],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {name: expected for name, (_, expected) in GOLDEN.items()}

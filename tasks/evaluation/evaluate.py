@@ -2,6 +2,7 @@
 
 Written are, item by item, so that another model can be compared on the same ones:
     documents.parquet          bits, tokens and bytes of each held-out document
+    base-documents.parquet     the same of the base model that was fine-tuned, if one was
     answers-seen.parquet …     question, reference, answer, exact, rouge_l for each group
     samples.json               how the model continues documents it never saw
 """
@@ -64,11 +65,11 @@ class EvaluateConfig(StageConfig):
 class Part:
     """Work of one Ray task: documents to score, openings to continue, or a group's questions."""
 
-    kind: str  # "documents", "openings" or a group
+    kind: str  # "documents", "base" (documents, by the base model), "openings" or a group
     items: Sequence[Any]
 
 
-@stage("evaluate", version=1)
+@stage("evaluate", version=2)
 def evaluate(
     config: EvaluateConfig,
     work: Workspace,
@@ -78,17 +79,26 @@ def evaluate(
     pairs: Manifest,
     baseline: Manifest,
 ) -> Outcome:
-    """Bits per byte on held-out documents, answers in three groups with intervals, samples."""
+    """Bits per byte on held-out documents, answers in three groups with intervals, samples.
+
+    Fine-tuning towards answers costs some of what pretraining learned of documents, so a model
+    that was fine-tuned is scored beside its base, on the same bytes.
+    """
     store = work.store
     documents = heldout_documents(store, corpus, baseline)
     parts = _parts(config, store, documents, pairs)
+    base = store.get("pretrain", model.inputs["base"]) if "base" in model.inputs else None
+    if base is not None:
+        parts += [Part("base", part.items) for part in parts if part.kind == "documents"]
     rows: dict[str, list[dict[str, Any]]] = {part.kind: [] for part in parts}
     with ray_session() as session:
-        items = [(config, work, model, part) for part in parts]
+        items = [(config, work, base if p.kind == "base" else model, p) for p in parts]
         results = dict(session.map(_score_part, items, label="Evaluation", unit="parts"))
         for index, part in enumerate(parts):
             rows[part.kind] += results[index]
     work.write_table("documents.parquet", pa.Table.from_pylist(rows["documents"], DOCUMENTS))
+    if base is not None:
+        work.write_table("base-documents.parquet", pa.Table.from_pylist(rows["base"], DOCUMENTS))
     for group in GROUPS:
         work.write_table(
             f"answers-{group}.parquet", pa.Table.from_pylist(rows.get(group, []), ANSWERS)
@@ -106,11 +116,12 @@ def evaluate(
 
 def summarise(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Estimate]:
     """Scores with 95% intervals, from scores item by item; a group without questions has none."""
-    documents = rows["documents"]
     scores = {
-        "bits_per_byte": bootstrap_ratio(
-            [row["bits"] for row in documents], [row["bytes"] for row in documents]
+        name: bootstrap_ratio(
+            [row["bits"] for row in rows[kind]], [row["bytes"] for row in rows[kind]]
         )
+        for name, kind in (("bits_per_byte", "documents"), ("base_bits_per_byte", "base"))
+        if kind in rows
     }
     for group in GROUPS:
         if answered := rows.get(group):
@@ -162,7 +173,7 @@ def _score_part(
     from tasks.evaluation.questions import answers, continuations, judge
 
     _, model, tokenizer = load_model(model_directory(work.store, manifest))
-    if part.kind == "documents":
+    if part.kind in ("documents", "base"):
         texts = [text for _, text in part.items]
         scored = score_documents(model, tokenizer, texts, config.window or None)
         return [
@@ -189,8 +200,12 @@ def _score_part(
 def _reports(
     scores: dict[str, Estimate], rows: dict[str, list[dict[str, Any]]], baseline: Manifest
 ) -> tuple[Report, ...]:
-    bits = scores["bits_per_byte"]
-    compression = [{"by": "this model", "bits per byte": bits.value, "95% interval": _span(bits)}]
+    named = {"base_bits_per_byte": "its base, before fine-tuning", "bits_per_byte": "this model"}
+    compression = [
+        {"by": by, "bits per byte": scores[name].value, "95% interval": _span(scores[name])}
+        for name, by in named.items()
+        if name in scores
+    ]
     compression += [
         {
             "by": LABELS[method],

@@ -24,7 +24,7 @@ class FinetuneConfig(TrainingConfig):
     """Tokens of one packed sequence; a longer conversation is left out."""
     batch: int = Field(8, ge=1)
     """Sequences of one optimiser step, over all workers."""
-    replay: float = Field(0.2, ge=0, le=0.95)
+    replay: float = Field(0.1, ge=0, le=0.95)
     """Share of steps that learn documents of the corpus instead, lest the model forget them."""
     optimizer: OptimizerOptions = OptimizerOptions(
         muon_learning_rate=0.01, learning_rate=2e-3, embedding_learning_rate=2e-3

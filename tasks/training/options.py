@@ -17,15 +17,15 @@ from tasks.runtime.stage import StageConfig
 class ModelOptions(StageConfig):
     """The shape of the model."""
 
-    width: int = Field(192, ge=2)
+    width: int = Field(256, ge=2)
     """Channels of the residual stream."""
-    layers: int = Field(6, ge=1)
+    layers: int = Field(4, ge=1)
     """Transformer blocks."""
-    heads: int = Field(3, ge=1)
+    heads: int = Field(4, ge=1)
     """Attention heads."""
     kv_heads: int = Field(0, ge=0)
     """Key-value heads (grouped-query attention); 0: as many as heads."""
-    mlp_width: int = Field(0, ge=0)
+    mlp_width: int = Field(1024, ge=0)
     """Channels of the feed-forward blocks; 0: 8/3 of the width, rounded up to 64s."""
     context: int = Field(256, ge=2)
     """Longest text the model can read, in tokens; more than it was trained on is guesswork."""

@@ -20,7 +20,7 @@ from tasks.training.options import ModelOptions, TrainingConfig
 class PretrainConfig(TrainingConfig):
     """How the base model is trained."""
 
-    tokens: int = Field(3_000_000, ge=1)
+    tokens: int = Field(1_800_000, ge=1)
     """Tokens to train on, counted again on every pass over the corpus."""
     sequence: int = Field(256, ge=2)
     """Tokens of one training sequence."""

@@ -71,7 +71,7 @@ def choose_examples(rows: list[dict[str, str]]) -> tuple[str, ...]:
     for row in rows:
         fact, question = row["fact"], row["question"]
         named = row["kind"] == "what" and fact in question and "._" not in fact
-        if named and len(question) <= LONGEST_EXAMPLE:
+        if named and question.endswith("?") and len(question) <= LONGEST_EXAMPLE:
             best[fact] = min(question, best.get(fact, question), key=_plainness)
     facts = sorted(fact for fact, question in best.items() if question.startswith("What "))
     random.Random(0).shuffle(facts)

@@ -42,8 +42,8 @@ class Bands:
 @cache
 def _permutations(count: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
     seeds = mix(np.arange(1, 2 * count + 1, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95))
-    seeds = (seeds >> np.uint64(32)).astype(np.uint32)
-    return seeds[:count] | np.uint32(1), seeds[count:]
+    halves: NDArray[np.uint32] = (seeds >> np.uint64(32)).astype(np.uint32)
+    return np.bitwise_or(halves[:count], np.uint32(1)), halves[count:]
 
 
 def minima(shingles: Hashes, count: int) -> NDArray[np.uint32]:

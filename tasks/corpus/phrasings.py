@@ -74,6 +74,20 @@ _WHAT = Phrasings(
         "Why does {x} exist?",
         "Why do people call {x}?",
         "Is {x} useful, and for what?",
+        "What's the benefit of {x}?",
+        "Who needs {x}, and why?",
+        "Would you tell me about {x}?",
+        "Can you describe {x} for me?",
+        "Put {x} in a nutshell.",
+        "Condense {x} into a phrase.",
+        "Fast one: {x}, what is that?",
+        "I came across {x} today. What does it do?",
+        "Somebody wrote {x} here. What is that for?",
+        "I have to use {x}. What will it do?",
+        "So what does {x} actually do?",
+        "Any idea what {x} does?",
+        "Say what {x} does.",
+        "The {kind} {x}: what is it for?",
         "help({x})",
         "{x}?",
         "{x}",
@@ -162,6 +176,12 @@ _WHERE = Phrasings(
         "I want to use {x}. Which import is that?",
         "{x} lives in which module?",
         "Name the module of {x}.",
+        "To use {x}, which module do I need?",
+        "Which library module has {x}?",
+        "What has to be imported before I use {x}?",
+        "Who provides {x}?",
+        "Where do I get {x} from?",
+        "{x}: which module?",
         "Module of {x}?",
     ),
     (
@@ -191,6 +211,12 @@ _PARAMETERS = Phrasings(
         "Tell me the arguments of {x}.",
         "I want to call {x}. What can be given to it?",
         "Inputs of {x}?",
+        "Which values does {x} want?",
+        "What values can be handed to {x}?",
+        "{x} takes what?",
+        "Say what {x} is called with.",
+        "What can {x} be given?",
+        "Enumerate the arguments of {x}.",
         "Parameters of {x}",
     ),
     (
@@ -254,22 +280,38 @@ def ask(phrasing: str, question: Question, fact: Fact, draw: random.Random) -> s
 
 
 _COMMON_WORDS = """
-a about after again all also an and another any anyone are as ask at away back be because been
-before being best between both but by call called can case change check class code come could
-current data day default do does doing done down each easy else end even ever every example
-explain fact few file find first for from function get give given go good guess had has have hear
-help her here him his how i idea if import in input into is it its just keep kind know last learn
-let like line list little look lot make many may maybe me mean method might mind minute module
-moment more most much must my name need never new next nice no not now object of off often ok old
-on once one only open or other our out over own page part people person place please point
-possible problem program python question quick quite read really reason remember return right run
-said same say script see seems sense set she should show since small so some someone something
-soon sort standard start still string such sure take talk tell text than thank thanks that the
-their them then there these they thing think this those though time to today told too try trying
-two type under understand until up us use used useful user using value very want was way we well
-were what when where whether which while who whole why will wish with without wonder word work
-works would write wrong yes yet you your
-""".split()  # noqa: SIM905 (a list of 262 quoted words reads worse)
+a about access according add added address after again all already also always an and another any
+anyone are arg as ask at attribute attributes available away back base based be because been
+before being best between binary bit block both buffer but by byte bytes call callable callback
+called calling calls can cannot case change character characters check child class classes code
+come command commands connection contain containing contains content context copy could count
+create created current currently data day def default defaults defined descriptor dict dictionary
+different directory do document does doesn doing done down each easy either element elements else
+empty encoded encoding end entry equivalent error errors even event ever every example except
+exception existing explain expr fact false few file filename files final find first flag flags
+following foo for form format found frame from function functions generated get give go good group
+guess had handle handler has have header headers hear help her here him his host how i idea
+identifier if in including index instance instances instead int integer interface internal into is
+it item items iterable iterator its just keep key keyword kind know last learn least left length
+let level library like limit line lines link list little local logging look loop lot make many
+mapping match matches matching maximum may maybe me mean means memory message method methods might
+mind minute mode moment more most msg much multiple must my name named names need negative never
+new newline next nice no node non not now number object objects of off offset often ok old on once
+one only open option optional options or order original other otherwise our out output over own
+package page parent parse parser part path pattern people person place please point port position
+possible prefix problem process program protocol provided provides python question queue quick
+quite raise raised raises read reading really reason relative remember request response result
+results return returned returns right root run said same say screen script search second section
+see seems sense sequence server set she should show since single size small so socket some someone
+something soon sort source specific specified specifies stack standard start state still str
+stream strict string strings sub subclass such supplied support supported supports sure system tag
+take talk target tell test text than thank thanks that the their them then there these they thing
+think this those though thread through time timeout to today token told too tree true try trying
+tuple turtle two type types under underlying understand until up us use used useful user uses
+using value values variable variables version very want was way we well were what when whether
+while who whole why widget width will window wish with within without wonder word work works would
+write written wrong yes yet you your zero
+""".split()  # noqa: SIM905 (hundreds of quoted words read worse)
 
 
 def _altered(phrasing: str, draw: random.Random) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from serve.about import about
-from serve.host import ModelSpec
+from serve.specification import ModelSpec
 from tasks.registry.models import Version
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest

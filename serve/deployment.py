@@ -14,7 +14,8 @@ from ray.serve._private import replica
 
 from serve.app import create_app
 from serve.fetch import fetch
-from serve.host import ModelHost, ModelSpec
+from serve.host import ModelHost
+from serve.specification import ModelSpec
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from serve.host import ModelSpec
+from serve.specification import ModelSpec
 from tasks.runtime.errors import UserError
 from tasks.runtime.store import Store
 

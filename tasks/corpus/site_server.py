@@ -15,8 +15,10 @@ import json
 import logging
 import signal
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, date, datetime, timedelta
 from email.utils import format_datetime, parsedate_to_datetime
+from multiprocessing import get_context
 from pathlib import Path
 
 from aiohttp import web
@@ -142,7 +144,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if not is_current(options.root):
-        log.info("rendering %d pages into %s", render_site(options.root), options.root)
+        # In a process of its own, whose memory (ten times what serving needs) ends with it.
+        with ProcessPoolExecutor(1, get_context("spawn")) as renderer:
+            pages = renderer.submit(render_site, options.root).result()
+        log.info("rendered %d pages into %s", pages, options.root)
     try:
         asyncio.run(serve_site(options.root, options.host, options.port, options.gzip))
     except OSError as error:

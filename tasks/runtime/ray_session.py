@@ -55,6 +55,15 @@ def ray_session(settings: Settings | None = None) -> Iterator[RaySession]:
         session.cancel()
 
 
+def leave_ray() -> None:
+    """Give the connection and its idle workers back before a long wait; the next session rejoins.
+
+    Harmless when there is no connection.
+    """
+    if ray.is_initialized() and _connected_to is not None:
+        ray.shutdown()
+
+
 class RaySession:
     """References in flight, so that all of them can be cancelled."""
 

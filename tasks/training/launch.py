@@ -10,6 +10,7 @@ import pyarrow as pa
 from tasks.registry.models import run_page
 from tasks.runtime import jobs
 from tasks.runtime.errors import UserError
+from tasks.runtime.ray_session import leave_ray
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Report, Workspace
 from tasks.training.job import FAILURE, JOB, PROGRESS, RESULT, TrainingJob
@@ -61,6 +62,7 @@ def launch(job: TrainingJob, work: Workspace) -> Outcome:
 
 def _follow(job: TrainingJob, work: Workspace) -> None:
     work.write_json(JOB, job.model_dump(mode="json"))
+    leave_ray()  # the workers of the stages before would keep a gigabyte while we wait
     settings = Settings.load()
     client = jobs.client(settings)
     entrypoint = jobs.python_entrypoint("tasks.training.job", {"uri": work.uri, "path": work.path})

@@ -103,8 +103,8 @@ class ScheduleOptions(StageConfig):
 class RunOptions(StageConfig):
     """Where and how a training runs. Nothing here changes what is trained, but for rounding."""
 
-    workers: int = Field(1, ge=1)
-    """Processes that share every batch; on few CPU cores one with many threads is fastest."""
+    workers: int = Field(0, ge=0)
+    """Processes that share every batch; 0: two where the cluster has two free CPUs, else one."""
     threads: int = Field(0, ge=0)
     """Threads of each worker; 0: the machine's cores divided by the workers."""
     gpu: bool = False

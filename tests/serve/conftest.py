@@ -14,7 +14,8 @@ import pytest
 import uvicorn
 
 from serve.app import create_app
-from serve.host import ModelHost, ModelSpec
+from serve.host import ModelHost
+from serve.specification import ModelSpec
 from tests.tiny_models import model_directory
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from tasks.corpus.docstring_html import block_html, inline_html
 from tasks.corpus.module_docs import ClassDoc, FunctionDoc, ModuleDoc, first_sentence
 from tasks.corpus.stdlib_docs import read_modules
+from tasks.runtime.errors import UserError
 
 # Raise it whenever rendered bytes change; the server then renders anew.
 RENDERER = 2
@@ -38,7 +39,12 @@ REDIRECTS = {
 
 
 def render_site(root: Path) -> int:
-    """Render the site into `root` (replaced as a whole); returns the number of pages."""
+    """Render the site into `root` (replaced as a whole); returns the number of pages.
+
+    Raises UserError when `root` holds something else.
+    """
+    if root.exists() and any(root.iterdir()) and not (root / "site.json").exists():
+        raise UserError(f"{root} holds other files; name an empty or new directory for the site")
     modules = read_modules()
     pages = dict(_pages(modules))
     root.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,13 @@ from loopback_site import Crawler, LoopbackSite, page
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 PARALLEL = 4
-OPTIONS = {"timeout": 60.0, "parallel": PARALLEL, "round_seconds": 0.3, "delay": 0.01, "segment_bytes": 20_000}
+OPTIONS = {
+    "timeout": 60.0,
+    "parallel": PARALLEL,
+    "round_seconds": 0.3,
+    "delay": 0.01,
+    "segment_bytes": 20_000,
+}
 
 
 def linked_pages(count: int) -> dict[str, str]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from aiohttp import web
 
 from tasks.corpus.site import is_current, render_site
+from tasks.runtime.errors import UserError
 
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -143,11 +144,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gzip", action="store_true", help="compress where the client accepts it")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if not is_current(options.root):
-        # In a process of its own, whose memory (ten times what serving needs) ends with it.
-        with ProcessPoolExecutor(1, get_context("spawn")) as renderer:
-            pages = renderer.submit(render_site, options.root).result()
-        log.info("rendered %d pages into %s", pages, options.root)
+    try:
+        if not is_current(options.root):
+            # In a process of its own, whose memory (ten times what serving needs) ends with it.
+            with ProcessPoolExecutor(1, get_context("spawn")) as renderer:
+                pages = renderer.submit(render_site, options.root).result()
+            log.info("rendered %d pages into %s", pages, options.root)
+    except UserError as error:
+        log.error("%s", error)
+        return 1
     try:
         asyncio.run(serve_site(options.root, options.host, options.port, options.gzip))
     except OSError as error:

@@ -78,6 +78,8 @@ def _host(hostname: str | None) -> str:
 
 
 def _percent(text: str, allowed: frozenset[str]) -> str:
+    if allowed.issuperset(text):
+        return text
     result, position = [], 0
     while position < len(text):
         character = text[position]

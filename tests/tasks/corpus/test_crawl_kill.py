@@ -77,6 +77,7 @@ def test_killed_crawl_refetches_nothing_but_requests_in_flight(tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", [7])
 def test_crawl_killed_ten_times_loses_nothing(tmp_path: Path, seed: int) -> None:
     crawl_with_kills(tmp_path, pages=400, kills=10, seed=seed)

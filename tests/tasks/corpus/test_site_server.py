@@ -122,6 +122,15 @@ def test_the_calendar_has_no_end(server: tuple[str, Path]) -> None:
     assert get(f"{server[0]}/private/calendar/9999-12-31")[0] == 404
 
 
+def test_a_directory_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    process = start(tmp_path, free_port())
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "holds other files" in errors
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
 def test_a_taken_port_is_one_clear_sentence(server: tuple[str, Path]) -> None:
     port = int(server[0].rpartition(":")[2])
     process = start(server[1], port)

@@ -72,7 +72,8 @@ def extract(config: ExtractConfig, work: Workspace, *, crawl: Manifest) -> Outco
     else:
         table, damaged = _scanned(work, crawl)
     ranges = _ranges(table["bytes"].to_pylist(), int(config.shard_megabytes * 2**20))
-    items = [(config, crawl, table.slice(start, stop - start)) for start, stop in ranges]
+    # `take` copies the rows; a pickled slice would carry the whole table to every shard.
+    items = [(config, crawl, table.take(list(range(start, stop)))) for start, stop in ranges]
     tally = Tally.total(run_shards(work, "extracted", extract_shard, items, label="Extract"))
     tally.seen += damaged
     if damaged:

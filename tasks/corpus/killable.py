@@ -137,7 +137,7 @@ def serve(answer: Callable[[dict[str, Any], bytes], dict[str, Any]]) -> None:
             return
         head_size, body_size = _LENGTHS.unpack(lengths)
         head, body = json.loads(source.read(head_size)), source.read(body_size)
-        signal.setitimer(signal.ITIMER_REAL, 2 * seconds + 5)
+        signal.setitimer(signal.ITIMER_REAL, 2 * seconds + 1)
         reply = answer(head, body)
         signal.setitimer(signal.ITIMER_REAL, 0)
         write_frame(sink, reply, b"")

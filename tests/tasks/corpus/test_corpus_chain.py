@@ -76,7 +76,7 @@ def build() -> dict[str, Manifest]:
     identified = language(LanguageConfig(), documents=extracted)
     good = quality(QualityConfig(), documents=identified)
     unique = deduplicate(DeduplicateConfig(), documents=good)
-    divided = split(SplitConfig(common_groups=5), documents=unique)
+    divided = split(SplitConfig(seed=0, common_groups=5), documents=unique)
     return {m.stage: m for m in (extracted, identified, good, unique, divided)}
 
 

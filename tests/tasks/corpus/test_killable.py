@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +47,35 @@ def test_a_child_that_dies_says_how(child: KillableChild) -> None:
         child.call({"do": "exit"}, b"")
     assert death.value.args[0] == 3
     assert child.call({"do": "answer"}, b"")["length"] == 0
+
+
+ORPHANING = """
+import sys
+from tasks.corpus.killable import KillableChild
+child = KillableChild("odd_child", seconds=0.5, megabytes=1024)
+print(child.call({"do": "answer"}, b"")["pid"], flush=True)
+child.seconds = 600
+child.call({"do": "hang"}, b"")
+"""
+
+
+def test_a_hanging_child_whose_parent_was_killed_ends_by_itself() -> None:
+    here, root = Path(__file__).parent, Path(__file__).parents[3]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ORPHANING],
+        env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{here}"},
+        stdout=subprocess.PIPE,
+    )
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    time.sleep(0.2)  # the request to hang is on its way
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 60
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(pid)
 
 
 def test_memory_beyond_the_limit_is_refused(child: KillableChild) -> None:

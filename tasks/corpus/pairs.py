@@ -95,7 +95,7 @@ class Selection:
         return dict(sorted(Counter(fate for *_, fate in self.fates if fate not in kept).items()))
 
 
-@stage("pairs", version=3)
+@stage("pairs", version=4)
 def write_instruction_pairs(config: PairsConfig, work: Workspace, *, corpus: Manifest) -> Outcome:
     """Ask questions that the corpus's own documents answer."""
     mined: dict[str, list[Fact]] = {"train": [], "heldout": []}

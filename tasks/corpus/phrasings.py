@@ -91,8 +91,6 @@ _WHAT = Phrasings(
         "help({x})",
         "{x}?",
         "{x}",
-    ),
-    (
         "Could you explain what {x} does?",
         "I keep seeing {x} in code. What is it for?",
         "Summarise {x} in one sentence.",
@@ -106,6 +104,21 @@ _WHAT = Phrasings(
         "Quick question: what is {x} good for?",
         "What is the job of the {kind} {x}?",
         "I found {x} in a script; what does it do?",
+    ),
+    (
+        "Mind telling me what {x} does?",
+        "What can {x} be used for?",
+        "I need to know what {x} is for.",
+        "What will {x} do for me?",
+        "Would you explain {x} to me?",
+        "{x} - what does it do?",
+        "What is {x} meant to do?",
+        "Give me the gist of {x}.",
+        "What is {x} supposed to do?",
+        "Have you got an explanation of {x}?",
+        "Please describe {x} briefly.",
+        "Could I get an explanation of {x}?",
+        "I don't know {x}, what is it?",
     ),
 )
 _MODULE = Phrasings(
@@ -131,14 +144,20 @@ _MODULE = Phrasings(
         "One line about the module {x}, please.",
         "import {x}",
         "{x}",
-    ),
-    (
         "What can I use the {x} module for?",
         "Summarise the module {x} in one sentence.",
         "What's the point of the module {x}?",
         "Why would somebody import {x}?",
         "How would you describe the {x} module?",
         "Could you explain what the module {x} is for?",
+    ),
+    (
+        "What can the module {x} do?",
+        "Give me the gist of the {x} module.",
+        "What would I use the {x} module for?",
+        "Could you tell me about the module {x}?",
+        "Would you explain the {x} module to me?",
+        "What can {x} be used for?",
     ),
 )
 _PAGE = Phrasings(
@@ -183,12 +202,16 @@ _WHERE = Phrasings(
         "Where do I get {x} from?",
         "{x}: which module?",
         "Module of {x}?",
-    ),
-    (
         "What should I import to get {x}?",
         "Which module provides {x}?",
         "Where can I find {x}?",
         "{x} is part of which module?",
+    ),
+    (
+        "Which module has {x}?",
+        "What is the module of {x}?",
+        "Tell me the module that contains {x}.",
+        "Which module should I import for {x}?",
     ),
 )
 _PARAMETERS = Phrasings(
@@ -218,12 +241,17 @@ _PARAMETERS = Phrasings(
         "What can {x} be given?",
         "Enumerate the arguments of {x}.",
         "Parameters of {x}",
-    ),
-    (
         "Which inputs does {x} expect?",
         "What can I pass to {x}?",
         "Name the arguments of {x}.",
         "What parameters does {x} have?",
+    ),
+    (
+        "What parameters are accepted by {x}?",
+        "Which arguments can I give {x}?",
+        "Show me the parameters of {x}.",
+        "What does {x} take as arguments?",
+        "With which arguments do I call {x}?",
     ),
 )
 

@@ -31,7 +31,7 @@ def tiny(**flags) -> ModelConfig:
 
 
 def scrambled(config: ModelConfig) -> Transformer:
-    """A model in which every parameter matters: norms and biases away from their initial 1 and 0."""
+    """A model in which every parameter matters: norms and biases not at their initial 1 and 0."""
     torch.manual_seed(1)
     model = Transformer(config).eval()
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"embed_tokens.weight has shape \(97, 64\)"):
         load_directory(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
-    with pytest.raises(FormatError, match="unknown model.layers.2"):
+    with pytest.raises(FormatError, match=r"unknown model\.layers\.2"):
         load_directory(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -137,7 +137,7 @@ def workers(home: Path) -> list[psutil.Process]:
     return found
 
 
-def wait_for(what: str, condition, seconds: float = 90.0):  # type: ignore[no-untyped-def]
+def wait_for(what: str, condition, seconds: float = 180.0):  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         value = condition()

@@ -28,6 +28,10 @@ _NAVIGATION = re.compile(
     r"^(?:See also|Functions|Classes|Bases|Submodules|Part of the package|Also available as)"
     r"\b[^\n]*`"
 )
+    r"^(?:\S+ ){7,}?\S*[a-z)`']{2}\.(?= [a-z`])(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)"
+)
+# … by the replacement repl. repl can be …: a sentence may begin with a name in small letters.
+_BEFORE_A_NAME = re.compile(r"^(?:\S+ ){5,}?(\S*\w)\)?\.(?= (?:\w*[(`_]|\1\b))")
 _CODE_NAME = re.compile(rf"`({_NAME})`")
 _CALL_FORM = re.compile(r"^\W{0,2}[\w.]+\W?(?:\([^\n]*\)|\[[^\n]*\])+`? *-+> ?[^\n]{0,80}$")
 _ALIASES = re.compile(r"^Also available as (`[^\n]+`)\.$")
@@ -159,7 +163,9 @@ def clean_sentence(paragraph: str) -> str:
     """The first sentence of a Markdown paragraph, its emphasis and links as plain text."""
     text = re.sub(r"!?\[([^\]]*)\]\([^)\s]*\)", r"\1", paragraph)
     text = re.sub(r"(?<!\w)(\*\*?)(\S(?:[^*\n]*\S)?)\1(?!\w)", r"\2", text)
-    return first_sentence(text).strip()
+    sentence = first_sentence(text).strip()
+    end = _BEFORE_A_NAME.match(sentence)
+    return end[0] if end else sentence
 
 
 def parameter_names(signature: str | None) -> tuple[str, ...] | None:

@@ -130,6 +130,8 @@ def test_what_cannot_be_an_answer_has_a_rule(sentence: str, rule: str | None) ->
 def test_sentences_lose_emphasis_and_links_but_not_names() -> None:
     text = "Copy **all** files to [dst](http://x/y) with `copy_function`, e.g. *args. Then stop."
     assert clean_sentence(text) == "Copy all files to dst with `copy_function`, e.g. *args."
+    text = "Replace every match of the pattern in string by repl. repl can be a callable. Then."
+    assert clean_sentence(text) == "Replace every match of the pattern in string by repl."
 
 
 def test_unreadable_signatures_have_no_parameters() -> None:

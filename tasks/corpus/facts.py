@@ -28,8 +28,6 @@ _NAVIGATION = re.compile(
     r"^(?:See also|Functions|Classes|Bases|Submodules|Part of the package|Also available as)"
     r"\b[^\n]*`"
 )
-    r"^(?:\S+ ){7,}?\S*[a-z)`']{2}\.(?= [a-z`])(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)"
-)
 # … by the replacement repl. repl can be …: a sentence may begin with a name in small letters.
 _BEFORE_A_NAME = re.compile(r"^(?:\S+ ){5,}?(\S*\w)\)?\.(?= (?:\w*[(`_]|\1\b))")
 _CODE_NAME = re.compile(rf"`({_NAME})`")

@@ -18,6 +18,7 @@ from flows.processes import mind_signals
 from flows.supervisor import ServiceStatus, Supervisor, tail
 from tasks.runtime.errors import UserError
 from tasks.runtime.progress import duration
+from tasks.runtime.rest import Refused, call
 from tasks.runtime.settings import Ports, Settings
 
 QUESTION = "What does the function textwrap.dedent do?"
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings.apply()
         command: Callable[[Settings, argparse.Namespace], int] = parsed.command
         return command(settings, parsed)
-    except UserError as error:
+    except (UserError, Refused) as error:
         print(f"gristmill: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -237,8 +238,6 @@ def table(found: list[ServiceStatus]) -> str:
 
 def reachable(url: str, name: str) -> None:
     """Raises UserError at once where a client would retry for minutes."""
-    from tasks.runtime.rest import Refused, call
-
     try:
         call(f"{url}/health")
     except (OSError, Refused) as error:

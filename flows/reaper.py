@@ -52,11 +52,11 @@ class Reaper:
     _looked_after: dict[str, float] = field(default_factory=dict)
 
     def reap(self, *, at_once: bool = False) -> None:
-        """Look once; does nothing while Prefect or Ray do not answer.
+        """Look once; stops looking when Prefect or Ray are busy or do not answer.
 
         `at_once` is for a stack that is being stopped: what has no process now never will.
         """
-        with contextlib.suppress(OSError, HTTPException):
+        with contextlib.suppress(OSError, HTTPException, Refused):
             runs = self._runs({"state": {"type": {"any_": [*LIVE]}}})
             roots = [run for run in runs if self._is_ours(run)]
             if roots:

@@ -21,6 +21,8 @@ PROGRESS_SECONDS = 10.0
 """Between two progress lines where they cannot be written over each other."""
 SERVER_PATIENCE = 180.0
 START_PATIENCE = 20.0
+BUSY = (408, 429, 502, 503)
+BUSY_PATIENCE = 60.0
 CANCEL_PATIENCE = 60.0
 
 
@@ -88,12 +90,23 @@ class Runs:
         return f"{self.settings.prefect_dashboard}/runs/flow-run/{run['id']}"
 
     def ask(self, path: str, body: Any = None) -> Any:
-        try:
-            return call(f"{self.settings.prefect_api}/{path}", body, timeout=15)
-        except (OSError, HTTPException) as error:
-            raise UserError(
-                f"Prefect does not answer at {self.settings.prefect_api}; start it: gristmill up"
-            ) from error
+        """An answer of Prefect, which says 503 while its database is busy: that is waited for.
+
+        Raises Refused for any other refusal, UserError when Prefect does not answer.
+        """
+        deadline = time.monotonic() + BUSY_PATIENCE
+        while True:
+            try:
+                return call(f"{self.settings.prefect_api}/{path}", body, timeout=15)
+            except Refused as error:
+                if error.status not in BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+            except (OSError, HTTPException) as error:
+                raise UserError(
+                    f"Prefect does not answer at {self.settings.prefect_api}; start it: "
+                    "gristmill up"
+                ) from error
 
 
 @dataclass
@@ -119,7 +132,7 @@ class Watch:
                 self.run = self.runs.ask(f"flow_runs/{self.run['id']}")
                 self._stages()
                 absent_since = None
-            except UserError as error:
+            except (UserError, Refused) as error:
                 now = time.monotonic()
                 if absent_since is None:
                     absent_since = now

@@ -114,9 +114,9 @@ def test_models_of_an_empty_registry(killable: KillableStack) -> None:
 
 
 def test_logs_of_one_service(killable: KillableStack) -> None:
-    code, output = gristmill(killable.settings.home, "logs", "worker", "-n", "200")
+    code, output = gristmill(killable.settings.home, "logs", "prefect", "-n", "200")
     assert code == 0
-    assert "sleeper/local" in output
+    assert killable.settings.prefect_dashboard in output
 
 
 @pytest.mark.parametrize(

@@ -208,3 +208,13 @@ def test_noise_moves_nothing() -> None:
 def test_models_scored_on_other_documents_are_not_compared() -> None:
     other = Scores({"elsewhere": (1.0, 100)}, {})
     assert "no scored document in common" in compare(other, CHAMPION).reason
+
+
+def test_scores_change_only_with_the_version_of_their_stage() -> None:
+    # Raise the version of evaluate or compression-baseline when these change.
+    sizes = [compressed_size(method, TEXT.encode()) for method in METHODS]
+    assert sizes == [65, 65, 77]
+    plan = [(window.start, window.first, window.end) for window in windows(0, 150, 64)]
+    assert plan == [(0, 1, 64), (32, 65, 96), (64, 97, 128), (85, 129, 149)]
+    assert wilson(8, 10) == pytest.approx((0.8, 0.490162, 0.943318), abs=1e-6)
+    assert mean([0.0, 1.0, 1.0, 0.5]) == (0.625, 0.25, 1.0)

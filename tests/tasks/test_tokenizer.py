@@ -89,3 +89,45 @@ def test_documents_are_separated_and_found_again() -> None:
     cut = [ids[a:b].tolist() for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
     assert [names.decode(document) for document in cut] == ["one", "", "two words"]
     assert all(d[0] == names.begin and d[-1] == names.end_of_document for d in cut)
+
+
+def test_shards_change_only_with_the_version_of_the_stage() -> None:
+    names = Tokenizer(train_sentencepiece(GOLDEN_TEXT, 320))
+    ids, starts = encode_documents(names, GOLDEN_TEXT[:2])
+    assert starts.tolist() == [0, 17]
+    assert ids.tolist() == [
+        1,
+        284,
+        290,
+        303,
+        319,
+        300,
+        297,
+        282,
+        288,
+        289,
+        281,
+        285,
+        292,
+        319,
+        299,
+        299,
+        2,
+        1,
+        284,
+        290,
+        303,
+        298,
+        300,
+        297,
+        282,
+        288,
+        289,
+        281,
+        285,
+        292,
+        298,
+        299,
+        299,
+        2,
+    ]

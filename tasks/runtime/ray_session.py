@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 
+from tasks.runtime.errors import UserError
 from tasks.runtime.progress import Progress
 from tasks.runtime.settings import Settings
 
@@ -111,7 +112,7 @@ class RaySession:
                 self._pending.remove(reference)
                 done += 1
                 progress.update(progress.start + done)
-                yield index_of.pop(reference), ray.get(reference)
+                yield index_of.pop(reference), _result(reference)
         progress.finish()
 
     def cancel(self) -> None:
@@ -119,3 +120,13 @@ class RaySession:
             with contextlib.suppress(Exception):
                 ray.cancel(reference, force=True)
         self._pending.clear()
+
+
+def _result(reference: Any) -> Any:
+    """What a shard function returned; its own UserError or OSError, as it was raised."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError | OSError):
+            raise error.cause from None
+        raise

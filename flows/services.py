@@ -48,6 +48,8 @@ class Service:
     environment: dict[str, str] = field(default_factory=dict)
     start_seconds: float = 300
     stop_seconds: float = 10
+    attempts: int = 1
+    """How often it is started if it ends by itself while starting."""
     inside: str | None = None
     """The service it lives in: its command starts it there and ends."""
 
@@ -232,6 +234,7 @@ def _ray(settings: Settings) -> Service:
             if name.startswith(("ray_", "serve"))
         },
         stop_seconds=20,
+        attempts=3,  # it gives up when its own parts need 30 s, as they do on a busy machine
     )
 
 

@@ -231,7 +231,17 @@ class Supervisor:
                 raise
 
     def _start(self, service: Service) -> None:
-        begun = time.monotonic()
+        for attempts_left in reversed(range(service.attempts)):
+            record = self._spawn(service)
+            try:
+                return self._await(service, record)
+            except UserError:
+                if record.alive or not attempts_left:
+                    raise
+                self.say(f"{service.name} ended while starting; trying again")
+                self._sweep(service)
+
+    def _spawn(self, service: Service) -> Record:
         log = self.settings.home / "logs" / f"{service.name}.log"
         cut_log(log, 0)
         record = processes.spawn(
@@ -243,6 +253,11 @@ class Supervisor:
             CHECKOUT,
         )
         record.write(self.run / f"{service.name}.json")
+        return record
+
+    def _await(self, service: Service, record: Record) -> None:
+        """Return when a started service is healthy. Raises UserError with the end of its log."""
+        begun = time.monotonic()
         deadline, told = begun + service.start_seconds, begun
         while not self._stopping.is_set():
             alive = record.alive

@@ -7,7 +7,8 @@ from killable_stack import KillableStack, until
 
 from flows import processes
 from flows.runs import Runs
-from tasks.runtime import job_board, jobs
+from tasks.runtime import job_board
+from tasks.runtime.rest import call
 
 
 def test_a_run_outlives_its_runner(killable: KillableStack) -> None:
@@ -54,26 +55,21 @@ def test_a_run_killed_together_with_its_runner_does_not_stay_running(
 
 
 def test_the_ray_job_of_a_cancelled_run_is_stopped_and_that_of_a_live_run_is_not(
-    killable: KillableStack, monkeypatch: pytest.MonkeyPatch
+    killable: KillableStack,
 ) -> None:
     settings = killable.settings
-    for name, value in settings.environment().items():
-        monkeypatch.setenv(name, value)
     runs = Runs(settings)
     until(lambda: killable.states()["worker"] == "healthy")
     live = runs.trigger("sleeper", {"nap": {"seconds": 300}})
     over = runs.trigger("sleeper", {"nap": {"seconds": 0}})
     until(lambda: runs.ask(f"flow_runs/{live['id']}")["state_type"] == "RUNNING")
     until(lambda: runs.ask(f"flow_runs/{over['id']}")["state_type"] == "COMPLETED")
-    client = jobs.client(settings)
-    submitted = {
-        run["id"]: client.submit_job(
-            entrypoint="sleep 300",
-            metadata={"gristmill_flow_run": run["id"]},
-            entrypoint_num_cpus=0,
-        )
-        for run in (live, over)
-    }
+    token = settings.ray_token_path.read_text()
+    submitted = {}
+    for run in (live, over):
+        job = {"entrypoint": "sleep 300", "metadata": {"gristmill_flow_run": run["id"]}}
+        answer = call(f"{settings.ray_dashboard}/api/jobs/", job, token=token, timeout=60)
+        submitted[run["id"]] = answer["submission_id"]
     until(lambda: len(job_board.running_jobs(settings)) == 2)
     state = {"type": "CANCELLED", "name": "Cancelled"}
     runs.ask(f"flow_runs/{over['id']}/set_state", {"state": state, "force": True})

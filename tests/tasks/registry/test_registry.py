@@ -25,6 +25,9 @@ def mlflow(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRISTMILL_HOME", str(home))
     monkeypatch.setenv("GRISTMILL_MLFLOW_URL", f"sqlite:///{home}/mlflow.db")
     monkeypatch.setenv("PREFECT_HOME", str(home))
+    # MLflow and Settings.apply write these into the process; what was there comes back after.
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
+        monkeypatch.setenv(name, f"sqlite:///{home}/mlflow.db")
 
 
 @pytest.fixture(scope="module")

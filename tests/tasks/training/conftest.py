@@ -6,4 +6,4 @@ from tests.conftest import Stack
 
 @pytest.fixture(scope="session")
 def stack():
-    yield Stack(Settings.load("/tmp/h3"))
+    yield Stack(Settings.load("/tmp/h1train"))

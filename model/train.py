@@ -122,7 +122,8 @@ def train(
 
     checkpoints: directory, shared by all ranks; training resumes from the newest checkpoint in it.
     token_bytes: (V,) int, the UTF-8 bytes each token stands for, for bits per byte.
-    on_step: called every `log_every` steps and after the last, on every rank alike.
+    on_step: called for every record of the curve, on every rank alike; after a restart first again
+        for those before the checkpoint, which the killed run may not have got rid of.
     on_checkpoint: called on every rank after a checkpoint is whole, with its path (None on ranks
         other than 0) and the step; a checkpoint is also made after the last step.
 
@@ -149,6 +150,8 @@ def train(
         "model": model.config.to_dict(),
     }
     first, records = _resume(model, optimizer, checkpoints, identity)
+    for record in records:
+        on_step(record)
     module: nn.Module = _Loss(model)
     if world > 1:
         # Every parameter is used in every step; the gradient is the sum over ranks, which DDP

@@ -40,7 +40,7 @@ from tests.conftest import CHECKOUT, Stack
 pytestmark = pytest.mark.timeout(500)
 
 SMALL = ModelOptions(width=32, layers=2, heads=2, context=64)
-RUN = RunOptions(threads=1, checkpoint_every=10, log_every=2)
+RUN = RunOptions(workers=1, threads=1, checkpoint_every=10, log_every=2)
 CONFIG = PretrainConfig(
     tokens=40 * 8 * 64, sequence=64, batch=8, model=SMALL, precision="fp32", run=RUN
 )
@@ -326,11 +326,12 @@ def test_a_killed_job_is_resumed_to_the_bit(inputs, stack, home) -> None:
         first_checkpoint(process, mark, home)
         for driver in drivers(mark):
             driver.send_signal(signal.SIGKILL)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=200)
         assert process.returncode != 0 and "JobFailed" in err
     with training(config, stack, inputs) as process:
         resumed = trained(process)
     assert losses(resumed) == bare_losses(config, inputs["shards"], 320)
+    assert logged_steps(resumed) == list(losses(resumed))
 
 
 @pytest.mark.slow
@@ -358,7 +359,7 @@ def test_mistakes_are_told_in_one_sentence(inputs, stack, home) -> None:
         (long, "fewer than one sequence of 50000 + 1; lower pretrain.sequence"),
     ):
         with training(config, stack, inputs) as process:
-            _, err = process.communicate(timeout=120)
+            _, err = process.communicate(timeout=300)
         (sentence,) = [line for line in err.splitlines() if line.startswith("UserError")]
         assert message in sentence
         left = home / "store" / "pretrain" / pretrain.fingerprint(config, inputs)

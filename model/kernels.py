@@ -2,7 +2,7 @@
 
 Autograd's own composition of the same formulas reads and writes every intermediate, often in
 float32. At width 192 on two CPU cores these three and the loss (`losses.cross_entropy_sum`) make
-training about 1.7 times as fast (3.4 M parameters, one thread). Each has the plain formula as its test.
+training about 1.7 times as fast (3.4 M parameters). Each has the plain formula as its test.
 """
 
 from functools import cache

@@ -24,8 +24,8 @@ from tasks.training.options import RunOptions
 JOB, PROGRESS, RESULT, FAILURE = "_job.json", "_progress.json", "_result.json", "_failure.json"
 CHECKPOINTS, RAY_STATE = "_checkpoints", "_ray"
 
-# With glibc's defaults every large tensor is mapped and unmapped page by page, which showed in every
-# profile. One arena, since Ray Train's loop is not the
+# With glibc's defaults every large tensor is mapped and unmapped page by page, as profiles showed.
+# One arena, since Ray Train's loop is not the
 # main thread.
 ALLOCATOR = ":".join(
     (

@@ -12,6 +12,8 @@ from tasks.runtime.errors import UserError
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import Store
 
+START_SECONDS = 280.0
+
 
 def start_proxy(settings: Settings) -> None:
     """Start Serve in the running cluster; harmless when it runs."""
@@ -22,7 +24,7 @@ def start_proxy(settings: Settings) -> None:
             *("--proxy-location", "HeadOnly"),
         ],
         check=True,
-        timeout=170,
+        timeout=START_SECONDS,
     )
 
 
@@ -49,7 +51,11 @@ def main() -> int:
     """Start the proxy, then the champion; a champion that can't be served doesn't stop the rest."""
     settings = Settings.load()
     settings.apply()
-    start_proxy(settings)
+    try:
+        start_proxy(settings)
+    except subprocess.SubprocessError as error:
+        print(f"Ray Serve did not start: {error}", file=sys.stderr)
+        return 1
     try:
         served = serve_champion(settings)
     except UserError as error:

@@ -125,9 +125,11 @@ def test_a_flow_shows_a_made_stage_as_cached() -> None:
 
 def task_run_states() -> list[str]:
     from prefect.client.orchestration import get_client
+    from prefect.client.schemas.sorting import TaskRunSort
 
     with get_client(sync_client=True) as client:
-        return [run.state.name for run in client.read_task_runs() if run.state]
+        runs = client.read_task_runs(sort=TaskRunSort.ID_DESC, limit=100)
+        return [run.state.name for run in runs if run.state]
 
 
 def test_settings_come_from_the_environment_over_the_file(home, monkeypatch) -> None:

@@ -35,6 +35,14 @@ def put_small_site(root: Path) -> None:
     assert site.is_current(root)
 
 
+def is_over(process: psutil.Process) -> bool:
+    """Whether a process has ended; one that nobody has waited for yet has ended, too."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 class KillableStack:
     """A real stack, and what a test does to it."""
 

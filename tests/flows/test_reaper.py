@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from killable_stack import KillableStack, until
+from killable_stack import KillableStack, is_over, until
 
 from flows import processes
 from flows.runs import Runs
@@ -35,7 +35,7 @@ def test_a_run_without_a_runner_can_still_be_cancelled(killable: KillableStack) 
     ended = runs.cancel(runs.find(run["id"]))
     until(lambda: runs.ask(f"flow_runs/{run['id']}")["state_type"] == "CANCELLED")
     assert ended["state_type"] in ("CANCELLED", "CRASHED")
-    until(lambda: not process.is_running())
+    until(lambda: is_over(process))
     until(lambda: {t["state_type"] for t in runs.ask("task_runs/filter", rows)} == {"CANCELLED"})
 
 

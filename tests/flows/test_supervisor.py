@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from killable_stack import KillableStack, settings_with_free_ports, until
+from killable_stack import KillableStack, is_over, settings_with_free_ports, until
 
 from flows import processes
 from flows.processes import Record
@@ -125,7 +125,7 @@ def test_up_heals_what_died_while_nobody_watched(killable: KillableStack) -> Non
     assert killable.states()["site"] == "crashed"
     killable.supervisor.up()
     assert set(killable.states().values()) == {"healthy"}
-    assert not frozen.is_running()  # without a record it was found by its mark
+    assert is_over(frozen)  # without a record it was found by its mark
 
 
 @pytest.mark.slow
@@ -239,7 +239,7 @@ def test_a_recycled_pid_is_not_ours(
     assert supervisor.record("mlflow") is not None
     assert {status.state for status in supervisor.status()} == {"stopped", "crashed"}
     supervisor.down()
-    assert stranger.is_running()
+    assert not is_over(stranger)
 
 
 def test_a_service_ends_with_its_children_in_other_sessions(tmp_path: Path) -> None:

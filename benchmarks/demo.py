@@ -27,7 +27,7 @@ TARGETS: Targets = {
 SCORES: Targets = {
     "bits_per_byte_over_ppmd5": ("<", 1),
     "base_bits_per_byte_over_ppmd5": ("<", 1),
-    "recall_exact_lower": (">=", 0.70),
+    "recall_exact_low": (">=", 0.70),
 }
 
 

@@ -13,9 +13,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tasks.runtime.settings import Ports, Settings
+
+# How long an example takes says more about who else is on the machine than about the code.
+hypothesis.settings.register_profile("gristmill", deadline=None)
+hypothesis.settings.load_profile("gristmill")
 
 CHECKOUT = Path(__file__).parents[1]
 

@@ -11,7 +11,7 @@ from typing import Any
 from serve.about import about
 from serve.specification import ModelSpec
 from tasks.registry.models import Version
-from tasks.runtime.errors import UserError
+from tasks.runtime.errors import Unavailable, UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.rest import Refused, call
 from tasks.runtime.settings import Settings
@@ -174,7 +174,7 @@ def _http_options(settings: Settings) -> dict[str, Any]:
 
 
 def _serve_api(settings: Settings, method: str, body: Any = None) -> Any:
-    """Serve's declarative interface. Raises UserError when it cannot be reached or refuses."""
+    """Serve's declarative interface. Raises UserError when it refuses, Unavailable when silent."""
     token = settings.ray_token_path
     try:
         return call(
@@ -187,7 +187,7 @@ def _serve_api(settings: Settings, method: str, body: Any = None) -> Any:
     except Refused as error:
         raise UserError(f"Ray Serve refused: {error}") from error
     except OSError as error:
-        raise UserError(
+        raise Unavailable(
             f"Ray's dashboard at {settings.ray_dashboard} cannot be reached ({error}); "
             "start the stack: gristmill up"
         ) from error

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from tasks.runtime.errors import UserError
+from tasks.runtime.errors import Unavailable
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 
@@ -31,7 +31,7 @@ logger = logging.getLogger("gristmill.registry")
 
 
 def client(tracking_uri: str | None = None) -> MlflowClient:
-    """A client of the tracking server. Raises UserError when nothing answers there."""
+    """A client of the tracking server."""
     settings = Settings.load()
     settings.apply()
     return MlflowClient(tracking_uri or settings.mlflow)
@@ -45,7 +45,7 @@ def experiment_id(mlflow: MlflowClient, name: str = EXPERIMENT) -> str:
         if "already exists" in str(error):
             return experiment_id(mlflow, name)
         if "Max retries exceeded" in str(error) or "Connection" in str(error):
-            raise UserError(
+            raise Unavailable(
                 f"MLflow does not answer at {mlflow.tracking_uri}; start it with: gristmill up"
             ) from error
         raise

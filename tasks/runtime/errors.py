@@ -7,3 +7,10 @@ class UserError(Exception):
     Stages that raise it are not retried, leave nothing half-written behind, and the command line
     prints the message without a traceback.
     """
+
+
+class Unavailable(UserError):
+    """A service does not answer now; nothing is wrong with what was asked for.
+
+    The stage is tried again and what it wrote so far, checkpoints above all, is kept.
+    """

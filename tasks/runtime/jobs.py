@@ -6,6 +6,7 @@ that died and follows it instead of starting a second one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -18,10 +19,14 @@ from typing import Any
 from prefect.context import TaskRunContext
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from tasks.runtime.errors import UserError
+from tasks.runtime.errors import Unavailable
 from tasks.runtime.settings import Settings
 
 POLL_SECONDS = 0.5
+PATIENCE = 90.0
+"""Seconds a stage waits for a cluster that does not answer: it may be starting again."""
+LOST = "does not exist"
+"""What Ray says of a job that an earlier cluster ran."""
 RUNNING = (JobStatus.PENDING, JobStatus.RUNNING)
 
 
@@ -29,16 +34,24 @@ class JobFailed(RuntimeError):
     """A Ray job ended in failure; the message holds the end of its log."""
 
 
-def client(settings: Settings | None = None) -> JobSubmissionClient:
-    """A job client that carries the cluster's token. Raises UserError when nothing answers."""
+def client(settings: Settings | None = None, patience: float = 0) -> JobSubmissionClient:
+    """A job client that carries the cluster's token.
+
+    Raises Unavailable when nothing answers for `patience` seconds.
+    """
     settings = settings or Settings.load()
     settings.apply()
-    try:
-        return JobSubmissionClient(settings.ray_dashboard)
-    except (ConnectionError, RuntimeError) as error:
-        raise UserError(
-            f"no Ray cluster answers at {settings.ray_dashboard}; start it with: gristmill up"
-        ) from error
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return JobSubmissionClient(settings.ray_dashboard)
+        except (OSError, RuntimeError) as error:
+            if time.monotonic() > deadline:
+                raise Unavailable(
+                    f"no Ray cluster answers at {settings.ray_dashboard}; start it with: "
+                    "gristmill up"
+                ) from error
+        time.sleep(1)
 
 
 @dataclass(frozen=True)
@@ -88,12 +101,24 @@ def follow(
 ) -> None:
     """Wait for a job's end, calling `on_poll` twice a second.
 
-    Stops the job if this process is told to end (a cancelled run). Raises JobFailed with the last
-    lines of the job's log when it fails.
+    Stops the job if this process is told to end (a cancelled run). A dashboard that owes an answer
+    is asked again. Raises JobFailed with the last lines of the job's log when it fails, or when the
+    cluster that ran it is gone, and Unavailable when Ray is silent for too long.
     """
+    heard = time.monotonic()
     try:
         while True:
-            status = jobs.get_job_status(submission)
+            try:
+                status = jobs.get_job_status(submission)
+                heard = time.monotonic()
+            except (OSError, RuntimeError) as error:
+                if LOST in str(error):
+                    raise JobFailed(f"Ray was started anew and lost job {submission}") from error
+                if time.monotonic() - heard > PATIENCE:
+                    raise Unavailable(
+                        f"Ray has not answered for {PATIENCE:.0f} s; mend it with: gristmill up"
+                    ) from error
+                status = JobStatus.RUNNING
             on_poll()
             if status not in RUNNING:
                 break
@@ -107,9 +132,10 @@ def follow(
 
 
 def stop(jobs: JobSubmissionClient, submission: str) -> None:
-    """Ask a job to end; one that is over already is left alone."""
-    if jobs.get_job_status(submission) in RUNNING:
-        jobs.stop_job(submission)
+    """Ask a job to end; one that is over, or whose cluster is gone, is left alone."""
+    with contextlib.suppress(OSError, RuntimeError):
+        if jobs.get_job_status(submission) in RUNNING:
+            jobs.stop_job(submission)
 
 
 def stop_of_flow_run(run_id: str, settings: Settings | None = None) -> list[str]:

@@ -6,6 +6,7 @@ Prefect, a line on standard error.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -103,9 +104,11 @@ class Progress:
         share = min(100 * self.done / self.total, 100)
         if self._artifact is None:
             key = "".join(c if c.isalnum() else "-" for c in self.label.lower()).strip("-")
-            created = create_progress_artifact(
-                share, key=f"progress-{key}", description=self.line()
-            )
-            self._artifact = created if isinstance(created, UUID) else None
+            with contextlib.suppress(Exception):  # a page that is late must not end the work
+                created = create_progress_artifact(
+                    share, key=f"progress-{key}", description=self.line()
+                )
+                self._artifact = created if isinstance(created, UUID) else None
         else:
-            update_progress_artifact(self._artifact, share, description=self.line())
+            with contextlib.suppress(Exception):
+                update_progress_artifact(self._artifact, share, description=self.line())

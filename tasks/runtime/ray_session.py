@@ -11,17 +11,19 @@ import contextlib
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ray
 
-from tasks.runtime.errors import UserError
+from tasks.runtime.errors import Unavailable, UserError
 from tasks.runtime.progress import Progress
 from tasks.runtime.settings import Settings
 
 POLL_SECONDS = 0.1
-
+PATIENCE = 90.0
+"""Seconds to wait for a cluster that does not answer: it may be starting again."""
 
 _connected_to: str | None = None
 
@@ -31,29 +33,52 @@ def ray_session(settings: Settings | None = None) -> Iterator[RaySession]:
     """A session on the cluster of `settings`; what it left in flight is cancelled at its end.
 
     The connection stays for the life of the process, so that a flow's later stages reuse the
-    workers of its earlier ones: starting those cost more than many stages' own work.
+    workers of its earlier ones: starting those cost more than many stages' own work. After a
+    failure the next session connects anew, since the cluster itself may be another one.
+
+    Raises Unavailable when no cluster answers for `PATIENCE` seconds.
     """
-    global _connected_to
     settings = settings or Settings.load()
     settings.apply()
     if _connected_to != settings.ray or not ray.is_initialized():
-        ray.shutdown()
-        handler = signal.getsignal(signal.SIGTERM)
-        ray.init(
-            address=settings.ray,
-            namespace="gristmill",
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            configure_logging=False,
-        )
-        _connected_to = settings.ray
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
+        _connect(settings)
     session = RaySession()
     try:
         yield session
+    except UserError:
+        raise
+    except Exception:
+        session.cancel()
+        leave_ray()
+        raise
     finally:
         session.cancel()
+
+
+def _connect(settings: Settings) -> None:
+    global _connected_to
+    ray.shutdown()
+    handler = signal.getsignal(signal.SIGTERM)
+    deadline = time.monotonic() + PATIENCE
+    while not ray.is_initialized():
+        try:
+            ray.init(
+                address=settings.ray,
+                namespace="gristmill",
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                configure_logging=False,
+            )
+        except (OSError, RuntimeError) as error:
+            if time.monotonic() > deadline:
+                raise Unavailable(
+                    f"no Ray cluster answers at {settings.ray}; start it with: gristmill up"
+                ) from error
+            time.sleep(1)
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)
+    _connected_to = settings.ray
 
 
 def leave_ray() -> None:

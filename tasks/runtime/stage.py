@@ -37,7 +37,7 @@ from prefect.states import Completed, State
 from pydantic import BaseModel, ConfigDict
 
 from tasks.runtime import fingerprint as identities
-from tasks.runtime.errors import UserError
+from tasks.runtime.errors import Unavailable, UserError
 from tasks.runtime.manifest import FileEntry, Manifest, Scalar
 from tasks.runtime.progress import Progress, run_logger
 from tasks.runtime.settings import Settings
@@ -227,6 +227,8 @@ class Stage(Generic[C]):
             try:
                 outcome = self.function(resolved, work, **inputs)
                 manifest = self._commit(work, resolved, inputs, outcome, begun, cpu)
+            except Unavailable:
+                raise
             except UserError:
                 discard(work)
                 raise
@@ -345,6 +347,8 @@ def is_worth_retrying(_task: Any, _run: Any, state: State[Any]) -> bool:
     """A person's mistake stays one however often it is tried."""
     try:
         state.result()
+    except Unavailable:
+        return True
     except UserError:
         return False
     except Exception:

@@ -64,7 +64,7 @@ def _follow(job: TrainingJob, work: Workspace) -> None:
     work.write_json(JOB, job.model_dump(mode="json"))
     leave_ray()  # the workers of the stages before would keep a gigabyte while we wait
     settings = Settings.load()
-    client = jobs.client(settings)
+    client = jobs.client(settings, patience=jobs.PATIENCE)
     entrypoint = jobs.python_entrypoint("tasks.training.job", {"uri": work.uri, "path": work.path})
     attempt = jobs.Job(job.stage, job.fingerprint)
     submission = attempt.attach_or_submit(client, entrypoint, settings.environment())

@@ -2,13 +2,22 @@
 
 import pytest
 from prefect import flow
+from prefect.client.schemas.objects import State, StateType
 from prefect.testing.utilities import prefect_test_harness
 
-from tasks.runtime.errors import UserError
+from tasks.runtime.errors import Unavailable, UserError
 from tasks.runtime.fingerprint import place
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
-from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, planning, stage
+from tasks.runtime.stage import (
+    Outcome,
+    Report,
+    StageConfig,
+    Workspace,
+    is_worth_retrying,
+    planning,
+    stage,
+)
 from tasks.runtime.store import Store
 
 calls: list[str] = []
@@ -35,6 +44,8 @@ def cut(config: CutConfig, work: Workspace) -> Outcome:
             work.write_json(f"part-{number}.json", number)
         if config.size == 7 and number == 4 and calls.count("cut") == 1:
             raise ConnectionError("the machine went away")
+        if config.size == 8 and number == 4 and calls.count("cut") == 1:
+            raise Unavailable("no cluster answers; start it with: gristmill up")
     work.write_json("_state.json", "scratch")
     return Outcome(
         counts={"parts": config.size},
@@ -83,6 +94,23 @@ def test_an_interrupted_stage_is_invisible_and_resumes_at_the_shard() -> None:
     manifest = cut(CutConfig(size=7))
     assert manifest.counts["parts"] == 7
     assert [call for call in calls if call.startswith("part")] == [f"part {n}" for n in range(7)]
+
+
+def test_a_service_that_does_not_answer_costs_nothing_that_was_made() -> None:
+    with pytest.raises(Unavailable):
+        cut(CutConfig(size=8))
+    assert Store.open().all("cut") == []
+    assert cut(CutConfig(size=8)).counts["parts"] == 8
+    assert [call for call in calls if call.startswith("part")] == [f"part {n}" for n in range(8)]
+
+
+def test_a_service_that_does_not_answer_is_worth_another_try_and_a_mistake_is_not() -> None:
+    def failed(error: Exception) -> bool:
+        return is_worth_retrying(None, None, State(type=StateType.FAILED, data=error))
+
+    assert failed(Unavailable("no cluster answers"))
+    assert failed(ConnectionError("the machine went away"))
+    assert not failed(UserError("size -1 < 0"))
 
 
 def test_a_users_mistake_leaves_nothing_behind(home) -> None:

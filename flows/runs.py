@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 import uuid
@@ -109,6 +110,16 @@ class Runs:
                 ) from error
 
 
+def plain(message: str | None) -> str:
+    """A state's message without the words Prefect and Python put before a person's mistake."""
+    return _WRAPPED.sub("", (message or "").strip())
+
+
+_WRAPPED = re.compile(
+    r"^(Flow|Task) run encountered an exception:? *([\w.]*\.)?(UserError|Unavailable): "
+)
+
+
 @dataclass
 class Watch:
     """Follows one run: a line for every change of a stage, and its progress in between."""
@@ -196,7 +207,7 @@ class Watch:
             return
 
     def _end(self) -> int:
-        name, message = self.run["state_name"], (self.run["state"]["message"] or "").strip()
+        name, message = self.run["state_name"], plain(self.run["state"]["message"])
         took = duration(self.run["total_run_time"] or 0)
         self._line(f"run {self.run['name']} {name.lower()} after {took}")
         if self.run["state_type"] == "COMPLETED":
@@ -212,7 +223,7 @@ class Watch:
             "task_runs": {"state": {"type": {"any_": ["FAILED", "CRASHED"]}}},
         }
         return [
-            f"{task['name']}: {(task['state']['message'] or '').strip()}"
+            f"{task['name']}: {plain(task['state']['message'])}"
             for task in self.runs.ask("task_runs/filter", query)
         ]
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import datetime
+import errno
 import json
 import platform
 import resource
@@ -232,12 +233,11 @@ class Stage(Generic[C]):
             except UserError:
                 discard(work)
                 raise
-            except OSError as error:
-                if error.errno == 28:
-                    discard(work)
+            except Exception as error:
+                if is_full_disk(error):
                     raise UserError(
                         f"no space left on the disk of {work.path} during stage {self.name!r}; "
-                        "free some space or point GRISTMILL_STORE elsewhere, then run again"
+                        "free some there and run again: what was finished is kept"
                     ) from error
                 raise
         publish(work)
@@ -354,6 +354,13 @@ def is_worth_retrying(_task: Any, _run: Any, state: State[Any]) -> bool:
     except Exception:
         return True
     return False
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether a disk had no room; libraries that write files themselves say so only in words."""
+    said = str(error).lower()
+    full = "no space left on device" in said or "disk is full" in said
+    return full or (isinstance(error, OSError) and error.errno == errno.ENOSPC)
 
 
 def publish(directory: Directory) -> None:

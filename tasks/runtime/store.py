@@ -84,11 +84,15 @@ class Directory:
         filesystem.create_dir(os.path.dirname(target), recursive=True)
         if self.is_local:
             partial = f"{target}.partial-{uuid.uuid4().hex[:8]}"
-            with open(partial, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(partial, target)
+            try:
+                with open(partial, "wb") as stream:
+                    stream.write(data)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                os.replace(partial, target)
+            except OSError:
+                Path(partial).unlink(missing_ok=True)  # a full disk needs the room
+                raise
         else:
             with filesystem.open_output_stream(target, compression=None) as stream:
                 stream.write(data)
@@ -109,16 +113,21 @@ class Directory:
         filesystem.create_dir(os.path.dirname(target), recursive=True)
         partial = f"{target}.partial-{uuid.uuid4().hex[:8]}" if self.is_local else target
         digest, size = hashlib.sha256(), 0
-        with (
-            open(source, "rb") as stream,
-            filesystem.open_output_stream(partial, compression=None) as out,
-        ):
-            while block := stream.read(1 << 20):
-                digest.update(block)
-                size += len(block)
-                out.write(block)
-        if self.is_local:
-            os.replace(partial, target)
+        try:
+            with (
+                open(source, "rb") as stream,
+                filesystem.open_output_stream(partial, compression=None) as out,
+            ):
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+                    size += len(block)
+                    out.write(block)
+            if self.is_local:
+                os.replace(partial, target)
+        except OSError:
+            if self.is_local:
+                Path(partial).unlink(missing_ok=True)
+            raise
         return FileEntry(name=name, size=size, sha256=digest.hexdigest())
 
     def entry(self, name: str) -> FileEntry:

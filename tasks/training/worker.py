@@ -86,7 +86,9 @@ def _train(job: TrainingJob, directory: Directory) -> None:
         if world > 1:
             dist.barrier()  # rank 0 may have just removed a damaged checkpoint
         begun = time.monotonic()
-        progress = _Progress(directory)
+        newest = latest_checkpoint(checkpoints)
+        resumed = int(newest.name.removeprefix("step-")) if newest else 0
+        progress = _Progress(directory, resumed)
 
         def on_step(record: training.StepRecord) -> None:
             report(record)
@@ -275,17 +277,20 @@ def _reporter(job: TrainingJob, rank: int) -> Iterator[Any]:
 
 
 class _Progress:
-    """How far the run is, for the stage that waits; at most once a second."""
+    """How far the run is, for the stage that waits; at most once a second.
 
-    def __init__(self, directory: Directory) -> None:
-        self.directory = directory
+    Records of steps before `resumed`, the step of the checkpoint it goes on from, are no news.
+    """
+
+    def __init__(self, directory: Directory, resumed: int) -> None:
+        self.directory, self.resumed = directory, resumed
         self._next = 0.0
 
     def write(self, record: training.StepRecord) -> None:
         now = time.monotonic()
-        if now >= self._next or record.step == record.steps:
+        if record.step > self.resumed and (now >= self._next or record.step == record.steps):
             self._next = now + SECONDS_BETWEEN_REPORTS
-            self.directory.write_json(PROGRESS, asdict(record))
+            self.directory.write_json(PROGRESS, asdict(record) | {"resumed": self.resumed})
 
 
 def _save_model(model: Transformer, tokenizer: Tokenizer, directory: Directory) -> None:

@@ -1,5 +1,7 @@
 """A stage is made once, found again, resumed and explained."""
 
+import errno
+
 import pytest
 from prefect import flow
 from prefect.client.schemas.objects import State, StateType
@@ -14,6 +16,7 @@ from tasks.runtime.stage import (
     Report,
     StageConfig,
     Workspace,
+    is_full_disk,
     is_worth_retrying,
     planning,
     stage,
@@ -46,6 +49,8 @@ def cut(config: CutConfig, work: Workspace) -> Outcome:
             raise ConnectionError("the machine went away")
         if config.size == 8 and number == 4 and calls.count("cut") == 1:
             raise Unavailable("no cluster answers; start it with: gristmill up")
+        if config.size == 9 and number == 4 and calls.count("cut") == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
     work.write_json("_state.json", "scratch")
     return Outcome(
         counts={"parts": config.size},
@@ -111,6 +116,27 @@ def test_a_service_that_does_not_answer_is_worth_another_try_and_a_mistake_is_no
     assert failed(Unavailable("no cluster answers"))
     assert failed(ConnectionError("the machine went away"))
     assert not failed(UserError("size -1 < 0"))
+
+
+def test_a_full_disk_is_told_in_a_sentence_and_keeps_what_was_finished() -> None:
+    with pytest.raises(UserError, match=r"no space left on the disk of .*cut.*free some"):
+        cut(CutConfig(size=9))
+    assert Store.open().all("cut") == []
+    assert cut(CutConfig(size=9)).counts["parts"] == 9
+    assert [call for call in calls if call.startswith("part")] == [f"part {n}" for n in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (RuntimeError("Error while serializing: I/O error: No space left on device"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (RuntimeError("the machine went away"), False),
+    ],
+)
+def test_a_full_disk_is_known_however_a_library_says_it(error: Exception, full: bool) -> None:
+    assert is_full_disk(error) is full
 
 
 def test_a_users_mistake_leaves_nothing_behind(home) -> None:

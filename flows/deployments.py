@@ -28,6 +28,8 @@ from tasks.runtime.stage import Planned, planning
 
 DEPLOYMENT = "local"
 CONCURRENT_RUNS = 4
+EDITABLE = ("schedules", "paused", "parameters", "concurrency_limit", "concurrency_options")
+"""What a person may have changed in the dashboard, and a restart of the runner leaves as it is."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def main() -> None:
         )
         for entry in FLOWS.values()
     ]
+    for deployment in deployments:  # Prefect would send their defaults and so remove schedules
+        deployment.model_fields_set.difference_update(EDITABLE)  # type: ignore[union-attr]
     serve(*deployments, limit=CONCURRENT_RUNS, pause_on_shutdown=False)  # type: ignore[arg-type]
 
 

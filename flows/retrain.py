@@ -6,6 +6,8 @@ Skipped.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from prefect import flow
 from prefect.states import Completed, State
 
@@ -67,19 +69,24 @@ def retrain(
     deploy: DeployConfig = DeployConfig(),
 ) -> State[None] | None:
     """Recrawl, rebuild what changed, train, compare with the served model, deploy the better."""
-    try:
-        with lease(Settings.load().database_url, f"retrain/{register_as.model}", patience=0):
-            anew = corpus.model_copy(update={"epoch": next_epoch(corpus)})
-            chat = train_chat(anew, tokenizer, shards, pretrain, pairs, finetune)
-            report = score(evaluate, baseline, chat)
-            version = register(register_as, model=chat.model, report=report)
-            champion = champion_artifact(register_as.model)
-            rival = (
-                score(evaluate, baseline, Chat(chat.corpus, chat.pairs, champion))
-                if champion and champion.fingerprint != chat.model.fingerprint
-                else None
+    with ExitStack() as held:
+        alone = lease(Settings.load().database_url, f"retrain/{register_as.model}", patience=0)
+        try:
+            held.enter_context(alone)
+        except TimeoutError:
+            return Completed(
+                name="Skipped",
+                message=f"Another retrain of {register_as.model} is at work; one runs at a time.",
             )
-            serve_version(deploy, promote(promotion, version, report, rival))
-    except TimeoutError as busy:
-        return Completed(name="Skipped", message=f"another retrain is at work: {busy}")
+        anew = corpus.model_copy(update={"epoch": next_epoch(corpus)})
+        chat = train_chat(anew, tokenizer, shards, pretrain, pairs, finetune)
+        report = score(evaluate, baseline, chat)
+        version = register(register_as, model=chat.model, report=report)
+        champion = champion_artifact(register_as.model)
+        rival = (
+            score(evaluate, baseline, Chat(chat.corpus, chat.pairs, champion))
+            if champion and champion.fingerprint != chat.model.fingerprint
+            else None
+        )
+        serve_version(deploy, promote(promotion, version, report, rival))
     return None

@@ -154,6 +154,7 @@ def _prefect(settings: Settings) -> Service:
             PREFECT_SERVER_CORS_ALLOWED_ORIGINS=origins,
             PREFECT_SERVER_DATABASE_CONNECTION_URL=f"sqlite+aiosqlite:///{database}",
             PREFECT_UI_API_URL=settings.prefect_api,
+            PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false",
         ),
         healthy=lambda _: _answers(f"{settings.prefect_api}/health"),
         url=settings.prefect_dashboard,

@@ -22,7 +22,7 @@ class CrawlOptions(StageConfig):
     include: tuple[str, ...] = Field(
         (),
         description="If given, only addresses matching one of these are fetched: a prefix of the "
-        "path (/docs/) or a glob over the whole address (https://*.example.org/*).",
+        "path, /docs/, or a glob over the whole address, `https://*.example.org/*`.",
     )
     exclude: tuple[str, ...] = Field(
         ("/source/", "/library/index-"),

@@ -54,6 +54,8 @@ class Progress:
         self._line_at = self.begun
         self._update_at = self.begun
         self._artifact: UUID | None = None
+        words = "".join(c if c.isalnum() else " " for c in label.lower()).split()
+        self._key = "-".join(["progress", *words])  # the label may change, as a loss is in it
         self._in_run = TaskRunContext.get() is not None
 
     @property
@@ -103,11 +105,8 @@ class Progress:
             return
         share = min(100 * self.done / self.total, 100)
         if self._artifact is None:
-            key = "".join(c if c.isalnum() else "-" for c in self.label.lower()).strip("-")
             with contextlib.suppress(Exception):  # a page that is late must not end the work
-                created = create_progress_artifact(
-                    share, key=f"progress-{key}", description=self.line()
-                )
+                created = create_progress_artifact(share, key=self._key, description=self.line())
                 self._artifact = created if isinstance(created, UUID) else None
         else:
             with contextlib.suppress(Exception):

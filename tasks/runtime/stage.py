@@ -49,10 +49,20 @@ PACKAGES = ("ray", "torch", "pyarrow", "prefect", "mlflow", "sentencepiece", "tr
 UNKNOWN = "unknown"
 
 
+def title(name: str, _field: object) -> str:
+    """A field's label in the form; without it a group of fields is labelled with its class."""
+    return name.replace("_", " ").capitalize()
+
+
 class StageConfig(BaseModel):
     """Base of every stage's configuration: frozen, unknown keys refused, described fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        field_title_generator=title,
+    )
 
     def resolve(self) -> StageConfig:
         """The config with every `auto` replaced by what it means here; identity is taken of it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from tasks.registry.tracking import tracked
 from tasks.runtime.errors import UserError
@@ -12,11 +12,13 @@ from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.store import Store
 from tasks.training.job import PairsData, TrainingJob
 from tasks.training.launch import launch
-from tasks.training.options import OptimizerOptions, ScheduleOptions, TrainingConfig
+from tasks.training.options import OptimizerOptions, ScheduleOptions, TrainingConfig, shown_first
 
 
 class FinetuneConfig(TrainingConfig):
     """How the base model learns to answer. Only the answers count in the loss."""
+
+    model_config = ConfigDict(json_schema_extra=shown_first("passes", "sequence", "replay"))
 
     passes: int = Field(1, ge=1)
     """Times every question is seen; the pairs stage words each fact in many questions already."""
@@ -31,18 +33,21 @@ class FinetuneConfig(TrainingConfig):
     )
     schedule: ScheduleOptions = ScheduleOptions(kind="linear")
 
+    def require_context(self, context: int) -> None:
+        """Raises UserError when the base model cannot read sequences this long."""
+        if self.sequence > context:
+            raise UserError(
+                f"finetune.sequence {self.sequence} is longer than the base model's context "
+                f"{context}; lower it or pretrain with a larger model.context"
+            )
+
 
 @stage("finetune", version=1)
 def finetune(
     config: FinetuneConfig, work: Workspace, *, base: Manifest, pairs: Manifest
 ) -> Outcome:
     """Teach the base model to answer the corpus's questions, by Ray Train."""
-    context = int(base.config["model"]["context"])
-    if config.sequence > context:
-        raise UserError(
-            f"finetune.sequence {config.sequence} is longer than the base model's context "
-            f"{context}; lower it or pretrain with a larger model.context"
-        )
+    config.require_context(int(base.config["model"]["context"]))
     store = Store.open()
     tokenizer = store.get("tokenizer", base.inputs["tokenizer"])
     shards = store.get("token-shards", base.inputs["shards"]) if config.replay else None

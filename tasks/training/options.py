@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal, Self
 
@@ -117,6 +118,16 @@ class RunOptions(StageConfig):
     """Steps between points of the curve."""
     restarts: int = Field(3, ge=0)
     """How often workers that die are started again, from the last checkpoint."""
+
+
+def shown_first(*names: str) -> Callable[[dict[str, Any]], None]:
+    """Put fields of a subclass before inherited ones in its form."""
+
+    def reorder(schema: dict[str, Any]) -> None:
+        properties = schema["properties"]
+        schema["properties"] = {name: properties[name] for name in [*names, *properties]}
+
+    return reorder
 
 
 class TrainingConfig(StageConfig):

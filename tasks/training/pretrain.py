@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from model.flops import count_parameters
 from tasks.registry.tracking import tracked
@@ -14,11 +14,13 @@ from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.training.job import TrainingJob
 from tasks.training.launch import launch
-from tasks.training.options import ModelOptions, TrainingConfig
+from tasks.training.options import ModelOptions, TrainingConfig, shown_first
 
 
 class PretrainConfig(TrainingConfig):
     """How the base model is trained."""
+
+    model_config = ConfigDict(json_schema_extra=shown_first("tokens", "sequence", "model"))
 
     tokens: int = Field(1_800_000, ge=1)
     """Tokens to train on, counted again on every pass over the corpus."""

@@ -10,6 +10,7 @@ import pyarrow as pa
 from tasks.registry.models import run_page
 from tasks.runtime import jobs
 from tasks.runtime.errors import UserError
+from tasks.runtime.plot import plot
 from tasks.runtime.ray_session import leave_ray
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Report, Workspace
@@ -54,7 +55,8 @@ def launch(job: TrainingJob, work: Workspace) -> Outcome:
         metrics=metrics,
         world=result["world"],
         reports=(
-            Report(f"{job.stage}-curve", "table", _shown(curve), "The loss over the run"),
+            Report(f"{job.stage}-loss", "markdown", _plotted(curve), "The loss over the run"),
+            Report(f"{job.stage}-curve", "table", _shown(curve), "Points of the curve"),
             Report(f"{job.stage}-run", "link", run_page(job.run_id), "All curves in MLflow"),
         ),
     )
@@ -101,6 +103,11 @@ class _Watch:
         if self.progress is not None:
             self.look()
             self.progress.finish()
+
+
+def _plotted(curve: list[dict[str, Any]]) -> str:
+    tokens, loss = ([record[key] for record in curve] for key in ("tokens", "loss"))
+    return plot(tokens, loss, "tokens", "loss (nats per token)")
 
 
 def _shown(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:

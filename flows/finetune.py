@@ -34,6 +34,7 @@ def train_chat(
     pairs: PairsConfig,
     finetuning: FinetuneConfig,
 ) -> Chat:
+    finetuning.require_context(pretrain.model.context)  # else said only after the pretraining
     base = train_base(corpus, tokenizer, shards, pretrain)
     questions = write_instruction_pairs(pairs, corpus=base.corpus)
     model = finetune(finetuning, base=base.model, pairs=questions)

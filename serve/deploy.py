@@ -22,6 +22,8 @@ DEPLOYMENT = "Endpoint"
 IMPORT_PATH = "serve.deployment:application"
 DEPLOY_SECONDS = 300.0
 POLL_SECONDS = 0.25
+FORGOTTEN_SECONDS = 15.0
+"""How long Serve may speak of another wish than ours before ours counts as lost."""
 
 
 def fingerprint_of(version: Version) -> str:
@@ -113,21 +115,33 @@ def wait_until_served(
     timeout: float,
     on_wait: Callable[[str], None] | None = None,
 ) -> None:
-    """Return when `replicas` replicas serve the spec. Raises UserError as `deploy` does."""
+    """Return when `replicas` replicas serve the version of the spec.
+
+    Raises UserError as `deploy` does, and Unavailable when Serve no longer knows of our wish: it
+    was started anew with another one, or a later deploy replaced it.
+    """
     fingerprint = spec.system_fingerprint
     deadline = time.monotonic() + timeout
+    known = time.monotonic()
     serving: set[str] = set()
     said = ""
     while len(serving) < replicas:
         state = _health(settings)
-        if state.get("request") == spec.request:  # else it has not heard of our wish yet
-            if reason := state["failed"].get(fingerprint):
-                raise UserError(f"{fingerprint} cannot be served: {reason}")
-            is_served = state["serving"] == fingerprint and state["loading"] is None
-            if is_served and state["replica"] not in serving:
-                serving.add(state["replica"])
-                continue
-        status, problem = _application(settings)
+        heard = state.get("request") == spec.request
+        if heard and (reason := state["failed"].get(fingerprint)):
+            raise UserError(f"{fingerprint} cannot be served: {reason}")
+        is_served = state.get("serving") == fingerprint and state["loading"] is None
+        if is_served and state["replica"] not in serving:
+            serving.add(state["replica"])
+            continue
+        status, problem, request = _application(settings)
+        if request in (spec.request, None):
+            known = time.monotonic()
+        elif time.monotonic() - known > FORGOTTEN_SECONDS:
+            raise Unavailable(
+                f"{fingerprint} is not served: Ray Serve was started anew or told to serve another "
+                "version meanwhile; run it again"
+            )
         if status == "DEPLOY_FAILED":
             raise UserError(f"Ray Serve could not start the endpoint: {problem}")
         if time.monotonic() >= deadline:
@@ -151,13 +165,20 @@ def _health(settings: Settings) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def _application(settings: Settings) -> tuple[str, str]:
-    """Serve's status of our application and its message; a busy dashboard may owe an answer."""
+def _application(settings: Settings) -> tuple[str, str, str | None]:
+    """Serve's status of our application, its message, and the request it was last given.
+
+    None where that is not known: a busy dashboard may owe an answer.
+    """
     try:
-        found = _serve_api(settings, "GET")["applications"].get(APPLICATION, {})
+        found = _serve_api(settings, "GET")["applications"].get(APPLICATION)
     except UserError as error:
-        return "UNKNOWN", str(error)
-    return str(found.get("status", "NOT_STARTED")), str(found.get("message", ""))
+        return "UNKNOWN", str(error), None
+    if found is None:
+        return "NOT_STARTED", "", ""
+    declared = (found.get("deployed_app_config") or {}).get("deployments") or [{}]
+    request = (declared[0].get("user_config") or {}).get("request")
+    return str(found["status"]), str(found.get("message", "")), request
 
 
 def _declared(settings: Settings) -> list[dict[str, Any]]:

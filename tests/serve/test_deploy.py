@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from serve import deploy
 from serve.about import about, choose_examples
 from serve.fetch import fetch
-from tasks.runtime.errors import UserError
+from tasks.runtime.errors import Unavailable, UserError
 from tasks.runtime.manifest import Manifest
+from tasks.runtime.settings import Settings
 from tasks.runtime.store import MANIFEST, Store
 from tests.serve.conftest import spec
 
@@ -109,3 +116,50 @@ def test_examples_are_public_short_and_of_many_subjects() -> None:
     assert not any("_private" in question for question in chosen)
     assert choose_examples(rows[::-1]) == chosen
     assert choose_examples([]) == ()
+
+
+class OtherServe(BaseHTTPRequestHandler):
+    """Answers as Ray Serve and a replica do after another deploy."""
+
+    answers: ClassVar[dict[str, dict[str, object]]] = {}
+
+    def do_GET(self) -> None:
+        body = json.dumps(self.answers[self.path]).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def other_wish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+    """A Serve that was told to serve version 7 by somebody else."""
+    monkeypatch.setattr(deploy, "FORGOTTEN_SECONDS", 0.3)
+    config = {"deployments": [{"user_config": {"request": "theirs"}}]}
+    running = {"status": "RUNNING", "message": "", "deployed_app_config": config}
+    health = {"serving": "m-7", "loading": None, "request": "theirs", "failed": {}, "replica": "r"}
+    OtherServe.answers = {
+        "/health": health,
+        "/api/serve/applications/": {"applications": {"gristmill": running}},
+    }
+    with ThreadingHTTPServer(("127.0.0.1", 0), OtherServe) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        yield Settings(home=tmp_path, serve_url=url, ray_dashboard_url=url)
+        server.shutdown()
+
+
+def test_a_deploy_that_serve_forgot_is_tried_again_instead_of_waited_for(
+    other_wish: Settings,
+) -> None:
+    wanted = spec("finetune/0000").model_copy(update={"system_fingerprint": "m-8", "request": "us"})
+    with pytest.raises(Unavailable, match="m-8 is not served: Ray Serve was started anew"):
+        deploy.wait_until_served(other_wish, wanted, 1, timeout=20)
+
+
+def test_a_version_that_is_served_already_is_not_waited_for(other_wish: Settings) -> None:
+    wanted = spec("finetune/0000").model_copy(update={"system_fingerprint": "m-7", "request": "us"})
+    deploy.wait_until_served(other_wish, wanted, 1, timeout=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from flows.processes import environment_of
 from tasks.runtime.settings import Ports, Settings
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -66,21 +68,45 @@ class Home:
         return time.monotonic() - begun, output or ""
 
     def processes(self) -> list[psutil.Process]:
-        """Everything that runs for this home."""
-        mark = str(self.settings.home)
-        found = []
-        for process in psutil.process_iter():
+        """Everything that runs for this home.
+
+        Ray's workers overwrite their environment when they rename themselves; they are found as
+        descendants of what carries the home in its own.
+        """
+        mark = f"GRISTMILL_HOME={self.settings.home}".encode()
+        present = {process.pid: process for process in psutil.process_iter()}
+        children: dict[int, list[int]] = {}
+        for pid, process in present.items():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("GRISTMILL_HOME") == mark:
-                    found.append(process)
-        return found
+                children.setdefault(process.ppid(), []).append(pid)
+        found = {pid for pid in present if mark in environment_of(pid)}
+        waiting = list(found)
+        while waiting:
+            below = [pid for pid in children.get(waiting.pop(), ()) if pid not in found]
+            found.update(below)
+            waiting += below
+        return [present[pid] for pid in sorted(found - {os.getpid()})]
+
+    def memory(self) -> float:
+        """GB of all processes together; a page shared by n of them counts as 1/n in each."""
+        total = 0
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
+        return total / 1e9
 
 
 @contextlib.contextmanager
 def home() -> Iterator[Home]:
-    """A fresh home, taken down and removed at the end."""
-    directory = Path(tempfile.mkdtemp(prefix="gristmill-bench-"))
-    running = Home(directory)
+    """A fresh home, taken down and removed at the end.
+
+    `GRISTMILL_BENCH_HOME` names one to use instead: it is taken down, too, but kept, so that a
+    benchmark that is being written need not crawl and train each time.
+    """
+    kept = os.environ.get("GRISTMILL_BENCH_HOME")
+    directory = Path(kept or tempfile.mkdtemp(prefix="gristmill-bench-"))
+    running = Home(directory.resolve())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # `timeout` sends it
     try:
         yield running
     finally:
@@ -91,14 +117,19 @@ def home() -> Iterator[Home]:
             timeout=120,
             check=False,
         )
-        shutil.rmtree(directory, ignore_errors=True)
+        if not kept:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 class MemorySampler:
-    """Peak proportional set size (shared pages counted once) of a home's processes, in GB."""
+    """Peak proportional set size (shared pages counted once) of a home's processes, in GB.
+
+    `largest` says who held it at the peak.
+    """
 
     def __init__(self, watched: Home, seconds: float = 2.0) -> None:
         self.watched, self.seconds, self.peak = watched, seconds, 0.0
+        self.largest: list[tuple[str, float]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -112,8 +143,12 @@ class MemorySampler:
 
     def _sample(self) -> None:
         while not self._stop.wait(self.seconds):
-            total = 0
+            held: list[tuple[str, float]] = []
             for process in self.watched.processes():
                 with contextlib.suppress(psutil.Error):
-                    total += process.memory_full_info().pss
-            self.peak = max(self.peak, total / 1e9)
+                    name = " ".join(process.cmdline())[-60:]
+                    held.append((name, process.memory_full_info().pss / 1e9))
+            total = sum(size for _, size in held)
+            if total > self.peak:
+                self.peak = total
+                self.largest = sorted(held, key=lambda entry: -entry[1])

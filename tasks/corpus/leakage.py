@@ -54,7 +54,8 @@ def own_marks(text: str) -> Marks:
     names = [_name(match.group(1)) for match in map(_HEADING.match, text.split("\n")) if match]
     hashes = [_hash(name) for name in names if len(name) >= SHORTEST_NAME]
     marks = line_marks(text)
-    inside = marks.window_line == marks.window_end_line
+    listed = np.array([bool(_ENTRY.match(line)) for line in marks.lines], dtype=bool)
+    inside = (marks.window_line == marks.window_end_line) & ~listed[marks.window_line]
     return Marks(np.unique(marks.windows[inside]), np.unique(np.array(hashes, np.uint64)))
 
 

@@ -20,6 +20,14 @@ class FunctionDoc:
 
 
 @dataclass(frozen=True)
+class Inherited:
+    """The methods a class has from one of its bases; `base` is a full name."""
+
+    base: str
+    methods: tuple[FunctionDoc, ...]
+
+
+@dataclass(frozen=True)
 class ClassDoc:
     name: str
     bases: tuple[str, ...]
@@ -27,6 +35,7 @@ class ClassDoc:
     doc: str
     methods: tuple[FunctionDoc, ...]
     also: tuple[str, ...] = ()
+    inherited: tuple[Inherited, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Layout of a rendered directory:
     site.json          what it was rendered from, and the redirects the server answers
-    pages/             what the server serves: /library/, /source/, /index.html, robots.txt, …
+    pages/             what the server serves: /library/, /reference/, /source/, robots.txt, …
 
 Pages depend on nothing but the interpreter and RENDERER: rendering twice gives the same bytes and
 the same modification times (the interpreter's build date), so ETag and Last-Modified are stable.
@@ -22,12 +22,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tasks.corpus.docstring_html import block_html, inline_html
-from tasks.corpus.module_docs import ClassDoc, FunctionDoc, ModuleDoc, first_sentence
+from tasks.corpus.language_docs import Topic, read_topics
+from tasks.corpus.module_docs import (
+    ClassDoc,
+    FunctionDoc,
+    Inherited,
+    ModuleDoc,
+    first_sentence,
+)
 from tasks.corpus.stdlib_docs import read_modules
 from tasks.runtime.errors import UserError
 
 # Raise it whenever rendered bytes change; the server then renders anew.
-RENDERER = 2
+RENDERER = 3
 CRAWL_DELAY = 0.005  # seconds; it is our own machine, a demo should not wait
 DUPLICATED = ("json", "pathlib", "textwrap")
 REDIRECTS = {
@@ -45,8 +52,7 @@ def render_site(root: Path) -> int:
     """
     if root.exists() and any(root.iterdir()) and not (root / "site.json").exists():
         raise UserError(f"{root} holds other files; name an empty or new directory for the site")
-    modules = read_modules()
-    pages = dict(_pages(modules))
+    pages = dict(_pages(read_modules(), read_topics()))
     root.parent.mkdir(parents=True, exist_ok=True)
     partial = root.with_name(f"{root.name}.partial-{uuid.uuid4().hex[:8]}")
     stamp = build_date().timestamp()
@@ -92,7 +98,7 @@ def _identity() -> dict[str, object]:
     }
 
 
-def _pages(modules: list[ModuleDoc]) -> Iterable[tuple[str, str]]:
+def _pages(modules: list[ModuleDoc], topics: list[Topic]) -> Iterable[tuple[str, str]]:
     known = {module.name for module in modules}
     order = [module.name for module in modules]
     for position, module in enumerate(modules):
@@ -112,11 +118,13 @@ def _pages(modules: list[ModuleDoc]) -> Iterable[tuple[str, str]]:
     letters = _index_entries(modules)
     for letter, entries in letters.items():
         yield f"/library/index-{letter}.html", _letter_page(letter, entries, sorted(letters))
-    yield "/index.html", _front_page(modules, sorted(letters))
+    for topic in topics:
+        yield f"/reference/{topic.name}.html", _page(topic.title, topic.body)
+    yield "/index.html", _front_page(modules, topics, sorted(letters))
     yield "/search.html", _search_page()
     yield "/private/drafts.html", _page("Drafts", "<p>Nothing here is ready to be read.</p>")
     yield "/robots.txt", _robots()
-    yield "/sitemap.xml", _sitemap(modules, sorted(letters))
+    yield "/sitemap.xml", _sitemap(modules, topics, sorted(letters))
 
 
 # --- pages ---------------------------------------------------------------------------------------
@@ -219,7 +227,20 @@ def _class(owner: str, class_doc: ClassDoc) -> Iterable[str]:
     if class_doc.also:
         yield _also(class_doc.also)
     yield from _functions(class_doc.name, class_doc.methods, "h3")
+    for group in class_doc.inherited:
+        yield _inherited(group)
     yield "</section>"
+
+
+def _inherited(group: Inherited) -> str:
+    """What a class has from a base: one line for each method, as its own page tells it in full."""
+    name = group.base.rpartition(".")[2]
+    items = "\n".join(
+        f"<li><code>{name}.{html.escape(method.name + method.signature, quote=False)}</code>: "
+        f"{inline_html(first_sentence(method.doc))}</li>"
+        for method in group.methods
+    )
+    return f"<h3>Inherited from <code>{group.base}</code></h3>\n<ul>\n{items}\n</ul>"
 
 
 def _source_page(module: ModuleDoc) -> str:
@@ -264,10 +285,13 @@ def _letter_links(letters: list[str]) -> str:
     return "".join(f' <a href="/library/index-{x}.html">{x.upper()}</a>' for x in letters)
 
 
-def _front_page(modules: list[ModuleDoc], letters: list[str]) -> str:
+def _front_page(modules: list[ModuleDoc], topics: list[Topic], letters: list[str]) -> str:
     items = "\n".join(
         f"<li>{_module_link(m.name)}{': ' + inline_html(m.summary) if m.summary else ''}</li>"
         for m in modules
+    )
+    language = ", ".join(
+        f'<a href="/reference/{t.name}.html">{html.escape(t.title)}</a>' for t in topics
     )
     copies = ", ".join(f'<a href="/latest/{name}.html">{name}</a>' for name in DUPLICATED)
     moved = ", ".join(f'<a href="/docs/{name}">{name}</a>' for name in DUPLICATED)
@@ -275,7 +299,8 @@ def _front_page(modules: list[ModuleDoc], letters: list[str]) -> str:
         "The Python standard library",
         "<h1>The Python standard library</h1>\n"
         f"<p>Every public module of the standard library of Python {platform.python_version()}.</p>"
-        f"\n<ul>\n{items}\n</ul>\n<p>Latest: {copies}. Old addresses: {moved}.</p>",
+        f"\n<ul>\n{items}\n</ul>\n<p>The language: {language}.</p>\n"
+        f"<p>Latest: {copies}. Old addresses: {moved}.</p>",
         _letter_links(letters),
     )
 
@@ -301,8 +326,9 @@ def _robots() -> str:
     )
 
 
-def _sitemap(modules: list[ModuleDoc], letters: list[str]) -> str:
+def _sitemap(modules: list[ModuleDoc], topics: list[Topic], letters: list[str]) -> str:
     paths = ["/index.html"]
+    paths += [f"/reference/{topic.name}.html" for topic in topics]
     paths += [f"/library/{module.name}.html" for module in modules]
     paths += [f"/library/index-{letter}.html" for letter in letters]
     changed = build_date().date().isoformat()

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tasks.corpus.extension_docs import import_extension, module_from_extension
+from tasks.corpus.inheritance import with_inherited
 from tasks.corpus.module_docs import ModuleDoc, first_sentence, is_public_name
 from tasks.corpus.source_docs import library_root, module_from_source, parse_source
 
@@ -40,6 +41,10 @@ def read_modules() -> list[ModuleDoc]:
             module = import_extension(name)
             if module is not None:
                 found[name] = module_from_extension(name, module)
+    members: dict[str, dict[str, str]] = {}
+    for module in found.values():
+        _members(module, found, members)
+    found = with_inherited(found, members)
     named = other_names(found)
     return [_with_names(found[name], named) for name in sorted(found) if not found[name].is_empty]
 

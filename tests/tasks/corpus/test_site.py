@@ -13,6 +13,7 @@ import pytest
 import trafilatura
 
 from tasks.corpus.docstring_html import block_html, inline_html
+from tasks.corpus.language_docs import topic_html
 from tasks.corpus.site import is_current, render_site
 from tasks.corpus.stdlib_docs import first_sentence
 
@@ -140,6 +141,44 @@ def test_modules_written_in_c_or_elsewhere_are_documented(
 )
 def test_pages_say_the_name_people_use(site: Path, module: str, line: str) -> None:
     assert line in text_of(site, module)
+
+
+def test_a_class_shows_what_it_inherits_from_documented_classes(site: Path) -> None:
+    timer = text_of(site, "threading").split("## `class threading.Timer(", 1)[1]
+    inherited = timer.split("### Inherited from `threading.Thread`", 1)[1]
+    assert "`Thread.is_alive()`: Return whether the thread is alive." in inherited
+    assert "Thread.run" not in inherited  # Timer has its own
+    errors = text_of(site, "json.decoder")
+    assert "### Inherited from `BaseException`" in errors  # through ValueError and Exception
+    path = text_of(site, "pathlib")
+    posix = path.split("## `class pathlib.PosixPath", 1)[1].split("\n## ", 1)[0]
+    bases = re.findall(r"### Inherited from `([\w.]+)`", posix)
+    assert bases == ["pathlib.Path", "pathlib.PurePath"]  # nearest first, each once
+
+
+def test_the_language_reference_is_prose_code_and_headings(site: Path) -> None:
+    html = (site / "pages" / "reference" / "with.html").read_text()
+    text = str(trafilatura.extract(html, fast=True, output_format="markdown"))
+    assert text.startswith("# The `with` statement")
+    assert "wrap the execution of a block with methods defined by a context manager" in text
+    assert "```\nwith A() as a:\n    with B() as b:\n        SUITE\n```" in text
+    assert "- The context manager’s `__enter__()` method is invoked." in text
+    assert "with_item          ::= expression" in html
+    assert '<a href="/reference/with.html">' in (site / "pages" / "index.html").read_text()
+
+
+def test_topics_become_blocks() -> None:
+    text = (
+        'The "x" thing\n=============\n\nSay **this**:\n\n   code(x)\n\nobject.f(self)\n\n'
+        "   Does  it\n   well.\n\n   Note:\n\n     No code.\n\n* one\n  more\n\n* two\n\n  deep\n\nEnd."
+    )
+    assert topic_html(text) == (
+        "<h2>The <code>x</code> thing</h2>\n"
+        "<p>Say <strong>this</strong>:</p>\n<pre><code>code(x)</code></pre>\n"
+        "<p><code>object.f(self)</code></p>\n<p>Does it well.</p>\n<p>Note:</p>\n<p>No code.</p>\n"
+        "<ul>\n<li>one more</li>\n<li>two\n<p>deep</p></li>\n</ul>\n<p>End.</p>"
+    )
+    assert topic_html("") == ""
 
 
 def test_examples_keep_their_lines(site: Path) -> None:

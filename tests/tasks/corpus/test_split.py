@@ -174,3 +174,12 @@ def test_only_what_is_shared_is_cut_and_empty_code_goes_with_it() -> None:
     assert without_leaks(line_marks(text), marks) == ("# page\n\nOf its own.\n\n- keep this", 2)
     untouched = without_leaks(line_marks(text), Marks(marks.windows[:0], marks.names[:0]))
     assert untouched == (text, 0)
+
+
+def test_a_page_keeps_its_text_when_a_held_out_list_quotes_it() -> None:
+    fact = "Return the absolute value of the number that is given as x."
+    page = f"# math\n\n## math.fabs(x)\n\n{fact}"
+    quoting = f"# other\n\n## other.own(x)\n\n{NOTICE}\n\n- `math.fabs(x)`: {fact}"
+    assert without_leaks(line_marks(page), own_marks(quoting)) == (page, 0)
+    summary = "# all\n\n- other.own(x): something\n- math.fabs(x): kept"
+    assert without_leaks(line_marks(summary), own_marks(quoting))[1] == 1

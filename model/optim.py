@@ -18,7 +18,7 @@ from model.config import ConfigError
 @dataclass(frozen=True)
 class OptimConfig:
     """Peak rates and decay. Weight decay is decoupled: parameter *= 1 - rate * decay
-    (arXiv:1711.05101).
+    (arXiv:1711.05101), for matrices only.
 
     learning_rate: AdamW's, for norms, biases and an untied output matrix (and for all, with kind
         adamw);
@@ -127,14 +127,18 @@ class Optimizer:
             rest = {n: p for n, p in rest.items() if n not in embeddings}
         self.config = config
         self.muon = Muon(matrices, config, torch.bfloat16 if bf16 else torch.float32)
-        self.names = [*rest, *embeddings]
+        # A norm's gain or a bias is a scale of its own; only matrices decay.
+        scales = {n: p for n, p in rest.items() if p.ndim < 2}
+        others = {n: p for n, p in rest.items() if p.ndim >= 2}
+        self.names = [*scales, *others, *embeddings]
         embedding_rate = config.embedding_learning_rate or config.learning_rate
         groups: list[dict[str, Any]] = [
-            {"params": list(rest.values()), "rate": config.learning_rate},
+            {"params": list(scales.values()), "weight_decay": 0.0},
+            {"params": list(others.values())},
             {"params": list(embeddings.values()), "rate": embedding_rate},
         ]
         self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            [{"rate": config.learning_rate} | group for group in groups if group["params"]],
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             eps=config.eps,

@@ -42,8 +42,8 @@ def read_modules() -> list[ModuleDoc]:
             if module is not None:
                 found[name] = module_from_extension(name, module)
     members: dict[str, dict[str, str]] = {}
-    for module in found.values():
-        _members(module, found, members)
+    for documented in found.values():
+        _members(documented, found, members)
     found = with_inherited(found, members)
     named = other_names(found)
     return [_with_names(found[name], named) for name in sorted(found) if not found[name].is_empty]

@@ -42,6 +42,9 @@ def main() -> None:
         report = Store.open(fresh.settings).latest("evaluate")
         assert report is not None, "the run succeeded, so it evaluated"
         scores = {k: float(v) for k, v in report.metrics.items() if isinstance(v, int | float)}
+    print("memory at its peak, GB")
+    for name, size in memory.largest[:12]:
+        print(f"  {size:5.2f}  {name}")
     metrics = {
         "minutes": round(seconds / 60, 2),
         "peak_memory_gb": round(memory.peak, 2),

@@ -42,7 +42,7 @@ class FinetuneConfig(TrainingConfig):
             )
 
 
-@stage("finetune", version=1)
+@stage("finetune", version=2)
 def finetune(
     config: FinetuneConfig, work: Workspace, *, base: Manifest, pairs: Manifest
 ) -> Outcome:

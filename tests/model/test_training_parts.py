@@ -114,16 +114,22 @@ def model_with_gradients() -> Transformer:
     return model
 
 
-def test_adamw_is_torchs_reference() -> None:
+def test_adamw_is_torchs_reference_and_decays_matrices_only() -> None:
     ours, theirs = model_with_gradients(), model_with_gradients()
     config = OptimConfig(kind="adamw", learning_rate=0.01, weight_decay=0.1, eps=1e-8)
     optimizer = Optimizer(ours, config)
-    reference = torch.optim.AdamW(
-        theirs.parameters(), 0.01, (0.9, 0.95), 1e-8, 0.1, foreach=False, fused=False
-    )
+    groups = [
+        {
+            "params": [p for p in theirs.parameters() if (p.ndim < 2) == scales],
+            "weight_decay": decay,
+        }
+        for scales, decay in ((True, 0.0), (False, 0.1))
+    ]
+    reference = torch.optim.AdamW(groups, 0.01, (0.9, 0.95), 1e-8, foreach=False, fused=False)
     for multiplier in (1.0, 0.5):
         optimizer.step(multiplier)
-        reference.param_groups[0]["lr"] = 0.01 * multiplier
+        for group in reference.param_groups:
+            group["lr"] = 0.01 * multiplier
         reference.step()
     for ours_p, theirs_p in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(ours_p, theirs_p)

@@ -88,7 +88,7 @@ class Runs:
             time.sleep(0.3)
 
     def page(self, run: dict[str, Any]) -> str:
-        return f"{self.settings.prefect_dashboard}/runs/flow-run/{run['id']}"
+        return f"{self.settings.prefect_dashboard}/v2/runs/flow-run/{run['id']}"
 
     def ask(self, path: str, body: Any = None) -> Any:
         """An answer of Prefect, which says 503 while its database is busy: that is waited for.

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 
+from flows import dashboard_files
 from flows.processes import MARK, Record
 from tasks.runtime.errors import UserError
 from tasks.runtime.rest import Refused, call
@@ -90,6 +91,7 @@ def prepare(settings: Settings) -> None:
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid():
         raise UserError(f"{temporary} belongs to somebody else; remove it, or move --home")
     _write_haproxy_wrapper(settings)
+    dashboard_files.prepare(settings)
 
 
 def inherited_environment() -> dict[str, str]:
@@ -155,6 +157,7 @@ def _prefect(settings: Settings) -> Service:
             PREFECT_SERVER_DATABASE_CONNECTION_URL=f"sqlite+aiosqlite:///{database}",
             PREFECT_UI_API_URL=settings.prefect_api,
             PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false",
+            PREFECT_UI_STATIC_DIRECTORY=str(dashboard_files.directory(settings)),
         ),
         healthy=lambda _: _answers(f"{settings.prefect_api}/health"),
         url=settings.prefect_dashboard,

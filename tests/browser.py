@@ -91,6 +91,12 @@ class Page:
         self.send("Input.dispatchKeyEvent", type="keyDown", text=text, **press)
         self.send("Input.dispatchKeyEvent", type="keyUp", **press)
 
+    def mouse(self, x: float, y: float) -> None:
+        """A click with the left button."""
+        self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
     def size(self, width: int, height: int, *, mobile: bool = False, dark: bool = False) -> None:
         """The window in CSS pixels, and the colours the person prefers."""
         self.send(

@@ -43,7 +43,7 @@ def test_a_watched_run_is_followed_to_its_end(killable: KillableStack) -> None:
     assert code == 0, output
     assert re.search(r"sleep\S*\s+Completed", output)
     assert re.search(r"run \S+ completed after", output)
-    assert f"{killable.settings.prefect_dashboard}/runs/flow-run/" in output
+    assert f"{killable.settings.prefect_dashboard}/v2/runs/flow-run/" in output
 
 
 def test_a_failed_run_shows_why_and_where(killable: KillableStack) -> None:

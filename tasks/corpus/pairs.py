@@ -52,9 +52,9 @@ class PairsConfig(StageConfig):
 
     facts: int = Field(1800, ge=0)
     """Facts trained at most, those about the most mentioned modules first; 0 takes all."""
-    phrasings_per_fact: int = Field(18, ge=1, le=200)
+    phrasings_per_fact: int = Field(16, ge=1, le=200)
     """Questions trained for what a thing does, each worded otherwise."""
-    phrasings_per_detail: int = Field(8, ge=1, le=200)
+    phrasings_per_detail: int = Field(7, ge=1, le=200)
     """Questions trained for its module, and for its parameters."""
     altered: float = Field(0.4, ge=0, le=1)
     """Share of trained questions in which words around the name are left out or put in."""

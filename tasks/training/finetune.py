@@ -24,12 +24,13 @@ class FinetuneConfig(TrainingConfig):
     """Times every question is seen; the pairs stage words each fact in many questions already."""
     sequence: int = Field(256, ge=2)
     """Tokens of one packed sequence; a longer conversation is left out."""
-    batch: int = Field(8, ge=1)
-    """Sequences of one optimiser step, over all workers."""
-    replay: float = Field(0.1, ge=0, le=0.95)
-    """Share of steps that learn documents of the corpus instead, lest the model forget them."""
+    replay: float = Field(0.5, ge=0, le=0.95)
+    """Share of steps that go on learning documents of the corpus, lest the model forget them."""
     optimizer: OptimizerOptions = OptimizerOptions(
-        muon_learning_rate=0.01, learning_rate=2e-3, embedding_learning_rate=2e-3
+        muon_learning_rate=0.015,
+        learning_rate=3e-3,
+        embedding_learning_rate=3e-3,
+        weight_decay=0.15,
     )
     schedule: ScheduleOptions = ScheduleOptions(kind="linear")
 

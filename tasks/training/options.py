@@ -76,8 +76,9 @@ class OptimizerOptions(StageConfig):
     """AdamW's peak learning rate for the embedding matrix."""
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     """Muon's momentum."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay."""
+    weight_decay: float = Field(0.2, ge=0)
+    """Decoupled weight decay of the matrices: what keeps several passes over the same text from
+    being learned by heart."""
 
 
 class ScheduleOptions(StageConfig):

@@ -14,7 +14,7 @@ from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.training.job import TrainingJob
 from tasks.training.launch import launch
-from tasks.training.options import ModelOptions, TrainingConfig, shown_first
+from tasks.training.options import ModelOptions, ScheduleOptions, TrainingConfig, shown_first
 
 
 class PretrainConfig(TrainingConfig):
@@ -22,13 +22,15 @@ class PretrainConfig(TrainingConfig):
 
     model_config = ConfigDict(json_schema_extra=shown_first("tokens", "sequence", "model"))
 
-    tokens: int = Field(1_800_000, ge=1)
+    tokens: int = Field(1_600_000, ge=1)
     """Tokens to train on, counted again on every pass over the corpus."""
     sequence: int = Field(256, ge=2)
     """Tokens of one training sequence."""
     document_masking: bool = False
     """Keep documents that share a sequence from seeing each other."""
     model: ModelOptions = ModelOptions()
+    # Fine-tuning goes on with the documents, so the rate need not fall far before it.
+    schedule: ScheduleOptions = ScheduleOptions(decay=0.1)
 
     @model_validator(mode="after")
     def fits_the_context(self) -> Self:

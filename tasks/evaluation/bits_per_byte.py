@@ -21,6 +21,8 @@ from model.chat import Tokenizer
 from model.transformer import Transformer
 
 TOKENS_PER_BATCH = 4096
+# Lengths and numbers of rows are rounded up to these: every new shape costs the CPU a new kernel.
+LENGTH_GRAIN, ROW_GRAIN = 64, 128
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def score_documents(
     rows = max(TOKENS_PER_BATCH // context, 1)
     for at in range(0, len(todo), rows):
         batch = todo[at : at + rows]
-        length = max(window.end - window.start for window in batch)
+        longest = max(window.end - window.start for window in batch)
+        length = min(-(-longest // LENGTH_GRAIN) * LENGTH_GRAIN, context)
         tokens = torch.full((len(batch), length + 1), tokenizer.pad)
         counted = torch.zeros(len(batch), length, dtype=torch.bool)
         for row, window in enumerate(batch):
@@ -87,9 +90,10 @@ def score_documents(
             counted[row, window.first - window.start - 1 : size] = True
         # Padding stands at the end, where causality hides it from what is counted.
         hidden = model.hidden(tokens[:, :-1])[counted]
-        losses = F.cross_entropy(
-            model.logits(hidden).float(), tokens[:, 1:][counted], reduction="none"
-        )
+        targets = tokens[:, 1:][counted]
+        hidden = F.pad(hidden, (0, 0, 0, -len(targets) % ROW_GRAIN))
+        logits = model.logits(hidden)[: len(targets)]
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
         begun = 0
         for window in batch:
             count = window.end - window.first + 1

@@ -87,11 +87,25 @@ def register(
                 model, description="Trained, evaluated and served by Gristmill."
             )
         created = registry.create_model_version(
-            model, logged.model_uri, run_id=run_id, tags=tags, model_id=logged.model_id
+            model,
+            logged.model_uri,
+            run_id=run_id,
+            tags=tags,
+            description=described(artifact, scores),
+            model_id=logged.model_id,
         )
     finally:
         os.environ.pop("MLFLOW_RUN_ID", None)
     return get(model, str(created.version))
+
+
+def described(artifact: str, scores: Mapping[str, float]) -> str:
+    """What the version's page says of it, in Markdown."""
+    rows = "".join(f"| {name} | {value:.4g} |\n" for name, value in scores.items())
+    return (
+        f"The artifact `{artifact}` of the store, in Hugging Face format; its manifest names "
+        f"inputs, code and packages.\n\n| score | value |\n|---|---|\n{rows}"
+    )
 
 
 def registered(model: str) -> bool:

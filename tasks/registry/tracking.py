@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -70,13 +71,28 @@ def open_run(
         run_id = earlier[0].info.run_id
         mlflow.set_terminated(run_id, "RUNNING")
         return str(run_id)
-    all_tags = {"gristmill.fingerprint": fingerprint, "gristmill.stage": name, **(tags or {})}
+    all_tags = {
+        "gristmill.fingerprint": fingerprint,
+        "gristmill.stage": name,
+        "mlflow.note.content": note(name, fingerprint),
+        **(tags or {}),
+    }
     run = mlflow.create_run(experiment, run_name=f"{name} {fingerprint[:8]}", tags=all_tags)
     params = [Param(key, str(value)[:PARAM_LENGTH]) for key, value in flatten(config).items()]
     for start in range(0, len(params), 90):
         mlflow.log_batch(run.info.run_id, params=params[start : start + 90])
     mlflow.log_inputs(run.info.run_id, [dataset_input(key, m) for key, m in inputs.items()])
     return str(run.info.run_id)
+
+
+def note(name: str, fingerprint: str) -> str:
+    """What the run's page says of it, in Markdown."""
+    text = f"The stage {name} of Gristmill; what it makes is `{name}/{fingerprint}` in the store."
+    flow_run = os.environ.get("PREFECT__FLOW_RUN_ID")
+    if flow_run:
+        page = f"{Settings.load().prefect_dashboard}/v2/runs/flow-run/{flow_run}"
+        text += f" [The run in Prefect that asked for it]({page})"
+    return text
 
 
 def finish_run(run_id: str, status: str = "FINISHED", **tags: str) -> None:

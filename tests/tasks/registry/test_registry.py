@@ -71,6 +71,7 @@ def test_a_resumed_run_continues_the_same_curve() -> None:
     ]
     run = tracking.client().get_run(run_id)
     assert run.data.params["model.layers"] == "6"
+    assert "`pretrain/f1` in the store" in run.data.tags["mlflow.note.content"]
     assert run.inputs.dataset_inputs[0].dataset.digest == "5" * 36
 
 
@@ -91,6 +92,7 @@ def test_a_version_is_registered_once_with_lineage_and_answers(directory: Path) 
     )
     assert version.lineage["input.pairs"] == "p"
     assert models.register(*arguments) == version
+    assert "| exact | 0.8 |" in tracking.client().get_model_version("tiny", "1").description
     models.set_alias("tiny", models.CHAMPION, "1")
     assert models.get("tiny", "champion").aliases == ("champion",)
     import mlflow

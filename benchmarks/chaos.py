@@ -36,7 +36,7 @@ from tasks.runtime.store import MANIFEST, Store
 TOKENS = 1_500_000
 INTERVAL = 25
 VICTIMS = (
-    "training worker",
+    "training-worker",
     "flow",
     "prefect",
     "mlflow",
@@ -45,7 +45,7 @@ VICTIMS = (
     "raylet",
     "watcher",
 )
-QUICK = ("training worker", "flow", "prefect")
+QUICK = ("training-worker", "flow", "prefect")
 SECONDS_AT_WORK = 120.0
 """How long a killed stack may take until the pipeline is at work again."""
 COMMANDS = 4
@@ -146,7 +146,7 @@ class Chaos:
 
     def victim(self, name: str) -> psutil.Process | None:
         """The process to kill now, if it exists."""
-        if name == "training worker":
+        if name == "training-worker":
             found = [p for p in self.named("ray::RayTrainWorker") if self.trains()]
             return self.random.choice(found) if found else None
         if name == "flow":
@@ -159,7 +159,9 @@ class Chaos:
         return psutil.Process(record.pid) if record is not None and record.alive else None
 
     def trains(self) -> bool:
-        return any((self.home.settings.home / "store").glob("*/*/_progress.json"))
+        """Whether a training has just said how far it is."""
+        said = (self.home.settings.home / "store").glob("*/*/_progress.json")
+        return any(time.time() - path.stat().st_mtime < 3 for path in said)
 
     def named(self, start: str) -> list[psutil.Process]:
         found = []

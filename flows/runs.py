@@ -126,7 +126,7 @@ class Watch:
 
     runs: Runs
     run: dict[str, Any]
-    write: Callable[[str], Any] = sys.stdout.write
+    write: Callable[[str], Any] = field(default_factory=lambda: sys.stdout.write)
     in_place: bool = field(default_factory=lambda: sys.stdout.isatty())
     _states: dict[str, str] = field(default_factory=dict)
     _progress: str = ""

@@ -13,6 +13,7 @@ from tasks.corpus.dedup import DeduplicateConfig, deduplicate
 from tasks.corpus.extract import ExtractConfig, extract
 from tasks.corpus.gather import GatherConfig, gather
 from tasks.corpus.language import LanguageConfig, language
+from tasks.corpus.pii import PIIConfig, pii
 from tasks.corpus.quality import QualityConfig, quality
 from tasks.corpus.source_config import SourceConfig
 from tasks.corpus.split import SplitConfig, split
@@ -40,6 +41,7 @@ class CorpusParams(StageConfig):
     extract: ExtractConfig = ExtractConfig()
     language: LanguageConfig = LanguageConfig()
     quality: QualityConfig = QualityConfig()
+    pii: PIIConfig = PIIConfig()
     deduplicate: DeduplicateConfig = DeduplicateConfig()
     split: SplitConfig = SplitConfig()
 
@@ -74,6 +76,8 @@ def build_corpus(params: CorpusParams) -> Manifest:
         documents = inputs["crawled"]
     identified = language(params.language, documents=documents)
     good = quality(params.quality, documents=identified)
+    if params.pii.action != "keep":
+        good = pii(params.pii, documents=good)
     unique = deduplicate(params.deduplicate, documents=good)
     return split(params.split, documents=unique)
 

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lxml import etree
-from lxml.html import HtmlElement
+from lxml.html import HtmlComment, HtmlElement, HtmlEntity, HtmlProcessingInstruction
 from trafilatura import extract
-from trafilatura.utils import load_html
+from trafilatura.utils import HTML_PARSER, load_html
 
 from tasks.corpus.charset import decode
 from tasks.corpus.killable import serve
@@ -23,6 +23,16 @@ from tasks.corpus.shingles import normalise
 
 PDF_TYPE = "application/pdf"
 PLAIN_TYPES = ("text/plain", "text/markdown")
+# lxml.html asks a Python function for the class of every element it hands out, to tell forms from
+# the rest; nobody here looks at forms. Saves 8% of the time of a page.
+HTML_PARSER.set_element_class_lookup(
+    etree.ElementDefaultClassLookup(
+        element=HtmlElement,
+        comment=HtmlComment,
+        pi=HtmlProcessingInstruction,
+        entity=HtmlEntity,
+    )
+)
 _HEADING = " or ".join(f"self::h{level}" for level in range(1, 7))
 # The first heading among the children of each section that has an id.
 _SECTION_HEADINGS = etree.XPath(f"(//section[@id] | //div[@id])/*[{_HEADING}][1]")

@@ -197,7 +197,7 @@ def main() -> None:
         run = {"ours": run_ours, "datatrove": run_datatrove}[options.worker[0]]
         print(json.dumps(run(Path(options.worker[1]))))
         return
-    megabytes, pairs, rounds = (6.0, 400, 1) if options.quick else (15.0, 1000, 3)
+    megabytes, pairs, rounds = (3.0, 300, 1) if options.quick else (15.0, 1000, 3)
     with tempfile.TemporaryDirectory(prefix="gristmill-bench-") as directory:
         small, large = Path(directory) / "small", Path(directory) / "large"
         write_documents(small, megabytes / 3, pairs, seed=1)

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.report import machine
 
 FOLDER = Path(__file__).parent
-NOT_BENCHMARKS = {"__init__", "__main__", "report", "stack", "runs"}
+NOT_BENCHMARKS = {"__init__", "__main__", "one_core", "report", "runs", "samples", "stack"}
 
 
 def run(script: Path, quick: bool) -> tuple[str, bool]:

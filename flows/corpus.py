@@ -11,8 +11,11 @@ from flows.hooks import HOOKS
 from tasks.corpus.crawl import EMBEDDED, CrawlConfig, CrawlOptions, crawl
 from tasks.corpus.dedup import DeduplicateConfig, deduplicate
 from tasks.corpus.extract import ExtractConfig, extract
+from tasks.corpus.gather import GatherConfig, gather
 from tasks.corpus.language import LanguageConfig, language
+from tasks.corpus.pii import PIIConfig, pii
 from tasks.corpus.quality import QualityConfig, quality
+from tasks.corpus.source_config import SourceConfig
 from tasks.corpus.split import SplitConfig, split
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import StageConfig
@@ -23,8 +26,13 @@ class CorpusParams(StageConfig):
 
     seeds: tuple[str, ...] = Field(
         default=(EMBEDDED,),
-        min_length=1,
-        description="Addresses to start from. embedded:stdlib is the site that comes along.",
+        description="Addresses to start from. embedded:stdlib is the site that comes along. May be "
+        "empty where there are sources.",
+    )
+    sources: tuple[SourceConfig, ...] = Field(
+        default=(),
+        description="Text that is already there, beside what is crawled: folders of text, "
+        "Markdown, HTML and PDF, JSON Lines, Parquet, WARC files.",
     )
     epoch: int = Field(
         default=0, ge=0, description="A higher number crawls the same seeds anew, conditionally."
@@ -33,12 +41,19 @@ class CorpusParams(StageConfig):
     extract: ExtractConfig = ExtractConfig()
     language: LanguageConfig = LanguageConfig()
     quality: QualityConfig = QualityConfig()
+    pii: PIIConfig = PIIConfig()
     deduplicate: DeduplicateConfig = DeduplicateConfig()
     split: SplitConfig = SplitConfig()
 
     @model_validator(mode="after")
-    def _seeds_can_be_crawled(self) -> Self:
-        self.crawl_config()
+    def _has_something_to_read(self) -> Self:
+        if self.seeds:
+            self.crawl_config()
+        elif not self.sources:
+            raise ValueError("there are neither seeds nor sources; give one of them")
+        names = [source.name for source in self.sources]
+        if len({"seeds", *names}) <= len(names):
+            raise ValueError(f"sources are named {names}; each needs its own name, not 'seeds'")
         return self
 
     def crawl_config(self) -> CrawlConfig:
@@ -46,11 +61,23 @@ class CorpusParams(StageConfig):
 
 
 def build_corpus(params: CorpusParams) -> Manifest:
-    """crawl → extract → language → quality → deduplicate → split, each cached by itself."""
-    crawled = crawl(params.crawl_config())
-    extracted = extract(params.extract, crawl=crawled)
-    identified = language(params.language, documents=extracted)
+    """crawl → extract → language → quality → deduplicate → split, each cached by itself.
+
+    Sources are gathered after the pages of the seeds are extracted, and go the same way from there.
+    """
+    inputs: dict[str, Manifest] = {}
+    if params.seeds:
+        crawled = crawl(params.crawl_config())
+        inputs["crawled"] = extract(params.extract, crawl=crawled)
+    if params.sources:
+        sources = GatherConfig(sources=params.sources, extract=params.extract)
+        documents = gather(sources, **inputs)
+    else:
+        documents = inputs["crawled"]
+    identified = language(params.language, documents=documents)
     good = quality(params.quality, documents=identified)
+    if params.pii.action != "keep":
+        good = pii(params.pii, documents=good)
     unique = deduplicate(params.deduplicate, documents=good)
     return split(params.split, documents=unique)
 

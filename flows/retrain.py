@@ -39,6 +39,8 @@ def next_epoch(params: CorpusParams) -> int:
 
     A retrain that died while crawling left no manifest, so the next one continues its epoch.
     """
+    if not params.seeds:
+        return params.epoch  # sources are known by what they hold, and read anew by themselves
     same = identity(params.crawl_config().model_copy(update={"epoch": 0}))
     crawls = [
         manifest

@@ -45,6 +45,11 @@ class CrawlOptions(StageConfig):
         ("text/html", "application/xhtml+xml", "text/plain"),
         description="Media types of pages that are kept.",
     )
+    honour_opt_outs: bool = Field(
+        True,
+        description="Leave out what is reserved from text mining: sites whose robots.txt shuts out "
+        "several crawlers of AI companies or says ai-train=no, pages with tdm-reservation or noai.",
+    )
     user_agent: str = Field(
         "Gristmill/1.0",
         pattern=r"^[A-Za-z_-]+(/\S+)?$",
@@ -121,4 +126,5 @@ class CrawlConfig(CrawlOptions):
             retries=self.retries,
             parallel=self.parallel,
             content_types=self.content_types,
+            honour_opt_outs=self.honour_opt_outs,
         )

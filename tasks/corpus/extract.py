@@ -26,7 +26,8 @@ from tasks.corpus.documents import (
     selection_reports,
 )
 from tasks.corpus.killable import ChildDied, ChildTimeout, KillableChild
-from tasks.corpus.page_text import PLAIN_TYPES
+from tasks.corpus.opt_out import headers_reserve
+from tasks.corpus.page_text import PDF_TYPE, PLAIN_TYPES
 from tasks.corpus.pages import page_rows
 from tasks.corpus.records import DamagedRecord, Fetched, read_record, scan
 from tasks.corpus.sharding import run_shards
@@ -39,8 +40,9 @@ EXCERPT = 2000  # characters of a rejected page's HTML that are kept for inspect
 REMEDIES = {
     "": "check the seeds and the crawl's report of failures",
     "status": "check that the seeds answer with 200",
-    "content-type": "only HTML and plain text are read; seed pages, not files",
+    "content-type": "only HTML, plain text and PDF are read; seed such pages",
     "noindex": "the site asks not to be indexed; crawl another",
+    "opt-out": "the pages are reserved from text mining; take others",
     "no-text": "the pages may need JavaScript, which is not run; seed static pages",
     "time-limit": "raise extract.seconds_per_document",
     "memory-limit": "raise extract.megabytes_per_document",
@@ -57,6 +59,8 @@ class ExtractConfig(StageConfig):
     """Address space of the process that parses; a page that needs more is given up."""
     largest_page_megabytes: float = Field(10.0, gt=0)
     """Larger pages are not parsed (rule too-large)."""
+    honour_opt_outs: bool = True
+    """Leave out pages that reserve themselves from text mining (rule opt-out)."""
     shard_megabytes: float = Field(1.0, gt=0)
     """HTML in one shard: the grain of parallelism and of resuming."""
 
@@ -143,8 +147,9 @@ def extract_shard(
     """Documents of some records: `documents-NNNNN.parquet`, `rejected-NNNNN.parquet`, a tally."""
     tally, kept, rejected = Tally(), [], []
     largest = int(config.largest_page_megabytes * 2**20)
-    child = _child(config)
-    for row, found in _fetched(work, crawl, rows.to_pylist(), largest):
+    child = page_child(config)
+    honour = config.honour_opt_outs
+    for row, found in _fetched(work, crawl, rows.to_pylist(), largest, honour):
         document: dict[str, Any] = dict.fromkeys(("title", "text", "language", "date"), "") | {
             "url": row["url"],
             "language_score": 0.0,
@@ -157,7 +162,7 @@ def extract_shard(
             removal: Removal | None = found
         else:
             document["html_bytes"] = len(found.body)
-            removal = _read(child, document, found, tally)
+            removal = read_into(child, document, found, tally, honour)
         text = document["text"]
         size = len(text.encode("utf-8", "replace"))
         document |= {"id": document_id(text), "bytes": size}
@@ -174,7 +179,11 @@ def extract_shard(
 
 
 def _fetched(
-    work: Workspace, crawl: Manifest, rows: list[dict[str, Any]], largest: int
+    work: Workspace,
+    crawl: Manifest,
+    rows: list[dict[str, Any]],
+    largest: int,
+    honour_opt_outs: bool,
 ) -> Iterator[tuple[dict[str, Any], Fetched | Removal]]:
     """Each row with its response, or with the reason why there is none to read."""
     directory = work.store.of(crawl)
@@ -195,26 +204,35 @@ def _fetched(
             except OverflowError:
                 yield row, Removal("too-large", f"body larger than {largest:,} bytes")
                 continue
-            yield row, _removed_by_head(found) or found
+            yield row, removed_by_head(found, honour_opt_outs) or found
 
 
-def _removed_by_head(found: Fetched) -> Removal | None:
+def removed_by_head(found: Fetched, honour_opt_outs: bool) -> Removal | None:
     if found.status != 200:
         return Removal("status", f"answered with status {found.status}")
     stated = found.headers.get("content-type", "")
     kind = stated.partition(";")[0].strip().lower()
-    if kind not in (*HTML_TYPES, *PLAIN_TYPES) and not (
+    if kind not in (*HTML_TYPES, *PLAIN_TYPES, PDF_TYPE) and not (
         kind == "" and b"<html" in found.body[:2048].lower()
     ):
-        return Removal("content-type", f"is {kind or 'of no stated type'}, neither HTML nor text")
-    directives = {word.strip().lower() for word in found.headers.get("x-robots-tag", "").split(",")}
+        return Removal(
+            "content-type", f"is {kind or 'of no stated type'}, neither HTML, text nor PDF"
+        )
+    stated = found.headers.get("x-robots-tag", "")
+    directives = {word.strip().lower() for word in stated.split(",")}
     if directives & {"noindex", "none"}:
         return Removal("noindex", "X-Robots-Tag asks not to be indexed")
+    if honour_opt_outs and (reserved := headers_reserve(found.headers, [stated])):
+        return Removal("opt-out", f"reserved from text mining ({reserved})")
     return None
 
 
-def _read(
-    child: KillableChild, document: dict[str, Any], found: Fetched, tally: Tally
+def read_into(
+    child: KillableChild,
+    document: dict[str, Any],
+    found: Fetched,
+    tally: Tally,
+    honour_opt_outs: bool,
 ) -> Removal | None:
     """Fill `document` from the child's answer, or say why the page is removed."""
     head = {"content_type": found.headers.get("content-type", ""), "url": document["url"]}
@@ -236,6 +254,8 @@ def _read(
         tally.mend(what)
     if answer["noindex"]:
         return Removal("noindex", "a robots meta element asks not to be indexed")
+    if answer["reserved"] and honour_opt_outs:
+        return Removal("opt-out", f"reserved from text mining ({answer['reserved']})")
     if not answer["text"]:
         return Removal("no-text", "no text found in the page")
     for name in ("title", "text", "language", "date"):
@@ -247,7 +267,7 @@ def _read(
 _children: dict[tuple[float, int], KillableChild] = {}
 
 
-def _child(config: ExtractConfig) -> KillableChild:
+def page_child(config: ExtractConfig) -> KillableChild:
     """This process's child, kept from shard to shard: its imports take half a second."""
     key = (config.seconds_per_document, config.megabytes_per_document)
     if key not in _children:

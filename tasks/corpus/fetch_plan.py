@@ -59,6 +59,7 @@ class Limits:
     retries: int
     parallel: int
     content_types: tuple[str, ...]
+    honour_opt_outs: bool = True
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from tasks.corpus.fetch_plan import (
     Request,
 )
 from tasks.corpus.links import page_links, sitemap_links
+from tasks.corpus.opt_out import OPT_OUT, headers_reserve
 from tasks.corpus.robots import MAX_BYTES, MAX_REDIRECTS, Robots
 from tasks.corpus.segments import Segments
 from tasks.corpus.urls import canonical_url, host_of
@@ -145,6 +146,8 @@ class HostFetcher:
             return self._unasked(request, "denied", f"robots.txt answered {robots.status}")
         if not robots.allows(place, self._limits.token):
             return self._unasked(request, "denied", "robots.txt disallows it")
+        if self._limits.honour_opt_outs and (signal := robots.opts_out(place)):
+            return self._unasked(request, "denied", f"{OPT_OUT}: robots.txt {signal}")
         if self._delay > self._limits.max_delay:
             return self._unasked(
                 request, "denied", f"asks for {self._delay:.0f} s between requests"
@@ -291,6 +294,10 @@ class HostFetcher:
             fetched_at=exchange.date,
             record_id=identifier,
         )
+        if self._limits.honour_opt_outs and request.kind == "page":
+            headers = {name.lower(): value for name, value in exchange.headers}
+            if reserved := headers_reserve(headers, answer.directives):
+                return _skipped(outcome, f"{OPT_OUT}: {reserved}"), ()
         if exchange.status == 304 and request.digest:
             outcome = dataclasses.replace(
                 outcome, state="not_modified", digest=request.digest, content_type=""
@@ -309,9 +316,7 @@ class HostFetcher:
                 return _Retry(failed, answer.retry_after)
             return failed, records
         if answer.refused:
-            return dataclasses.replace(
-                outcome, state="skipped", reason=answer.refused, digest="", bytes=0, record_id=""
-            ), ()
+            return _skipped(outcome, answer.refused), ()
         if not exchange.body:
             return dataclasses.replace(outcome, state="skipped", reason="empty"), records
         return self._read(request, outcome, answer, place, records)
@@ -351,9 +356,18 @@ class HostFetcher:
             canonical=names(found.canonical),
             noindex=found.noindex,
         )
+        if found.reserved and self._limits.honour_opt_outs:
+            return _skipped(outcome, f"{OPT_OUT}: {found.reserved}"), ()
         if found.noindex:  # read for its links and not kept
             return dataclasses.replace(outcome, record_id="", digest=""), ()
         return outcome, records
+
+
+def _skipped(outcome: Outcome, reason: str) -> Outcome:
+    """Answered and not kept: no record stands for it."""
+    return dataclasses.replace(
+        outcome, state="skipped", reason=reason, digest="", bytes=0, record_id=""
+    )
 
 
 def _origin(url: str) -> str:

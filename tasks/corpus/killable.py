@@ -8,6 +8,7 @@ another and goes on. Requests and answers are frames on pipes: two lengths, JSON
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _LENGTHS = struct.Struct(">II")
+_PIPE_BYTES = 1 << 20
 _START_SECONDS = 120.0  # imports on a loaded machine
 ROOT = Path(__file__).parents[2]
 
@@ -79,6 +81,9 @@ class KillableChild:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
         )
         self._answered = 0
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # a whole page at once saves switching to and fro
+            fcntl.fcntl(self._process.stdin.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._read(_START_SECONDS)
         return self._process
 

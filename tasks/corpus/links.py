@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lxml import etree
 from lxml import html as lxml_html
 
+from tasks.corpus.opt_out import meta_reserves
 from tasks.corpus.urls import canonical_url
 
 MAX_LINKS = 10_000  # of one page
@@ -30,6 +31,7 @@ class PageLinks:
     noindex: bool = False
     nofollow: bool = False
     invalid: int = 0
+    reserved: str = ""  # how the page reserves itself from text mining, or empty
 
 
 def page_links(
@@ -46,15 +48,18 @@ def page_links(
         tree = lxml_html.document_fromstring(body.replace(b"\x00", b""), parser=parser)
     except (etree.ParserError, etree.XMLSyntaxError, ValueError, AssertionError):
         return PageLinks(noindex=noindex, nofollow=nofollow)
-    base, canonical = url, ""
+    base, canonical, reserved = url, "", ""
     hrefs: list[str] = []
     for element in tree.iter("base", "meta", "link", "a", "area"):
         tag = element.tag
         if tag == "base" and base == url and element.get("href"):
             base = _canonical(element.get("href"), url) or url
-        elif tag == "meta" and (element.get("name") or "").lower() in ("robots", agent.lower()):
-            found = robots_directives([element.get("content") or ""], agent)
-            noindex, nofollow = noindex or found[0], nofollow or found[1]
+        elif tag == "meta":
+            name, content = (element.get("name") or "").lower(), element.get("content") or ""
+            reserved = reserved or meta_reserves(name, content)
+            if name in ("robots", agent.lower()):
+                found = robots_directives([content], agent)
+                noindex, nofollow = noindex or found[0], nofollow or found[1]
         elif tag == "link" and "canonical" in (element.get("rel") or "").lower().split():
             canonical = _canonical(element.get("href") or "", base)
         elif (
@@ -64,7 +69,7 @@ def page_links(
         ):
             hrefs.append(element.get("href"))
     links, invalid = _resolve(hrefs, base) if not nofollow else ((), 0)
-    return PageLinks(links, canonical, noindex, nofollow, invalid)
+    return PageLinks(links, canonical, noindex, nofollow, invalid, reserved)
 
 
 def robots_directives(lines: Iterable[str], agent: str) -> tuple[bool, bool]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from protego import Protego
 
+from tasks.corpus.opt_out import SEVERAL, named_agents, reserves
+
 MAX_BYTES = 512 * 1024  # RFC 9309, section 2.5 asks for at least 500 KiB
 MAX_REDIRECTS = 5  # section 2.3.1.2
 
@@ -47,6 +49,20 @@ class Robots:
         if self.policy == "rules":
             return bool(self._rules.can_fetch(url, agent))
         return self.policy == "all"
+
+    @cached_property
+    def _named(self) -> list[str]:
+        return named_agents(self.text)
+
+    def opts_out(self, url: str) -> str:
+        """Why the site does not want the text of `url` mined (`tasks.corpus.opt_out`), or empty."""
+        if self.policy != "rules":
+            return ""
+        signal = reserves(self.text)
+        if signal:
+            return signal
+        shut_out = [agent for agent in self._named if not self.allows(url, agent)]
+        return f"shuts out {', '.join(shut_out[:3])}" if len(shut_out) >= SEVERAL else ""
 
     def crawl_delay(self, agent: str) -> float | None:
         """Seconds between requests the site asks for; None when it says nothing."""

@@ -60,6 +60,9 @@ class Settings(BaseModel):
     runner: str = Field("flows.deployments", description="module that serves the deployments")
     ray_cpus: int | None = Field(None, ge=1, description="logical CPUs of the embedded Ray node")
     ray_object_store_mb: int = Field(512, ge=80, description="MB of the embedded object store")
+    source_roots: str | None = Field(
+        None, description="directories that corpus sources may be read from, separated by colons"
+    )
 
     @classmethod
     def load(cls, home: str | Path | None = None) -> Self:

@@ -1,0 +1,174 @@
+"""The gather stage: text that is already there becomes documents, beside those of a crawl.
+
+A shard is one file, or several small ones. Pages and PDF files are read in the child that can be
+killed, as the extract stage does. A document names its source and file in the column `warc`
+(`source:file`), and the number of its row or the offset of its record in `offset`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from tasks.corpus.documents import (
+    DOCUMENTS,
+    REMOVED,
+    Removal,
+    Tally,
+    counts,
+    document_id,
+    document_shards,
+    require_some,
+    selection_reports,
+)
+from tasks.corpus.extract import ExtractConfig, page_child, read_into, removed_by_head
+from tasks.corpus.records import Fetched
+from tasks.corpus.sharding import run_shards
+from tasks.corpus.source_config import SourceConfig, content_digest, files_of
+from tasks.corpus.source_rows import rows_of
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.settings import Settings
+from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+
+PART_BYTES = 16_000_000  # of text in one Parquet file
+REMEDIES = {
+    "": "check corpus.sources",
+    "no-text": "name the field that holds the text (text_field)",
+    "not-json": "the file is not JSON Lines; choose another format",
+    "damaged-file": "check that the files are whole",
+    "too-large": "raise extract.largest_page_megabytes",
+}
+
+
+class GatherConfig(StageConfig):
+    """What to read, and the digests of what lies there: a source is known by its content."""
+
+    sources: tuple[SourceConfig, ...]
+    extract: ExtractConfig = ExtractConfig()
+    digests: tuple[str, ...] = ()
+
+    def resolve(self) -> GatherConfig:
+        settings = Settings.load()
+        digests = tuple(content_digest(source, settings) for source in self.sources)
+        return self.model_copy(update={"digests": digests})
+
+
+@stage("gather", version=1)
+def gather(config: GatherConfig, work: Workspace, *, crawled: Manifest | None = None) -> Outcome:
+    """Read the corpus's sources into documents; `crawled` are those of its seeds."""
+    items: list[tuple[Any, ...]] = []
+    if crawled is not None:
+        items += [(config, -1, [(crawled, name)]) for name in document_shards(crawled)]
+    largest = int(config.extract.shard_megabytes * 2**20)
+    settings = Settings.load()
+    for index, source in enumerate(config.sources):
+        start = Path(source.path).expanduser().resolve()
+        start = start if start.is_dir() else start.parent
+        group: list[tuple[str, str]] = []
+        size = 0
+        for path in files_of(source, settings):
+            group.append((str(path), os.path.relpath(path, start)))
+            size += path.stat().st_size
+            if size >= largest:
+                items.append((config, index, group))
+                group, size = [], 0
+        if group:
+            items.append((config, index, group))
+    reports = run_shards(work, "gathered", gather_shard, items, label="Sources")
+    tallies: dict[str, Tally] = {}
+    for (_, index, _), report in zip(items, reports, strict=True):
+        name = config.sources[index].name if index >= 0 else "seeds"
+        tallies.setdefault(name, Tally()).add(Tally(**report))
+    tally = Tally.total(reports)
+    require_some("gather", tally, REMEDIES, "documents")
+    rows = [
+        {
+            "source": name,
+            "documents": part.kept,
+            "bytes": part.bytes,
+            "removed": part.seen - part.kept,
+            "licence": next((s.licence for s in config.sources if s.name == name), ""),
+        }
+        for name, part in tallies.items()
+    ]
+    return Outcome(
+        counts=counts(tally) | {f"documents_{name}": t.kept for name, t in tallies.items()},
+        rules=tally.rules,
+        reports=(
+            Report("sources", "table", rows, "Documents by source"),
+            *selection_reports("gather", tally),
+        ),
+    )
+
+
+def gather_shard(
+    work: Workspace, number: int, config: GatherConfig, index: int, files: list[tuple[Any, str]]
+) -> dict[str, Any]:
+    """`documents-NNNNN-PPP.parquet`, `rejected-NNNNN.parquet` and a tally of some files."""
+    if index < 0:
+        return _taken_over(work, number, *files[0])
+    tally, parts = Tally(), itertools.count()
+    kept: list[dict[str, Any]] = []
+    rejected: list[dict[str, Any]] = []
+    largest = int(config.extract.largest_page_megabytes * 2**20)
+    for path, name in files:
+        for about, content in rows_of(config.sources[index], Path(path), name, largest):
+            document = _document(about)
+            removal = _fill(config.extract, document, content, tally)
+            size = len(document["text"].encode("utf-8", "replace"))
+            document |= {"id": document_id(document["text"]), "bytes": size}
+            if removal is None:
+                tally.keep(size)
+                kept.append(document)
+            else:
+                tally.remove(removal, document["url"], document["text"])
+                rejected.append(document | {"rule": removal.rule, "reason": removal.reason})
+            if sum(row["bytes"] for row in kept) >= PART_BYTES:
+                _write(work, f"documents-{number:05d}-{next(parts):03d}.parquet", kept)
+                kept = []
+    _write(work, f"documents-{number:05d}-{next(parts):03d}.parquet", kept)
+    schema = pa.schema([*DOCUMENTS, *REMOVED])
+    work.write_table(f"rejected-{number:05d}.parquet", pa.Table.from_pylist(rejected, schema))
+    return asdict(tally)
+
+
+def _write(work: Workspace, name: str, rows: list[dict[str, Any]]) -> None:
+    work.write_table(name, pa.Table.from_pylist(rows, DOCUMENTS))
+
+
+def _taken_over(work: Workspace, number: int, crawled: Manifest, name: str) -> dict[str, Any]:
+    """One shard of the crawl's documents, as it is."""
+    table = work.store.of(crawled).read_table(name)
+    work.write_table(f"documents-{number:05d}-000.parquet", table)
+    size = sum(table["bytes"].to_pylist())
+    return asdict(Tally(seen=table.num_rows, kept=table.num_rows, bytes=size))
+
+
+def _document(about: dict[str, Any]) -> dict[str, Any]:
+    document = dict.fromkeys(DOCUMENTS.names, "") | {"language_score": 0.0, "html_bytes": 0}
+    return document | {"offset": 0} | about
+
+
+def _fill(
+    config: ExtractConfig, document: dict[str, Any], content: str | Fetched | Removal, tally: Tally
+) -> Removal | None:
+    if isinstance(content, Removal):
+        return content
+    if isinstance(content, str):
+        text = content.replace("\x00", "").replace("\r\n", "\n").strip()
+        if len(text) < len(content.strip()) and "\x00" in content:
+            tally.mend("nul-bytes")
+        document["text"] = text.encode("utf-8", "replace").decode()
+        return None if text else Removal("no-text", "nothing but blanks")
+    if removal := removed_by_head(content, config.honour_opt_outs):
+        return removal
+    document["html_bytes"] = len(content.body)
+    stated = {name: document[name] for name in ("title", "date")}
+    removal = read_into(page_child(config), document, content, tally, config.honour_opt_outs)
+    document |= {name: value for name, value in stated.items() if value}
+    return removal

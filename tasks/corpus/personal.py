@@ -1,0 +1,167 @@
+"""Personal data and secrets in a text: found with their checksums, replaced or counted.
+
+Patterns are narrow on purpose, because a number in documentation is mostly no telephone: cards need
+a known first digit and Luhn's check digit (ISO/IEC 7812-1, annex B), account numbers the remainder
+of ISO 13616, telephone numbers an international prefix or the North American form with separators,
+IP addresses lie on the public internet, keys and tokens carry their issuer's own prefix (as listed
+by the secret scanners of code hosts). Example domains (RFC 2606, RFC 6761) name nobody.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+_EXAMPLE = re.compile(
+    r"@(?:[\w.-]+\.)?(?:example(?:\.(?:com|org|net|edu))?|test|invalid|localhost|local)$",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`pattern` proposes, `accept` decides; what is found becomes `mask`."""
+
+    name: str
+    mask: str
+    pattern: re.Pattern[str]
+    accept: Callable[[str], bool]
+    hint: str  # a text without any of these characters holds none of the kind; empty: look
+
+
+def luhn(number: str) -> bool:
+    """The check digit of payment cards."""
+    digits = [int(character) for character in number if character.isdigit()]
+    doubled = [digit * 2 - 9 if digit > 4 else digit * 2 for digit in digits[-2::-2]]
+    return (sum(doubled) + sum(digits[-1::-2])) % 10 == 0
+
+
+def is_card(found: str) -> bool:
+    digits = re.sub(r"\D", "", found)
+    return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and luhn(digits)
+
+
+def is_iban(found: str) -> bool:
+    """ISO 13616: the rearranged number, letters as 10 to 35, leaves 1 when divided by 97."""
+    compact = found.replace(" ", "")
+    moved = compact[4:] + compact[:4]
+    return int("".join(str(int(character, 36)) for character in moved)) % 97 == 1
+
+
+def is_public_address(found: str) -> bool:
+    try:
+        return ipaddress.ip_address(found).is_global
+    except ValueError:
+        return False
+
+
+def is_telephone(found: str) -> bool:
+    return 10 <= len(re.sub(r"\D", "", found)) <= 15
+
+
+def is_somebody(found: str) -> bool:
+    return not _EXAMPLE.search(found)
+
+
+def _always(_: str) -> bool:
+    return True
+
+
+# In this order: what one kind took is not looked at by the next.
+KINDS: tuple[Kind, ...] = (
+    Kind(
+        "secrets",
+        "<secret>",
+        re.compile(
+            r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----(?:(?!-----)[\s\S])*"
+            r"-----END (?:[A-Z]+ )*PRIVATE KEY-----"
+            r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
+            r"|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{60,}\b|\bglpat-[\w-]{20,}\b"
+            r"|\bxox[abprs]-[A-Za-z0-9-]{20,}\b|\bAIza[\w-]{35}\b"
+            r"|\b[sr]k_live_[A-Za-z0-9]{20,}\b|\bsk-(?:proj-|ant-)?[\w-]{32,}\b|\bhf_[A-Za-z]{30,}\b"
+            r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{20,}"
+        ),
+        _always,
+        "",
+    ),
+    Kind(
+        "emails",
+        "<email>",
+        re.compile(
+            r"(?<![\w.+/-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,5}[A-Za-z]{2,24}\b"
+        ),
+        is_somebody,
+        "@",
+    ),
+    Kind(
+        "ibans",
+        "<iban>",
+        re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"),
+        is_iban,
+        "0123456789",
+    ),
+    Kind(
+        "cards",
+        "<card>",
+        re.compile(r"(?<![\d.,-])[2-6]\d{3}(?:[ -]?\d{4}){2}[ -]?\d{1,7}(?![\d.,-]*\d)"),
+        is_card,
+        "23456",
+    ),
+    Kind(
+        "ip_addresses",
+        "<ip>",
+        re.compile(r"(?<![\w.:-])(?:\d{1,3}\.){3}\d{1,3}(?![\w.-]*\w)"),
+        is_public_address,
+        ".",
+    ),
+    Kind(
+        "telephones",
+        "<telephone>",
+        re.compile(
+            r"(?<![\w+.=-])(?:\+[1-9]\d{0,2}[ .-]?(?:\(0?\d{1,4}\)[ .-]?)?"
+            r"\d{1,4}(?:[ .-]\d{2,8}){1,4}"
+            r"|\+[1-9]\d{9,14}"
+            r"|(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])[2-9]\d\d[.-]\d{4})(?![\w-])"
+        ),
+        is_telephone,
+        "0123456789",
+    ),
+)
+
+
+def find(text: str) -> Iterator[tuple[Kind, int, int]]:
+    """(kind, start, end) of everything found, kind by kind."""
+    taken: list[tuple[int, int]] = []
+    for kind in KINDS:
+        if kind.hint and not any(character in text for character in kind.hint):
+            continue
+        for match in kind.pattern.finditer(text):
+            start, end = match.span()
+            if any(start < other_end and other < end for other, other_end in taken):
+                continue
+            if kind.accept(match.group()):
+                taken.append((start, end))
+                yield kind, start, end
+
+
+def count(text: str) -> dict[str, int]:
+    """How often each kind stands in the text."""
+    counts = {kind.name: 0 for kind in KINDS}
+    for kind, _, _ in find(text):
+        counts[kind.name] += 1
+    return counts
+
+
+def mask(text: str, kinds: frozenset[str]) -> tuple[str, dict[str, int]]:
+    """The text with every find of these kinds replaced by its mask, and how many there were."""
+    found = [(start, end, kind) for kind, start, end in find(text) if kind.name in kinds]
+    spans = sorted(found, key=lambda item: item[0])
+    counts: dict[str, int] = {}
+    parts, position = [], 0
+    for start, end, kind in spans:
+        parts += [text[position:start], kind.mask]
+        position = end
+        counts[kind.name] = counts.get(kind.name, 0) + 1
+    return "".join([*parts, text[position:]]), counts

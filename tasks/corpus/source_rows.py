@@ -1,0 +1,132 @@
+"""Rows of a source file, whatever its format: each a document, or the reason why it is none."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.corpus.documents import Removal
+from tasks.corpus.records import DamagedRecord, Fetched, read_record, scan
+from tasks.corpus.source_config import SourceConfig
+
+# What stands in a documents artifact of a row, and the row's text or page.
+Row = tuple[dict[str, Any], str | Fetched | Removal]
+
+CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+BATCH = 256  # rows of Parquet at a time
+TYPES = {
+    ".html": "text/html",
+    ".htm": "text/html",
+    ".xhtml": "application/xhtml+xml",
+    ".md": "text/markdown",
+    ".markdown": "text/markdown",
+    ".pdf": "application/pdf",
+}
+
+
+def rows_of(source: SourceConfig, path: Path, name: str, largest: int) -> Iterator[Row]:
+    """The rows of one file. `name` is what documents call it; texts have at most `largest` bytes.
+
+    A file that ends in the middle gives what stands before, and a row with rule damaged-file.
+    """
+    place = {"warc": f"{source.name}:{name}", "url": f"file://{source.name}/{name}"}
+    reader = {"folder": _file, "jsonl": _lines, "parquet": _table}.get(source.format, _records)
+    number = 0
+    try:
+        for number, (about, content) in enumerate(reader(source, path, largest), 1):
+            # A row without an address of its own is known by its number in the file.
+            own = {} if "url" in about else {"url": f"{place['url']}#{number}"}
+            if source.format == "folder":
+                own = {}
+            yield place | {"offset": number - 1} | own | about, content
+    except (OSError, EOFError, pa.ArrowInvalid) as error:
+        reason = " ".join(str(error).split())[:200]
+        yield place | {"offset": number}, Removal("damaged-file", f"{name}: {reason}")
+
+
+def _file(_: SourceConfig, path: Path, largest: int) -> Iterator[Row]:
+    if path.stat().st_size > largest:
+        yield {}, Removal("too-large", f"larger than {largest:,} bytes")
+        return
+    kind = TYPES.get(path.suffix.lower(), "text/plain")
+    yield {}, Fetched(200, {"content-type": kind}, path.read_bytes())
+
+
+def _lines(source: SourceConfig, path: Path, largest: int) -> Iterator[Row]:
+    codec = CODECS.get(path.suffix.lower())
+    with pa.input_stream(str(path), compression=codec) as packed:
+        stream: BinaryIO = io.BufferedReader(packed, 1 << 16)
+        while line := stream.readline(largest + 1):
+            if len(line) > largest:
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(largest)
+                yield {}, Removal("too-large", f"a line larger than {largest:,} bytes")
+                continue
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                yield {}, Removal("not-json", str(error)[:200])
+                continue
+            if isinstance(row, dict):
+                yield _row(source, row)
+            else:
+                yield {}, Removal("not-json", f"a line holds {type(row).__name__}, not an object")
+
+
+def _table(source: SourceConfig, path: Path, largest: int) -> Iterator[Row]:
+    file = pq.ParquetFile(path)
+    fields = (source.text_field, source.url_field, source.title_field, source.date_field)
+    columns = [name for name in dict.fromkeys(fields) if name in file.schema_arrow.names]
+    for batch in file.iter_batches(BATCH, columns=columns):
+        for row in batch.to_pylist():
+            about, content = _row(source, row)
+            if isinstance(content, str) and len(content) > largest:
+                content = Removal("too-large", f"more than {largest:,} characters")
+            yield about, content
+
+
+def _row(source: SourceConfig, row: dict[str, Any]) -> Row:
+    about: dict[str, Any] = {}
+    for name, field in (
+        ("url", source.url_field),
+        ("title", source.title_field),
+        ("date", source.date_field),
+    ):
+        if row.get(field) not in (None, ""):
+            about[name] = str(row[field])
+    text = row.get(source.text_field)
+    if not isinstance(text, str) or not text.strip():
+        found = ", ".join(map(str, row)) or "nothing"
+        return about, Removal("no-text", f"no text in field {source.text_field!r}; found {found}")
+    return about, text
+
+
+def _records(_: SourceConfig, path: Path, largest: int) -> Iterator[Row]:
+    with open(path, "rb") as stream:
+        for found in scan(path):
+            if isinstance(found, int):
+                yield {"offset": found}, Removal("damaged-record", f"damaged at byte {found:,}")
+                continue
+            about = {
+                "url": found.url,
+                "fetched_at": found.date,
+                "offset": found.offset,
+                "record_id": found.record_id,
+            }
+            stream.seek(found.offset)
+            content: Fetched | Removal
+            try:
+                content = read_record(stream.read(found.length), largest)
+            except DamagedRecord as damage:
+                content = Removal("damaged-record", str(damage))
+            except OverflowError:
+                content = Removal("too-large", f"body larger than {largest:,} bytes")
+            yield about, content

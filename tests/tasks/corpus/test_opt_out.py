@@ -1,0 +1,110 @@
+"""Reservations against text mining: robots rules for AI crawlers, headers, meta elements."""
+
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from crawled import Page, crawl, html
+from inline_shards import run_inline
+from loopback_site import Crawler, LoopbackSite, page
+
+from tasks.corpus import extract as extract_module
+from tasks.corpus.extract import ExtractConfig, extract
+from tasks.corpus.opt_out import OPT_OUT, headers_reserve, meta_reserves, reserves
+from tasks.corpus.robots import Robots
+
+SEVERAL = "User-agent: GPTBot\nUser-agent: CCBot\nDisallow: /\n\nUser-agent: *\nAllow: /\n"
+
+
+def robots(text: str) -> Robots:
+    return Robots.of_response(200, text.encode())
+
+
+@pytest.mark.parametrize(
+    ("text", "out"),
+    [
+        (SEVERAL, True),
+        ("User-agent: gptbot # no\nDisallow: /\nUser-agent: ClaudeBot\nDisallow: /\n", True),
+        ("User-agent: GPTBot\nDisallow: /\n", False),  # about one company
+        ("User-agent: GPTBot\nUser-agent: CCBot\nDisallow: /private/\n", False),
+        ("User-agent: GPTBot\nUser-agent: CCBot\nAllow: /\n", False),
+        ("User-agent: *\nDisallow: /private/\n", False),
+        ("Content-Signal: search=yes, ai-train=no\nUser-agent: *\nAllow: /\n", True),
+        ("User-agent: *\nContent-Signal: ai-train=yes\n", False),
+        ("User-agent: *\nContent-Usage: train-ai=n\n", True),
+        ("# Content-Signal: ai-train=no\n", False),
+    ],
+)
+def test_robots_rules_for_ai_crawlers_speak_for_the_site(text: str, out: bool) -> None:
+    assert bool(robots(text).opts_out("http://e.org/page")) is out
+
+
+def test_rules_for_a_part_of_the_site_hold_there() -> None:
+    rules = robots("User-agent: GPTBot\nUser-agent: CCBot\nDisallow: /art/\n")
+    assert rules.opts_out("http://e.org/art/1") == "shuts out GPTBot, CCBot"
+    assert not rules.opts_out("http://e.org/docs/1")
+    assert not Robots.of_response(404, b"").opts_out("http://e.org/art/1")
+
+
+def test_headers_and_meta_elements() -> None:
+    assert headers_reserve({"tdm-reservation": " 1 "}, [])
+    assert not headers_reserve({"tdm-reservation": "0"}, ["noindex"])
+    assert headers_reserve({"content-usage": "train-ai=n, search=y"}, [])
+    assert headers_reserve({}, ["noimageai", "otherbot: NoAI, noindex"])
+    assert meta_reserves("robots", "index, noai") == "meta noai"
+    assert meta_reserves("tdm-reservation", "1") == "meta tdm-reservation"
+    assert not meta_reserves("description", "noai")
+    assert reserves("Content-Signal: ai-train=no") == "Content-Signal: ai-train=no"
+
+
+def reserved_header() -> web.Response:
+    return web.Response(
+        text=page("/behind"), content_type="text/html", headers={"TDM-Reservation": "1"}
+    )
+
+
+PAGES = {
+    "/": page("/header", "/meta", "/plain"),
+    "/header": reserved_header,
+    "/meta": page("/linked", head='<meta name="robots" content="noai">'),
+    "/plain": page(text="Anybody may read this."),
+    "/linked": page(text="This too."),
+    "/behind": page(text="Never seen."),
+}
+
+
+def test_a_crawl_leaves_reserved_pages_out_and_says_why(tmp_path: Path) -> None:
+    with LoopbackSite(PAGES) as site:
+        found = Crawler(tmp_path / "a").crawl(site.url)
+        assert {u.removeprefix(site.url) for u in found.pages} == {"/", "/plain", "/linked"}
+        assert found.reason(f"{site.url}/header") == ("skipped", f"{OPT_OUT}: tdm-reservation: 1")
+        assert found.reason(f"{site.url}/meta") == ("skipped", f"{OPT_OUT}: meta noai")
+        every = Crawler(tmp_path / "b").crawl(site.url, honour_opt_outs=False)
+        assert len(every.pages) == len(PAGES)
+    with LoopbackSite(PAGES, robots=SEVERAL + "\nUser-agent: Elsebot\nDisallow: /\n") as site:
+        told = Crawler(tmp_path / "c").crawl(site.url, honour_opt_outs=False)
+        assert len(told.pages) == len(PAGES)
+        with pytest.raises(Exception, match=f"{OPT_OUT}: robots.txt shuts out GPTBot, CCBot"):
+            Crawler(tmp_path / "d").crawl(site.url)
+
+
+def test_pages_of_other_peoples_archives_are_asked_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
+    run_inline(monkeypatch)
+    text = "<p>A paragraph with enough words in it to be taken for the text.</p>" * 5
+    meta = html("meta", text, head='<meta name="tdm-reservation" content="1">')
+    crawled = crawl(
+        Page(url="http://e.org/a", body=html("a", text)),
+        Page(url="http://e.org/b", body=meta),
+        Page(url="http://e.org/c", body=html("c", text), headers=(("TDM-Reservation", "1"),)),
+    )
+    try:
+        assert extract(ExtractConfig(), crawl=crawled).rules == {"opt-out": 2}
+        every = extract(ExtractConfig(honour_opt_outs=False), crawl=crawled)
+        assert every.counts["documents"] == 3
+    finally:
+        for child in extract_module._children.values():
+            child.close()
+        extract_module._children.clear()

@@ -1,0 +1,88 @@
+"""Personal data: found with their checksums, left alone where numbers are only numbers."""
+
+import pytest
+from documents_of import documents, rows
+from hypothesis import given
+from hypothesis import strategies as st
+from inline_shards import run_inline
+from pydantic import ValidationError
+
+from tasks.corpus.personal import KINDS, count, is_card, luhn, mask
+from tasks.corpus.pii import PIIConfig, pii
+
+EVERY = frozenset(kind.name for kind in KINDS)
+
+FOUND = {
+    "emails": ["jane.doe+news@mail.company.co.uk", "Write to x_1@host.io."],
+    "cards": ["4111 1111 1111 1111", "5500-0055-5555-5559", "card 378282246310005 is"],
+    "ibans": ["DE89 3704 0044 0532 0130 00", "GB82WEST12345698765432"],
+    "ip_addresses": ["from 8.8.8.8 today", "93.184.216.34"],
+    "telephones": ["+49 30 901820", "call (415) 555-2671 now", "415-555-2671", "+14155552671"],
+    "secrets": [
+        "AKIA" + "IOSFODNN7ABCDEFG",
+        "ghp_" + "a1B2" * 9,
+        "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0." + "x" * 40,
+    ],
+}
+NOTHING = [
+    "someone@example.com", "user@localhost", "@decorator", "a @ b", "git@github",
+    "4111 1111 1111 1112", "1234567890123456", "0000 0000 0000 0000", "2.7182818284590452",
+    "127.0.0.1", "192.168.0.1", "version 1.2.3.4.5", "999.1.1.1", "3.11.0",
+    "2024-05-01 12:00:00", "range(1000000)", "0xdeadbeef", "ISBN 978-3-16-148410-0",
+    "sizes 100-200-3000", "the sk-learn package", "DE00 3704 0044 0532 0130 00",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
+    run_inline(monkeypatch)
+
+
+@pytest.mark.parametrize(("kind", "text"), [(k, t) for k, texts in FOUND.items() for t in texts])
+def test_what_is_personal_is_found(kind: str, text: str) -> None:
+    found = {name: number for name, number in count(text).items() if number}
+    assert found == {kind: 1}
+
+
+@pytest.mark.parametrize("text", NOTHING)
+def test_what_is_not_is_left_alone(text: str) -> None:
+    assert not any(count(text).values()), count(text)
+    assert mask(text, EVERY) == (text, {})
+
+
+@given(st.text(alphabet="0123456789", min_size=12, max_size=18))
+def test_luhns_digit_accepts_one_number_in_ten(digits: str) -> None:
+    assert sum(luhn(digits + last) for last in "0123456789") == 1
+
+
+@given(st.text(max_size=300))
+def test_any_text_is_masked_once_and_for_all(text: str) -> None:
+    clean, _ = mask(text, EVERY)
+    assert mask(clean, EVERY)[0] == clean
+
+
+def test_documents_are_masked_or_dropped_by_configuration() -> None:
+    texts = {
+        "http://h/a": "Ask jane@company.io or call +49 30 901820.",
+        "http://h/b": "Nobody is named here.",
+    }
+    masked = pii(PIIConfig(action="mask"), documents=documents(texts))
+    assert rows(masked)[0]["text"] == "Ask <email> or call <telephone>."
+    assert rows(masked)[0]["bytes"] == len("Ask <email> or call <telephone>.")
+    assert masked.metrics == {"masked_emails": 1, "masked_telephones": 1}
+    only = pii(PIIConfig(action="mask", kinds=("emails",)), documents=documents(texts))
+    assert rows(only)[0]["text"] == "Ask <email> or call +49 30 901820."
+    dropped = pii(PIIConfig(action="drop", most=1), documents=documents(texts))
+    assert [row["url"] for row in rows(dropped)] == ["http://h/b"]
+    (gone,) = rows(dropped, "rejected-")
+    assert (gone["rule"], gone["reason"]) == ("pii", "2 finds > 1")
+    assert "jane" not in gone["text"]
+    with pytest.raises(ValidationError, match="there are secrets, emails"):
+        PIIConfig(kinds=("names",))
+
+
+def test_a_card_needs_more_than_a_checksum() -> None:
+    assert is_card("4111111111111111")
+    assert not is_card("411111111111")

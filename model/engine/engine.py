@@ -12,13 +12,14 @@ import uuid
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from model.chat import Tokenizer
-from model.engine.core import Core, Counters, FinishReason, Update
+from model.engine.core import Core, Counters
 from model.engine.sampling import Sampling
-from model.engine.scheduler import Sequence
+from model.engine.sequence import FinishReason, Sequence, Update
 from model.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class Engine:
 
     slots: sequences in a batch at most. max_waiting: sequences that may queue for a slot. threads:
     cores torch may use; one is best for models of a few million parameters on a shared machine,
-    where a second thread's barriers cost more than its arithmetic saves.
+    where a second thread's barriers cost more than its arithmetic saves. options: those of `Core`.
     """
 
     def __init__(
@@ -52,13 +53,13 @@ class Engine:
         max_waiting: int = 256,
         prefill_tokens: int = 1024,
         threads: int = 1,
-        dtype: torch.dtype = torch.float32,
+        **options: Any,
     ) -> None:
         self.tokenizer = tokenizer
         self.context = model.config.context
         self.max_waiting = max_waiting
         self.threads = threads
-        self._core = Core(model, tokenizer, slots=slots, prefill_tokens=prefill_tokens, dtype=dtype)
+        self._core = Core(model, tokenizer, slots=slots, prefill_tokens=prefill_tokens, **options)
         self._changed = threading.Condition()
         # Guarded by _changed:
         self._inbox: list[Sequence] = []
@@ -79,15 +80,16 @@ class Engine:
         listener: Listener,
         *,
         streamed: bool = True,
+        embed: bool = False,
         id: str | None = None,
     ) -> str:
         """Queue a prompt and return the id of its sequence; a given `id` must be new.
 
-        streamed: report every token; else only the finished answer. The last update has a
-        `finish_reason`. Raises PromptError, EngineBusy or EngineClosed.
+        streamed: report as it grows; else only the finished answer. embed: see `Core.sequence`. The
+        last update has a `finish_reason`. Raises PromptError, EngineBusy or EngineClosed.
         """
         id = id or uuid.uuid4().hex
-        sequence = self._core.sequence(id, prompt, sampling, streamed=streamed)
+        sequence = self._core.sequence(id, prompt, sampling, streamed=streamed, embed=embed)
         with self._changed:
             if self._closed or self._failure:
                 raise EngineClosed("the engine is shutting down")

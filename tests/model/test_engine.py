@@ -245,7 +245,7 @@ def test_a_failing_step_ends_every_request_with_an_error(monkeypatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no memory left")
 
-    monkeypatch.setattr(engine._core.runner, "decode", broken)
+    monkeypatch.setattr(engine._core.runner, "forward", broken)
     listener = Listener()
     engine.submit([5], GREEDY, listener)
     assert listener.finished()[0][-1].finish_reason == "error"

@@ -5,6 +5,7 @@ reconfigures, so `reconfigure` only notes the wish; the loading goes on behind i
 """
 
 import logging
+import sys
 from typing import Any
 
 import ray
@@ -14,8 +15,12 @@ from ray.serve._private import replica
 
 from serve.app import create_app
 from serve.fetch import fetch
+from serve.gateway import access_log
 from serve.host import ModelHost
+from serve.keys import KeyRing
 from serve.specification import ModelSpec
+from tasks.runtime.settings import Settings
+from tasks.state.api_keys import ApiKeys
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +42,13 @@ class Endpoint:
 
     def __init__(self) -> None:
         stay_on_loopback()
+        write_access_log()
         self.host = ModelHost(fetch)
+        self.keys = KeyRing(ApiKeys(Settings.load().database_url))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.host, replica=serve.get_replica_context().replica_id.unique_id)
+        replica = serve.get_replica_context().replica_id.unique_id
+        return create_app(self.host, replica, self.keys)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve the model of a `ModelSpec`; raises ValidationError for anything else."""
@@ -53,6 +61,15 @@ class Endpoint:
 
     def __del__(self) -> None:
         self.host.close()
+
+
+def write_access_log() -> None:
+    """One JSON line a request on this process's standard output, which Ray keeps with its logs."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access_log.handlers = [handler]
+    access_log.setLevel(logging.INFO)
+    access_log.propagate = False
 
 
 def stay_on_loopback() -> None:

@@ -12,8 +12,9 @@ from model.engine.pages import PAGE, PageTable
 from model.engine.runner import Runner, Span
 from model.engine.sampling import Adjustment, Sampling, choose
 from model.engine.scheduler import Scheduler
-from model.engine.sequence import FinishReason, Update
+from model.engine.sequence import FinishReason, TokenLogprob, Update
 from model.engine.sequence import Sequence as Answer
+from model.engine.speculation import NgramIndex
 from model.engine.text import TextStream
 from model.transformer import Transformer
 
@@ -53,6 +54,10 @@ class Core:
     whatever the cache holds. Every sequence then goes through the network by itself, prompts in
     fixed chunks, so that each sum is always taken in the same order: a batch is no faster than its
     members one after the other.
+
+    speculate: how many tokens to guess at most, from what followed the last ones earlier in the
+    text; the network reads all guesses at once and keeps those it would have chosen itself, so
+    answers are the same and only come faster.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Core:
         version: str = "",
         reuse: bool = True,
         deterministic: bool = False,
+        speculate: int = 0,
     ) -> None:
         self.config = model.config
         self.tokenizer = tokenizer
@@ -77,6 +83,7 @@ class Core:
         # Rows of a padded output matrix stand for no token.
         self.vocabulary = min(self.config.vocab_size, len(tokenizer) if tokenizer else 2**31)
         self.deterministic = deterministic
+        self.speculate = speculate
         per_context = -(-self.config.context // PAGE)
         pages = slots * per_context if kv_tokens is None else -(-kv_tokens // PAGE)
         if pages < per_context:
@@ -86,7 +93,7 @@ class Core:
         self.scheduler = Scheduler(
             PageTable(pages),
             slots=slots,
-            budget=max(prefill_tokens, slots + PAGE),
+            budget=max(prefill_tokens, slots * (1 + speculate) + PAGE),
             root=version.encode(),
             reuse=reuse,
             grid=GRID if deterministic else None,
@@ -133,6 +140,8 @@ class Core:
         sequence = Answer(id, prompt, sampling, text, limit, streamed, embed)
         ends = self.ends(sampling)
         sequence.adjustment = Adjustment.of(sampling, prompt, ends, self.vocabulary)
+        if self.speculate and not self.deterministic and sequence.adjustment is None:
+            sequence.lookup = NgramIndex()
         return sequence
 
     def ends(self, sampling: Sampling) -> frozenset[int]:
@@ -158,6 +167,7 @@ class Core:
             self.runner.cache.shift(source, target)
         self.runner.cache.copy(self.scheduler.copies)
         self.counters.cached_tokens += sum(s.cached for s in self.scheduler.running[before:])
+        self._guess()
         plan = self.scheduler.plan()
         if self.deterministic:
             for sequence, span in plan:
@@ -184,16 +194,30 @@ class Core:
         self.counters.waiting = len(self.scheduler.waiting)
         self.counters.pages_used = self.counters.pages - self.scheduler.pages.free
 
+    def _guess(self) -> None:
+        """Draft the next tokens of answers whose text has been there before."""
+        for sequence in self.scheduler.running:
+            sequence.draft = []
+            if sequence.lookup is not None and not sequence.reading:
+                sequence.lookup.extend(sequence.known(sequence.lookup.length, sequence.length))
+                room = sequence.limit - len(sequence.tokens) - 1
+                sequence.draft = sequence.lookup.guess(min(self.speculate, room))
+                self.counters.drafted_tokens += len(sequence.draft)
+
     def _read(self, plan: Sequence[tuple[Answer, Span]], updates: list[Update]) -> None:
         """One pass through the network, and what follows from it."""
         hidden = self.runner.forward([span for _, span in plan])
-        ready: list[Answer] = []
+        ready: list[tuple[Answer, Span]] = []
         rows: list[int] = []
         row = 0
         for sequence, span in plan:
             part = hidden[row : row + len(span.tokens)]
             row += len(span.tokens)
-            if sequence.reading and sequence.needs_whole_prompt:
+            if not sequence.reading:
+                ready.append((sequence, span))
+                rows += range(row - len(span.tokens), row)
+                continue
+            if sequence.needs_whole_prompt:
                 self._examine(sequence, span, part)
             self.scheduler.advance(sequence, span.end)
             if sequence.reading:
@@ -201,7 +225,7 @@ class Core:
             if sequence.limit == 0:
                 updates.append(self._finish(sequence, "length"))
             else:
-                ready.append(sequence)
+                ready.append((sequence, span))
                 rows.append(row - 1)
         if ready:
             at = torch.tensor(rows, device=hidden.device)
@@ -224,39 +248,68 @@ class Core:
                 count = sequence.sampling.logprobs or 0
                 sequence.prompt_logprobs += logprobs(logits, following, [count] * len(following))
 
-    def _advance(self, sequences: list[Answer], logits: Tensor, updates: list[Update]) -> None:
-        """Choose and append the next token of each sequence, and finish those that end with it."""
+    def _advance(
+        self, ready: list[tuple[Answer, Span]], logits: Tensor, updates: list[Update]
+    ) -> None:
+        """Choose and append what comes next of each sequence, and finish those that end with it.
+
+        logits: for each sequence the row after its last token, then one after each drafted token. A
+        drafted token holds if it is the one chosen in its place; the first that is not ends what
+        can be known in this step.
+        """
+        sequences = [sequence for sequence, _ in ready]
+        rows = [(s, ahead) for s in sequences for ahead in range(1 + len(s.draft))]
         adjusted = logits
         if any(s.adjustment for s in sequences):
             adjusted = logits.clone()
-            for row, sequence in enumerate(sequences):
+            for row, (sequence, _) in enumerate(rows):
                 if sequence.adjustment is not None:
                     adjusted[row] = sequence.adjustment.apply(logits[row], len(sequence.tokens))
-        chosen = choose(adjusted, [s.sampling for s in sequences], [s.length for s in sequences])
-        self.counters.generation_tokens += len(sequences)
-        self._note_logprobs(sequences, logits, chosen)
-        for sequence, token in zip(sequences, chosen, strict=True):
-            if reason := self._append(sequence, token):
+        chosen = choose(
+            adjusted, [s.sampling for s, _ in rows], [s.length + ahead for s, ahead in rows]
+        )
+        told = self._logprobs([s for s, _ in rows], logits, chosen)
+        row = 0
+        for sequence, span in ready:
+            reason: FinishReason | None = None
+            taken, draft = 0, sequence.draft
+            for ahead in range(1 + len(draft)):
+                reason = self._append(sequence, chosen[row + ahead], told.get(row + ahead))
+                taken += 1
+                if reason or (ahead < len(draft) and chosen[row + ahead] != draft[ahead]):
+                    break
+            row += 1 + len(draft)
+            self.counters.generation_tokens += taken
+            self.counters.accepted_tokens += taken - 1
+            if sequence.computed < sequence.length - taken:  # else it was the prompt's last token
+                self.scheduler.advance(sequence, span.start + taken)
+            if reason:
                 updates.append(self._finish(sequence, reason))
             elif sequence.streamed and (sequence.parts or sequence.text is None):
                 updates.append(self._report(sequence, None))
 
-    def _note_logprobs(self, sequences: list[Answer], logits: Tensor, chosen: list[int]) -> None:
+    def _logprobs(
+        self, sequences: list[Answer], logits: Tensor, chosen: list[int]
+    ) -> dict[int, TokenLogprob]:
+        """Row → what the model thought, for those who asked."""
         asked = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
         if not asked:
-            return
+            return {}
         found = logprobs(
             logits[asked],
             [chosen[row] for row in asked],
             [sequences[row].sampling.logprobs or 0 for row in asked],
         )
-        for row, entry in zip(asked, found, strict=True):
-            sequences[row].logprobs.append(entry)
-            sequences[row].total_logprob += entry.logprob
+        return dict(zip(asked, found, strict=True))
 
-    def _append(self, sequence: Answer, token: int) -> FinishReason | None:
+    def _append(
+        self, sequence: Answer, token: int, told: TokenLogprob | None
+    ) -> FinishReason | None:
         """Add a chosen token; why the answer ends with it, if it does."""
         sequence.tokens.append(token)
+        if told is not None:
+            sequence.logprobs.append(told)
+            sequence.total_logprob += told.logprob
         if sequence.adjustment is not None:
             sequence.adjustment.push(token)
         text, generated = sequence.text, len(sequence.tokens)

@@ -39,7 +39,8 @@ class EngineClosed(RuntimeError):
 class Engine:
     """Continuous batching of one model.
 
-    slots: sequences in a batch at most. max_waiting: sequences that may queue for a slot. threads:
+    slots: sequences in a batch at most. max_waiting: sequences that may queue for a slot: as many
+    as slots, and who is admitted waits for one other answer at most. threads:
     cores torch may use; one is best for models of a few million parameters on a shared machine,
     where a second thread's barriers cost more than its arithmetic saves. options: those of `Core`.
     """
@@ -50,13 +51,14 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         slots: int = 32,
-        max_waiting: int = 256,
+        max_waiting: int = 32,
         prefill_tokens: int = 1024,
         threads: int = 1,
         **options: Any,
     ) -> None:
         self.tokenizer = tokenizer
         self.context = model.config.context
+        self.longest_token = max(map(len, tokenizer.token_bytes))  # bytes
         self.max_waiting = max_waiting
         self.threads = threads
         self._core = Core(model, tokenizer, slots=slots, prefill_tokens=prefill_tokens, **options)
@@ -81,19 +83,23 @@ class Engine:
         *,
         streamed: bool = True,
         embed: bool = False,
+        follows: bool = False,
         id: str | None = None,
     ) -> str:
         """Queue a prompt and return the id of its sequence; a given `id` must be new.
 
         streamed: report as it grows; else only the finished answer. embed: see `Core.sequence`. The
-        last update has a `finish_reason`. Raises PromptError, EngineBusy or EngineClosed.
+        last update has a `finish_reason`. follows: this is another answer to a request of which one
+        was accepted, so a full queue is no reason to refuse it. Raises PromptError, EngineBusy or
+        EngineClosed.
         """
         id = id or uuid.uuid4().hex
         sequence = self._core.sequence(id, prompt, sampling, streamed=streamed, embed=embed)
         with self._changed:
             if self._closed or self._failure:
                 raise EngineClosed("the engine is shutting down")
-            if len(self._inbox) + self._core.counters.waiting >= self.max_waiting:
+            waiting = len(self._inbox) + self._core.counters.waiting
+            if waiting >= self.max_waiting and not follows:
                 raise EngineBusy(f"{self.max_waiting} requests are waiting already")
             self._inbox.append(sequence)
             self._listeners[sequence.id] = listener

@@ -79,8 +79,9 @@ class Scheduler:
         plan = []
         for sequence in self.running:
             if not sequence.reading:
-                plan.append((sequence, self._span(sequence, sequence.length)))
-                left -= 1
+                span = self._span(sequence, sequence.length, sequence.draft)
+                plan.append((sequence, span))
+                left -= len(span.tokens)
         for sequence in self.running:
             if sequence.reading and left > 0:
                 end = self._chunk_end(sequence, left)
@@ -126,10 +127,10 @@ class Scheduler:
         ids = [s.id for s in (*self.waiting, *self.running)]
         assert len(ids) == len(set(ids)), "a sequence is queued twice"
 
-    def _span(self, sequence: Sequence, end: int) -> Span:
+    def _span(self, sequence: Sequence, end: int, draft: Iterable[int] = ()) -> Span:
         assert sequence.run is not None
         start = sequence.computed
-        return Span(sequence.run.first, start, sequence.known(start, end))
+        return Span(sequence.run.first, start, [*sequence.known(start, end), *draft])
 
     def _chunk_end(self, sequence: Sequence, left: int) -> int:
         whole = len(sequence.prompt)

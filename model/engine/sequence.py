@@ -7,6 +7,7 @@ import torch
 
 from model.engine.pages import Run
 from model.engine.sampling import Adjustment, Sampling
+from model.engine.speculation import NgramIndex
 from model.engine.text import TextStream
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -63,6 +64,8 @@ class Sequence:
     cached: int = 0  # of these, found there
     hashes: list[bytes] = field(default_factory=list)  # of the full pages known so far
     filled: int = 0  # pages whose content the page table knows
+    lookup: NgramIndex | None = None  # where speculation looks
+    draft: list[int] = field(default_factory=list)  # tokens guessed to come next
     # Not reported yet:
     parts: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)

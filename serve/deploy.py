@@ -48,6 +48,7 @@ def specification(
 ) -> ModelSpec:
     """What a replica needs to know to serve a version."""
     known = about(Store.open(settings), artifact)
+    database = settings.database_url
     lineage = {"run": version.run_id, "artifact": version.artifact, **version.lineage}
     return ModelSpec(
         name=version.model,
@@ -61,6 +62,8 @@ def specification(
         corpus=known.corpus,
         examples=known.examples,
         request=uuid.uuid4().hex,
+        # An address with a password stays out of what Serve shows of a deployment.
+        database=database if database.startswith("sqlite:") else "environment",
         aliases=tuple(version.aliases),
         share=share,
         beside=beside,

@@ -206,6 +206,8 @@ class ModelHost:
             max_waiting=spec.max_waiting,
             threads=spec.threads,
             version=spec.system_fingerprint,
+            weights=spec.weights,
+            speculate=spec.speculate,
             deterministic=spec.deterministic,
         )
         finished = threading.Event()

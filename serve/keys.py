@@ -79,7 +79,7 @@ class Account:
 class KeyRing:
     """The keys of the state database, looked at again every few seconds."""
 
-    store: KeyStore
+    store: KeyStore | None  # None: not known yet, or nobody needs a key
     _accounts: dict[str, Account] = field(default_factory=dict)
     _read_at: float | None = None
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -90,7 +90,7 @@ class KeyRing:
         Raises ApiError: 401 for no key or a wrong one, 403 for one without the scope, 503 when the
         keys were never read.
         """
-        if path in OPEN or path.startswith("/static/"):
+        if self.store is None or path in OPEN or path.startswith("/static/"):
             return None
         await self._refresh()
         if not self._accounts:
@@ -119,6 +119,7 @@ class KeyRing:
         return account
 
     async def _refresh(self) -> None:
+        assert self.store is not None
         async with self._lock:
             now = time.monotonic()
             if self._read_at is not None and now - self._read_at < REFRESH_SECONDS:

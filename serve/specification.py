@@ -1,5 +1,7 @@
 """What a replica is told to serve. Apart from the engine, so that a flow need not import torch."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
@@ -22,7 +24,15 @@ class ModelSpec(BaseModel):
     slots: int = Field(32, ge=1, description="sequences generated at the same time")
     max_waiting: int = Field(32, ge=1, description="sequences that may wait for a slot")
     threads: int = Field(1, ge=1, description="CPU cores the engine may use")
+    weights: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32", description="how the engine keeps the weights; less is faster and less exact"
+    )
+    speculate: int = Field(0, ge=0, le=16, description="tokens guessed ahead; answers are the same")
     deterministic: bool = Field(False, description="bitwise the same answers in any batch")
+    database: str | None = Field(
+        None,
+        description="where API keys are kept; 'environment': in $GRISTMILL_DATABASE of the replica",
+    )
     aliases: tuple[str, ...] = Field((), description="the registry's names for this version")
     share: float = Field(1.0, ge=0, le=1, description="of the requests for the bare name")
     beside: tuple["ModelSpec", ...] = Field((), description="versions served at the same time")
@@ -50,5 +60,5 @@ class ModelSpec(BaseModel):
         """Whether an engine made for one can go on for the other: equal but for what routes to
         it.
         """
-        routing = {"request": "", "aliases": (), "share": 1.0, "beside": ()}
+        routing = {"request": "", "database": None, "aliases": (), "share": 1.0, "beside": ()}
         return self.model_copy(update=routing) == other.model_copy(update=routing)

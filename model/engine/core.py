@@ -16,6 +16,7 @@ from model.engine.sequence import FinishReason, TokenLogprob, Update
 from model.engine.sequence import Sequence as Answer
 from model.engine.speculation import NgramIndex
 from model.engine.text import TextStream
+from model.engine.weights import Weights
 from model.transformer import Transformer
 
 GRID = 8 * PAGE  # tokens of a prompt read at once in deterministic mode
@@ -48,7 +49,8 @@ class Core:
 
     slots: sequences in a batch at most. tokenizer: None when only token ids are wanted. stop_ids:
     tokens that end an answer; None: the tokenizer's. kv_tokens: size of the cache; None: a full
-    context for each slot. version: names the weights; a cache never serves those of another.
+    context for each slot. weights: how they are kept, see `engine.weights`. version: names the
+    model; a cache never serves those of another.
 
     deterministic: the same prompt gives bitwise the same logits whoever else is being answered and
     whatever the cache holds. Every sequence then goes through the network by itself, prompts in
@@ -68,7 +70,7 @@ class Core:
         slots: int = 32,
         prefill_tokens: int = 1024,
         kv_tokens: int | None = None,
-        dtype: torch.dtype = torch.float32,
+        weights: Weights = "float32",
         stop_ids: Iterable[int] | None = None,
         version: str = "",
         reuse: bool = True,
@@ -98,7 +100,7 @@ class Core:
             reuse=reuse,
             grid=GRID if deterministic else None,
         )
-        self.runner = Runner(model, pages, dtype)
+        self.runner = Runner(model, pages, weights)
         self.counters = Counters(pages=pages)
 
     def sequence(
@@ -153,6 +155,7 @@ class Core:
         self.scheduler.add(sequence)
         self.counters.requests += 1
         self.counters.prompt_tokens += len(sequence.prompt)
+        self.counters.waiting += 1
 
     @property
     def has_work(self) -> bool:

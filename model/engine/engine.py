@@ -160,8 +160,8 @@ class Engine:
             arrived, self._inbox = self._inbox, []
             aborts, self._aborts = self._aborts, []
             closed = self._closed
-        for sequence in arrived:
-            self._core.add(sequence)
+            for sequence in arrived:  # before anybody else asks how many wait
+                self._core.add(sequence)
         if aborts:
             self._core.abort(aborts)
         if closed:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.engine.kv_cache import KVCache
 from model.engine.pages import PAGE
+from model.engine.weights import Matrix, Weights, activation_dtype, matrix
 from model.transformer import Block, Transformer
 
 
@@ -27,35 +28,33 @@ class LayerWeights:
     """One block's matrices, those that read the same input stacked along their outputs."""
 
     input_norm: Tensor
-    qkv: Tensor  # ((H + 2 H_kv) D, C)
-    qkv_bias: Tensor | None
+    qkv: Matrix  # C -> (H + 2 H_kv) D
     qk_norm: Tensor | None  # (H + H_kv, D): the query norm's weight, then the key norm's
-    output: Tensor
+    output: Matrix
     mlp_norm: Tensor
-    gate_up: Tensor  # (2 M, C)
-    down: Tensor
+    gate_up: Matrix  # C -> 2 M
+    down: Matrix
 
     @classmethod
-    def of(cls, block: nn.Module, config: ModelConfig, dtype: torch.dtype) -> "LayerWeights":
+    def of(cls, block: nn.Module, config: ModelConfig, weights: Weights) -> "LayerWeights":
         assert isinstance(block, Block)
         attention, mlp = block.self_attn, block.mlp
+        dtype = activation_dtype(weights)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        qkv_bias = qk_norm = None
-        if config.qkv_bias:
-            qkv_bias = torch.cat([p.bias for p in projections]).to(dtype)
+        bias = torch.cat([p.bias for p in projections]) if config.qkv_bias else None
+        qk_norm = None
         if attention.q_norm is not None and attention.k_norm is not None:
             query = attention.q_norm.weight.expand(config.heads, -1)
             key = attention.k_norm.weight.expand(config.kv_count, -1)
             qk_norm = torch.cat((query, key)).to(dtype)
         return cls(
             block.input_layernorm.weight.to(dtype),
-            torch.cat([p.weight.to(dtype) for p in projections]),
-            qkv_bias,
+            matrix(torch.cat([p.weight for p in projections]), weights, bias),
             qk_norm,
-            attention.o_proj.weight.to(dtype),
+            matrix(attention.o_proj.weight, weights),
             block.post_attention_layernorm.weight.to(dtype),
-            torch.cat((mlp.gate_proj.weight.to(dtype), mlp.up_proj.weight.to(dtype))),
-            mlp.down_proj.weight.to(dtype),
+            matrix(torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)), weights),
+            matrix(mlp.down_proj.weight, weights),
         )
 
 
@@ -107,13 +106,14 @@ class Runner:
     """The network and its cache. Not thread-safe: one thread owns it."""
 
     @torch.inference_mode()
-    def __init__(self, model: Transformer, pages: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: Transformer, pages: int, weights: Weights = "float32") -> None:
+        dtype = activation_dtype(weights)
         self.config = config = model.config
         self.embedding = model.model.embed_tokens.weight.to(dtype)
         self.device = self.embedding.device
-        self.output = model.output_weight.to(dtype)
+        self.output = matrix(model.output_weight, weights)
         self.norm = model.model.norm.weight.to(dtype)
-        self.layers = [LayerWeights.of(block, config, dtype) for block in model.model.layers]
+        self.layers = [LayerWeights.of(block, config, weights) for block in model.model.layers]
         self.cos = model.rope_cos.to(dtype)
         self.sin = model.rope_sin.to(dtype)
         self.cache = KVCache(config, pages, dtype, self.device)
@@ -144,7 +144,7 @@ class Runner:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, C) as `forward` gives it -> (n, V) in float32."""
-        return F.linear(hidden, self.output).float()
+        return self.output(hidden).float()
 
     def _view(self, span: Span) -> View:
         """What a span's tokens see; a mask only where its tokens have different pasts."""
@@ -167,7 +167,7 @@ class Runner:
         """x (T, C) -> rotated queries (T, H, D); keys and values (2, H_kv, T, D) for the cache."""
         heads, kv_heads, size = self.config.heads, self.config.kv_count, self.config.head_size
         normed = F.rms_norm(x, x.shape[-1:], layer.input_norm, self.config.norm_eps)
-        qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(x.shape[0], -1, size)
+        qkv = layer.qkv(normed).view(x.shape[0], -1, size)
         qk = qkv[:, : heads + kv_heads]
         if layer.qk_norm is not None:
             qk = F.rms_norm(qk, (size,), None, self.config.norm_eps) * layer.qk_norm
@@ -179,8 +179,8 @@ class Runner:
 
     def _finish_block(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection, feed-forward, both residual additions; overwrites x (T, C)."""
-        x += F.linear(attended, layer.output)
+        x += layer.output(attended)
         normed = F.rms_norm(x, x.shape[-1:], layer.mlp_norm, self.config.norm_eps)
-        gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
-        x += F.linear(F.silu(gate) * up, layer.down)
+        gate, up = layer.gate_up(normed).chunk(2, dim=-1)
+        x += layer.down(F.silu(gate) * up)
         return x

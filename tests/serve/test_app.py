@@ -311,7 +311,8 @@ def test_too_many_requests_are_told_to_come_back(endpoint: Endpoint) -> None:
             endpoint.client() as client,
             client.stream("POST", "/v1/chat/completions", json=many) as busy,
         ):
-            assert next(busy.iter_raw())
+            chunks = busy.iter_raw()  # kept: an iterator that is dropped ends the connection
+            assert next(chunks)
             response = client.post("/v1/chat/completions", json=CHAT)
         assert response.status_code == 429 and response.headers["retry-after"] == "1"
         assert response.json()["error"]["code"] == "rate_limit_exceeded"

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from flows import keys as key_commands
 from flows.doctor import examine, raise_open_files, report
 from flows.processes import mind_signals
 from flows.supervisor import ServiceStatus, Supervisor, tail
@@ -347,6 +348,8 @@ def parser() -> argparse.ArgumentParser:
     command = add("ask", ask)
     command.add_argument("question")
     command.add_argument("--model", help="which of the served models (default: the first)")
+    words = "API keys of the endpoint: create, list, revoke"
+    key_commands.add_arguments(commands.add_parser("keys", help=words, description=words), shared)
     add("demo", demo, ports, parameters)
     return top
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from prefect import flow
 from pydantic import Field
 
@@ -24,6 +26,14 @@ class DeployConfig(StageConfig):
     """How a version is served."""
 
     replicas: int = Field(1, ge=1, le=64, description="Engine replicas behind the endpoint.")
+    canary: str | None = Field(
+        None,
+        description="Another version of the same model, by number or alias, that answers a share "
+        "of the requests. It is also served under its own name, MODEL@VERSION.",
+    )
+    canary_share: float = Field(
+        0.1, ge=0, le=1, description="The canary's share of the requests; 0: only by its own name."
+    )
 
 
 class Chosen(StageConfig):
@@ -34,27 +44,36 @@ class Chosen(StageConfig):
     artifact: str
 
 
-class ServedConfig(DeployConfig):
+class ServedConfig(StageConfig):
     """A version and how it is served: what identifies a deployment."""
 
+    replicas: int
     version: Chosen
+    canary: Chosen | None = None
+    canary_share: float = 0.0
 
 
 def is_served(manifest: Manifest) -> bool:
-    """Whether the endpoint answers with the version this manifest speaks of."""
-    return serving.served_version(Settings.load()) == manifest.metrics["serving"]
+    """Whether the endpoint answers with the versions this manifest speaks of, in their shares."""
+    return _shares(Settings.load()) == manifest.metrics["shares"]
 
 
-@stage("deploy", version=1, still_true=is_served)
+@stage("deploy", version=2, still_true=is_served)
 def deploy_version(config: ServedConfig, work: Workspace) -> Outcome:
     """Serve the version; the one before answers until this one is warm."""
     settings = Settings.load()
-    chosen = models.get(config.version.model, config.version.version)
-    artifact = work.store.get(chosen.stage, chosen.fingerprint)
-    work.store.verify(artifact)
-    served = serving.deploy(settings, chosen, artifact, replicas=config.replicas)
+    chosen, artifact = _found(config.version, work)
+    canaries = []
+    if config.canary is not None:
+        canaries = [serving.Canary(*_found(config.canary, work), config.canary_share)]
+    served = serving.deploy(settings, chosen, artifact, replicas=config.replicas, canaries=canaries)
     return Outcome(
-        metrics={"serving": served, "version": chosen.version, "url": settings.serve},
+        metrics={
+            "serving": served,
+            "version": chosen.version,
+            "shares": _shares(settings),
+            "url": settings.serve,
+        },
         reports=(
             Report("endpoint", "link", f"{settings.serve}/v1/models", "OpenAI-compatible endpoint"),
             Report("chat-page", "link", f"{settings.serve}/", f"talk to {chosen.model} {served}"),
@@ -62,13 +81,38 @@ def deploy_version(config: ServedConfig, work: Workspace) -> Outcome:
     )
 
 
+def _shares(settings: Settings) -> str:
+    return json.dumps(serving.served_shares(settings), sort_keys=True)
+
+
+def _found(version: Chosen, work: Workspace) -> tuple[models.Version, Manifest]:
+    """A version and its artifact, whose files are what they were."""
+    chosen = models.get(version.model, version.version)
+    artifact = work.store.get(chosen.stage, chosen.fingerprint)
+    work.store.verify(artifact)
+    return chosen, artifact
+
+
 def serve_version(params: DeployConfig, version: models.Version | None) -> Manifest | None:
     """Serve a version; None, while planning, for one that is not chosen yet."""
     if version is None:
         plan_unknown("deploy", "depends on which version becomes the champion")
         return None
-    chosen = Chosen(model=version.model, version=version.version, artifact=version.artifact)
-    return deploy_version(ServedConfig(version=chosen, **params.model_dump()))
+    canary = models.get(version.model, params.canary) if params.canary else None
+    if canary is not None and canary.version == version.version:
+        canary = None  # the version that was tried has become the main one
+    return deploy_version(
+        ServedConfig(
+            replicas=params.replicas,
+            version=_chosen(version),
+            canary=canary and _chosen(canary),
+            canary_share=params.canary_share if canary else 0.0,
+        )
+    )
+
+
+def _chosen(version: models.Version) -> Chosen:
+    return Chosen(model=version.model, version=version.version, artifact=version.artifact)
 
 
 @flow(name="deploy", **HOOKS)

@@ -1,10 +1,11 @@
 """The HTTP surface: OpenAI's endpoints, health, metrics and the chat page."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -12,22 +13,30 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.staticfiles import StaticFiles
 
-from model.chat import encode_chat
 from serve import metrics
+from serve.cards import card, cards
 from serve.completions import Completion
+from serve.embeddings import embed
 from serve.errors import ApiError, not_ready
-from serve.host import ModelHost, NotReady, ServedModel
+from serve.gateway import Gateway, Meter
+from serve.host import ModelHost, NotReady, ServedModel, UnknownModel
+from serve.keys import KeyRing
 from serve.mailbox import Mailbox
+from serve.prompts import encode_messages, encode_prompts
 from serve.protocol import (
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
     TokenizeRequest,
     decode_json,
     parse,
     validate,
 )
+from serve.responses_api import ResponseRun, ResponsesRequest
 from serve.transport import EventStream, read_body, unless_disconnected
 
+Asked = TypeVar("Asked", ChatRequest, CompletionRequest, ResponsesRequest)
 log = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
 # The page loads nothing from elsewhere and talks to nobody else; a frame could trick a person.
@@ -40,12 +49,15 @@ PAGE_HEADERS = {
 }
 
 
-def create_app(host: ModelHost, replica: str = "") -> FastAPI:
-    """The application around a model host; `replica` names this copy in `/health`."""
+def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) -> FastAPI:
+    """The application around a model host; `replica` names this copy in `/health`. keys: who may
+    ask; None: everybody."""
     app = FastAPI(title="Gristmill", docs_url=None, redoc_url=None, openapi_url=None)
     mailbox = Mailbox()
+    app.add_middleware(Gateway, keys=keys)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(NotReady, _not_ready)
+    app.add_exception_handler(UnknownModel, _unknown_model)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _client_gone)
     app.add_exception_handler(Exception, _server_error)
@@ -65,20 +77,16 @@ def create_app(host: ModelHost, replica: str = "") -> FastAPI:
 
     @app.get("/metrics")
     async def prometheus() -> PlainTextResponse:
-        return PlainTextResponse(metrics.render(host.current), media_type=metrics.CONTENT_TYPE)
+        return PlainTextResponse(metrics.render(host.served), media_type=metrics.CONTENT_TYPE)
 
     @app.get("/v1/models")
     async def list_models() -> JSONResponse:
-        served = host.current
-        return JSONResponse({"object": "list", "data": [_card(served)] if served else []})
+        return JSONResponse({"object": "list", "data": cards(host.served)})
 
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str) -> JSONResponse:
-        served = host.current
-        if served is None:
-            raise not_ready(host.why_not_ready())
-        _require(name, served)
-        return JSONResponse(_card(served))
+        main = [one for one in host.served if one.spec.name == name]
+        return JSONResponse(card(main[0] if main else host.find(name), name))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Any:
@@ -88,39 +96,88 @@ def create_app(host: ModelHost, replica: str = "") -> FastAPI:
     async def completions(request: Request) -> Any:
         return await complete(request, CompletionRequest)
 
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Any:
+        return await complete(request, ResponsesRequest)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> JSONResponse:
+        asked = parse(EmbeddingRequest, decode_json(await read_body(request)))
+        with leased(asked.model) as served:
+            work = embed(asked, served, mailbox)
+            body, read = await unless_disconnected(request, work)
+            meter: Meter = request.state.meter
+            meter.model, meter.prompt_tokens = served.spec.system_fingerprint, read
+            return JSONResponse(body)
+
     @app.post("/tokenize")
     async def tokenize(request: Request) -> JSONResponse:
         asked = validate(TokenizeRequest, decode_json(await read_body(request)))
-        served = host.current
-        if served is None:
-            raise not_ready(host.why_not_ready())
-        if asked.model is not None:
-            _require(asked.model, served)
-        tokenizer, context = served.engine.tokenizer, served.engine.context
+        engine = main_or(asked.model).engine
         if asked.messages is not None:
-            tokens = encode_chat([m.layout() for m in asked.messages], tokenizer)
+            tokens = await encode_messages(asked.messages, engine)
         else:
-            tokens = [tokenizer.begin, *tokenizer.encode(asked.prompt or "")]
-        return JSONResponse({"count": len(tokens), "max_model_len": context, "tokens": tokens})
+            (tokens,) = await encode_prompts([asked.prompt or ""], engine, "prompt")
+        return JSONResponse(
+            {"count": len(tokens), "max_model_len": engine.context, "tokens": tokens}
+        )
 
-    async def complete(request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Any:
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> JSONResponse:
+        asked = validate(DetokenizeRequest, decode_json(await read_body(request)))
+        tokenizer = main_or(asked.model).engine.tokenizer
+        for number, token in enumerate(asked.tokens):
+            if token >= len(tokenizer):
+                message = f"tokens[{number}] {token} is outside the vocabulary of {len(tokenizer)}"
+                raise ApiError(400, message, param=f"tokens[{number}]", code="invalid_value")
+        return JSONResponse({"prompt": tokenizer.decode(asked.tokens)})
+
+    async def complete(request: Request, kind: type[Asked]) -> Any:
         asked = parse(kind, decode_json(await read_body(request)))
-        served = host.acquire()
+        served = host.acquire(asked.model, asked.client)
         release: Callable[[], None] = partial(host.release, served)
         try:
-            _require(asked.model, served)
-            completion = Completion(asked, served)
+            completion: Completion | ResponseRun
+            if isinstance(asked, ResponsesRequest):
+                completion = await ResponseRun.begin(asked, served)
+            else:
+                completion = await Completion.prepare(asked, served)
             headers = {"x-gristmill-version": served.spec.version}
+            meter: Meter = request.state.meter
             if asked.stream:
                 events = completion.events(mailbox)
                 first = await anext(events)
-                stream = EventStream(first, events, headers, on_close=release)
+
+                def done() -> None:
+                    settle(completion, meter)
+                    host.release(served)
+
+                stream = EventStream(first, events, headers, on_close=done)
                 release = _nothing
                 return stream
-            body = await unless_disconnected(request, completion.whole(mailbox))
+            try:
+                body = await unless_disconnected(request, completion.whole(mailbox))
+            finally:
+                settle(completion, meter)
             return JSONResponse(body, headers=headers)
         finally:
             release()
+
+    @contextmanager
+    def leased(name: str) -> Iterator[ServedModel]:
+        served = host.acquire(name)
+        try:
+            yield served
+        finally:
+            host.release(served)
+
+    def main_or(name: str | None) -> ServedModel:
+        """The model of that name; the main version when none is named."""
+        if name is not None:
+            return host.find(name)
+        if host.current is None:
+            raise NotReady(host.why_not_ready())
+        return host.current
 
     @app.get("/")
     async def chat_page() -> Response:
@@ -131,6 +188,20 @@ def create_app(host: ModelHost, replica: str = "") -> FastAPI:
     return app
 
 
+def settle(completion: "Completion | ResponseRun", meter: Meter) -> None:
+    """Count what a request came to, however it ended."""
+    usage, served = completion.usage, completion.served
+    meter.model = served.spec.system_fingerprint
+    meter.prompt_tokens, meter.completion_tokens = usage.prompt_tokens, usage.completion_tokens
+    served.metrics.record(
+        seconds=completion.clock.elapsed,
+        first=completion.clock.first,
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        reasons=usage.reasons.values(),
+    )
+
+
 class Assets(StaticFiles):
     """The chat page's style and script, with the page's headers."""
 
@@ -138,38 +209,6 @@ class Assets(StaticFiles):
         response = super().file_response(*args, **kwargs)
         response.headers.update(PAGE_HEADERS)
         return response
-
-
-def _card(served: ServedModel) -> dict[str, Any]:
-    """A model as `/v1/models` shows it: OpenAI's fields, then ours."""
-    spec = served.spec
-    return {
-        "id": spec.name,
-        "object": "model",
-        "created": int(served.since),
-        "owned_by": "gristmill",
-        "max_model_len": served.engine.context,
-        "version": spec.version,
-        "system_fingerprint": spec.system_fingerprint,
-        "artifact": spec.artifact,
-        "parameters": served.parameters,
-        "title": spec.title,
-        "corpus": spec.corpus,
-        "examples": spec.examples,
-        "lineage": spec.lineage,
-        "scores": spec.scores,
-    }
-
-
-def _require(name: str, served: ServedModel) -> None:
-    """Raise ApiError 404 unless `name` is the served model's."""
-    if name != served.spec.name:
-        raise ApiError(
-            404,
-            f"The model {name!r} does not exist; this endpoint serves {served.spec.name!r}",
-            param="model",
-            code="model_not_found",
-        )
 
 
 def _nothing() -> None:
@@ -183,6 +222,10 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 async def _not_ready(request: Request, error: Exception) -> Response:
     return not_ready(str(error)).response()
+
+
+async def _unknown_model(request: Request, error: Exception) -> Response:
+    return ApiError(404, str(error), param="model", code="model_not_found").response()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

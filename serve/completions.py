@@ -1,61 +1,108 @@
 """A parsed request answered: prompts to the engine, updates to response bodies or stream events."""
 
-import logging
+import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from model.chat import encode_chat
-from model.engine import EngineBusy, EngineClosed, PromptError, Sampling, Update
+from model.engine import (
+    ConstraintFactory,
+    EngineBusy,
+    EngineClosed,
+    PromptError,
+    Sampling,
+    Update,
+)
 from serve.errors import ApiError, not_ready, overloaded
 from serve.host import ServedModel
 from serve.mailbox import Mail, Mailbox
+from serve.prompts import encode_messages, encode_prompts
 from serve.protocol import MAX_CHOICES, ChatRequest, CompletionRequest
-from serve.responses import DONE, Envelope, Usage, event
-
-log = logging.getLogger(__name__)
+from serve.responses import DONE, Clock, Envelope, Usage, event
+from serve.token_logprobs import Entries, chat_logprobs, text_logprobs
 
 
 class Completion:
-    """One request and the model that answers it."""
+    """One request and the model that answers it. Made by `prepare`."""
 
-    def __init__(self, request: ChatRequest | CompletionRequest, served: ServedModel) -> None:
-        """Raises ApiError 400 for prompts that the model cannot read."""
+    def __init__(
+        self,
+        request: ChatRequest | CompletionRequest,
+        served: ServedModel,
+        prompts: list[list[int]],
+        constraint: ConstraintFactory | None,
+    ) -> None:
         self.request = request
         self.served = served
+        self.tokenizer = served.engine.tokenizer
         self.envelope = Envelope.new(
             "chat" if isinstance(request, ChatRequest) else "text",
             served.spec.name,
             served.spec.system_fingerprint,
         )
-        self.prompts = self._prompts()
-        if len(self.prompts) * request.choices > MAX_CHOICES:
+        self.prompts = prompts
+        self.echo = isinstance(request, CompletionRequest) and bool(request.echo)
+        sampling = request.sampling(constraint)
+        if request.candidates > request.choices and sampling.logprobs is None:
+            sampling = replace(sampling, logprobs=0)  # the best are chosen by them
+        if self.echo and request.top_count is not None:
+            sampling = replace(sampling, prompt_logprobs=True)
+        self.sampling = sampling
+        self.usage = Usage()
+        self.clock = Clock()
+        self._offsets: dict[int, int] = {}  # answer → characters sent
+
+    @classmethod
+    async def prepare(
+        cls, request: ChatRequest | CompletionRequest, served: ServedModel
+    ) -> "Completion":
+        """Encode the prompts and compile the grammar. Raises ApiError 400 for what cannot be
+        read.
+        """
+        count = 1 if isinstance(request, ChatRequest) else len(request.prompts())
+        if count * request.candidates > MAX_CHOICES:
             raise ApiError(
                 400,
-                f"{len(self.prompts)} prompts with n = {request.choices} make more than "
+                f"{count} prompts with {request.candidates} answers each make more than "
                 f"{MAX_CHOICES} answers; send fewer",
                 param="n",
                 code="invalid_value",
             )
-        self.usage = Usage()
+        if isinstance(request, ChatRequest):
+            prompts = [await encode_messages(request.messages, served.engine)]
+        else:
+            prompts = await encode_prompts(request.prompts(), served.engine, "prompt")
+        constraint = None
+        if grammar := request.grammar():
+            constraint = await asyncio.to_thread(served.grammars.compile, *grammar)
+        return cls(request, served, prompts, constraint)
 
     async def whole(self, mailbox: Mailbox) -> dict[str, Any]:
         """The response body once everything is generated."""
-        choices: dict[int, dict[str, Any]] = {}
-        with self._open(mailbox, streamed=False) as mail:
+        answers: dict[int, Update] = {}
+        with self.open(mailbox, streamed=False) as mail:
             async for index, update in mail.updates():
-                self._count(index, update)
-                if failure := _failure(update):
+                self.count(index, update)
+                if failure := failure_of(update):
                     raise failure
-                choices[index] = self.envelope.choice(index, update.text, update.finish_reason)
-        return self.envelope.whole([choices[index] for index in sorted(choices)], self.usage)
+                answers[index] = update
+        choices: list[dict[str, Any]] = []
+        for prompt in range(len(self.prompts)):
+            for number in self._best(prompt, answers):
+                update = answers[number]
+                text = (self._prompt_text(prompt) if self.echo else "") + update.text
+                logprobs = self._logprobs(number, prompt, update)
+                reason = update.finish_reason
+                choices.append(self.envelope.choice(len(choices), text, reason, logprobs))
+        return self.envelope.whole(choices, self.usage)
 
     async def events(self, mailbox: Mailbox) -> AsyncGenerator[bytes, None]:
         """Server-sent events as tokens come. The first item is made before any token: draw it to
         learn of a refusal (ApiError) while the status can still be chosen."""
         with_usage = self.request.include_usage
-        with self._open(mailbox, streamed=True) as mail:
+        echoed: set[int] = set()
+        with self.open(mailbox, streamed=True) as mail:
             opening = b""
             if self.envelope.kind == "chat":
                 for index in range(len(mail.indices)):
@@ -63,50 +110,94 @@ class Completion:
                     opening += event(chunk)
             yield opening
             async for index, update in mail.updates():
-                self._count(index, update)
-                if failure := _failure(update):
+                self.count(index, update)
+                if failure := failure_of(update):
                     yield event(failure.body())
                     return
-                for delta in self.envelope.deltas(index, update.text, update.finish_reason):
+                prompt = index // self.request.choices
+                text = update.text
+                if self.echo and index not in echoed:
+                    echoed.add(index)
+                    text = self._prompt_text(prompt) + text
+                logprobs = self._logprobs(index, prompt, update)
+                reason = update.finish_reason
+                for delta in self.envelope.deltas(index, text, reason, logprobs):
                     yield event(self.envelope.chunk([delta], with_usage))
             if with_usage:
                 yield event(self.envelope.usage_chunk(self.usage))
             yield DONE
 
-    def _count(self, index: int, update: Update) -> None:
-        self.usage.add(index, index // self.request.choices, update)
+    def count(self, index: int, update: Update) -> None:
+        if self.clock.first is None and self.request.stream:
+            self.clock.first = self.clock.elapsed
+        self.usage.add(index, index // self.request.candidates, update)
 
     @contextmanager
-    def _open(self, mailbox: Mailbox, *, streamed: bool) -> Iterator[Mail]:
-        base = self.request.sampling(self.request.limit)
+    def open(self, mailbox: Mailbox, *, streamed: bool) -> Iterator[Mail]:
+        """The engine at work on every answer; number i is answer i % candidates to prompt
+        i // candidates. Raises ApiError when it refuses.
+        """
+        many = self.request.candidates
         requests: list[tuple[list[int], Sampling]] = [
-            (prompt, replace(base, choice=index * self.request.choices + number))
+            (prompt, replace(self.sampling, choice=index * many + number))
             for index, prompt in enumerate(self.prompts)
-            for number in range(self.request.choices)
+            for number in range(many)
         ]
         try:
             with mailbox.open(self.served.engine, requests, streamed=streamed) as mail:
                 yield mail
         except PromptError as error:
-            param = "messages" if self.envelope.kind == "chat" else "prompt"
-            code = "context_length_exceeded" if "context length" in str(error) else "invalid_value"
-            raise ApiError(400, str(error), param=param, code=code) from error
+            raise self._refused(error) from error
         except EngineBusy as error:
             raise overloaded(str(error)) from error
         except EngineClosed as error:
             raise not_ready(str(error)) from error
 
-    def _prompts(self) -> list[list[int]]:
-        tokenizer = self.served.engine.tokenizer
-        if isinstance(self.request, ChatRequest):
-            return [encode_chat([m.layout() for m in self.request.messages], tokenizer)]
-        return [
-            [tokenizer.begin, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
-            for prompt in self.request.prompts()
-        ]
+    def _refused(self, error: PromptError) -> ApiError:
+        """Which parameter the engine could not read."""
+        param = "messages" if self.envelope.kind == "chat" else "prompt"
+        size = len(self.tokenizer)
+        if any(token >= size for token, _ in self.sampling.logit_bias):
+            param = "logit_bias"
+        elif any(token >= size for token in self.sampling.stop_ids):
+            param = "stop_token_ids"
+        code = "context_length_exceeded" if "context length" in str(error) else "invalid_value"
+        return ApiError(400, str(error), param=param, code=code)
+
+    def _best(self, prompt: int, answers: dict[int, Update]) -> list[int]:
+        """The answers to send: those with the highest logprob per token."""
+        many = self.request.candidates
+        numbers = list(range(prompt * many, (prompt + 1) * many))
+        if many == self.request.choices:
+            return numbers
+        means = {n: answers[n].total_logprob / max(1, len(answers[n].tokens)) for n in numbers}
+        return sorted(numbers, key=lambda n: -means[n])[: self.request.choices]
+
+    def _prompt_text(self, prompt: int) -> str:
+        return self.tokenizer.decode(self.prompts[prompt])
+
+    def _logprobs(self, index: int, prompt: int, update: Update) -> dict[str, Any] | None:
+        """In the shape of the protocol, of the tokens that stand in the text; None unless asked."""
+        top = self.request.top_count
+        if top is None:
+            return None
+        kept = update.tokens[: update.kept]
+        entries: Entries = list(zip(kept, update.logprobs, strict=False))
+        if self.envelope.kind == "chat":
+            return chat_logprobs(self.tokenizer, entries) if entries else None
+        if self.echo and update.prompt_logprobs:
+            ids = self.prompts[prompt]
+            of_prompt = list(zip(ids, update.prompt_logprobs, strict=True))
+            if ids[0] == self.tokenizer.begin:  # ours, not the caller's
+                of_prompt = of_prompt[1:]
+            entries = [*of_prompt, *entries]
+        body = text_logprobs(self.tokenizer, entries, self._offsets.get(index, 0), top > 0)
+        sent = len(update.text) + (len(self._prompt_text(prompt)) if update.prompt_logprobs else 0)
+        self._offsets[index] = self._offsets.get(index, 0) + sent
+        return body
 
 
-def _failure(update: Update) -> ApiError | None:
+def failure_of(update: Update) -> ApiError | None:
     """The error of a sequence that the engine, not its own end, has ended."""
     if update.finish_reason == "abort":
         return not_ready("the server is shutting down")

@@ -5,8 +5,8 @@ Callable from any process: nothing here joins the Ray cluster.
 
 import time
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from serve.about import about
 from serve.specification import ModelSpec
@@ -31,9 +31,24 @@ def fingerprint_of(version: Version) -> str:
     return f"{version.model}-{version.version}-{version.fingerprint[:12]}"
 
 
-def specification(settings: Settings, version: Version, artifact: Manifest) -> ModelSpec:
+class Canary(NamedTuple):
+    """A version that gets a share (0–1) of the requests, beside the main one."""
+
+    version: Version
+    artifact: Manifest
+    share: float
+
+
+def specification(
+    settings: Settings,
+    version: Version,
+    artifact: Manifest,
+    share: float = 1.0,
+    beside: tuple[ModelSpec, ...] = (),
+) -> ModelSpec:
     """What a replica needs to know to serve a version."""
     known = about(Store.open(settings), artifact)
+    database = settings.database_url
     lineage = {"run": version.run_id, "artifact": version.artifact, **version.lineage}
     return ModelSpec(
         name=version.model,
@@ -47,6 +62,11 @@ def specification(settings: Settings, version: Version, artifact: Manifest) -> M
         corpus=known.corpus,
         examples=known.examples,
         request=uuid.uuid4().hex,
+        # An address with a password stays out of what Serve shows of a deployment.
+        database=database if database.startswith("sqlite:") else "environment",
+        aliases=tuple(version.aliases),
+        share=share,
+        beside=beside,
     )
 
 
@@ -56,21 +76,30 @@ def deploy(
     artifact: Manifest,
     *,
     replicas: int = 1,
+    canaries: Sequence[Canary] = (),
     timeout: float = DEPLOY_SECONDS,
     on_wait: Callable[[str], None] | None = None,
 ) -> str:
-    """Serve a version and return its `system_fingerprint` once every replica answers with it.
+    """Serve a version, with `canaries` beside it, and return its `system_fingerprint` once every
+    replica answers with it.
 
     The version before answers until then, and goes on if the new one cannot be loaded. `on_wait`
     hears what is being waited for. Raises UserError when Serve refuses, a replica cannot load the
     model, or nothing happens within `timeout` seconds.
     """
-    if f"{artifact.stage}/{artifact.fingerprint}" != version.artifact:
-        raise UserError(
-            f"{version.model} version {version.version} is artifact {version.artifact}, "
-            f"not {artifact.stage}/{artifact.fingerprint}; deploy the version's own artifact"
-        )
-    spec = specification(settings, version, artifact)
+    _own(version, artifact)
+    for canary in canaries:
+        _own(canary.version, canary.artifact)
+    left = 1 - sum(canary.share for canary in canaries)
+    if left < 0 or any(not 0 <= canary.share <= 1 for canary in canaries):
+        raise UserError(f"the canaries' shares leave {left:.0%} for the main version; lower them")
+    if any(canary.version.version == version.version for canary in canaries):
+        raise UserError(f"version {version.version} cannot be its own canary; choose another")
+    beside = tuple(
+        specification(settings, canary.version, canary.artifact, canary.share)
+        for canary in canaries
+    )
+    spec = specification(settings, version, artifact, left, beside)
     apply_config(settings, spec, replicas)
     wait_until_served(settings, spec, replicas, timeout, on_wait)
     return spec.system_fingerprint
@@ -102,6 +131,20 @@ def undeploy(settings: Settings) -> None:
         _serve_api(settings, "PUT", {**_http_options(settings), "applications": others})
 
 
+def _own(version: Version, artifact: Manifest) -> None:
+    """Raise UserError unless this is the version's artifact."""
+    if f"{artifact.stage}/{artifact.fingerprint}" != version.artifact:
+        raise UserError(
+            f"{version.model} version {version.version} is artifact {version.artifact}, "
+            f"not {artifact.stage}/{artifact.fingerprint}; deploy the version's own artifact"
+        )
+
+
+def served_shares(settings: Settings) -> dict[str, float]:
+    """Every `system_fingerprint` the endpoint answers with, and its share of the requests."""
+    return dict(_health(settings).get("shares", {}))
+
+
 def served_version(settings: Settings) -> str | None:
     """The `system_fingerprint` the endpoint answers with; None when nothing is served."""
     state = _health(settings)
@@ -125,12 +168,14 @@ def wait_until_served(
     known = time.monotonic()
     serving: set[str] = set()
     said = ""
+    shares = {one.system_fingerprint: one.share for one in spec.everything}
     while len(serving) < replicas:
         state = _health(settings)
         heard = state.get("request") == spec.request
-        if heard and (reason := state["failed"].get(fingerprint)):
-            raise UserError(f"{fingerprint} cannot be served: {reason}")
-        is_served = state.get("serving") == fingerprint and state["loading"] is None
+        for one in spec.everything if heard else ():
+            if reason := state["failed"].get(one.system_fingerprint):
+                raise UserError(f"{one.system_fingerprint} cannot be served: {reason}")
+        is_served = state.get("shares") == shares and state["loading"] is None
         if is_served and state["replica"] not in serving:
             serving.add(state["replica"])
             continue

@@ -5,6 +5,8 @@ reconfigures, so `reconfigure` only notes the wish; the loading goes on behind i
 """
 
 import logging
+import os
+import sys
 from typing import Any
 
 import ray
@@ -14,8 +16,11 @@ from ray.serve._private import replica
 
 from serve.app import create_app
 from serve.fetch import fetch
+from serve.gateway import access_log
 from serve.host import ModelHost
+from serve.keys import KeyRing
 from serve.specification import ModelSpec
+from tasks.state.api_keys import ApiKeys
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +42,21 @@ class Endpoint:
 
     def __init__(self) -> None:
         stay_on_loopback()
+        write_access_log()
         self.host = ModelHost(fetch)
+        self.keys = KeyRing(None)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.host, replica=serve.get_replica_context().replica_id.unique_id)
+        replica = serve.get_replica_context().replica_id.unique_id
+        return create_app(self.host, replica, self.keys)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve the model of a `ModelSpec`; raises ValidationError for anything else."""
-        self.host.want(ModelSpec.model_validate(user_config))
+        """Serve the model of a `ModelSpec`; raises ValidationError for anything else, and
+        RuntimeError when the keys' database is not known here: nobody is let in unasked.
+        """
+        spec = ModelSpec.model_validate(user_config)
+        self.keys.store = key_store(spec)
+        self.host.want(spec)
 
     def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
@@ -53,6 +65,25 @@ class Endpoint:
 
     def __del__(self) -> None:
         self.host.close()
+
+
+def key_store(spec: ModelSpec) -> ApiKeys | None:
+    """Where the keys of a spec are; None when it names no database."""
+    if spec.database is None:
+        return None
+    url = os.environ.get("GRISTMILL_DATABASE") if spec.database == "environment" else spec.database
+    if not url:
+        raise RuntimeError("GRISTMILL_DATABASE is not set where the replica runs; set it there too")
+    return ApiKeys(url)
+
+
+def write_access_log() -> None:
+    """One JSON line a request on this process's standard output, which Ray keeps with its logs."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access_log.handlers = [handler]
+    access_log.setLevel(logging.INFO)
+    access_log.propagate = False
 
 
 def stay_on_loopback() -> None:

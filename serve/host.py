@@ -1,18 +1,22 @@
-"""The model behind the endpoint: loaded in the background, swapped in when warm.
+"""The models behind the endpoint: loaded in the background, swapped in when warm.
 
 A request leases the model that is current when it arrives and keeps it to its end, so a swap
 disturbs nobody. A version that cannot be loaded changes nothing; why is said in `state()`.
 """
 
+import hashlib
 import logging
+import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from model.engine import Engine, Sampling, load_model
+from serve.grammar import GrammarCompiler
+from serve.metrics import RequestMetrics
 from serve.specification import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -24,6 +28,10 @@ class NotReady(Exception):
     """No model is served yet; the message says why."""
 
 
+class UnknownModel(Exception):
+    """Nothing is served under this name; the message says what is."""
+
+
 @dataclass(eq=False)
 class ServedModel:
     """A warm model. `leases` counts the requests that use it."""
@@ -31,38 +39,63 @@ class ServedModel:
     spec: ModelSpec
     engine: Engine
     parameters: int
+    grammars: GrammarCompiler
+    metrics: RequestMetrics = field(default_factory=RequestMetrics)
     since: float = field(default_factory=time.time)
     leases: int = 0
 
 
 class ModelHost:
-    """Holds the served model; `fetch` brings a spec's files to a local directory."""
+    """Holds the served models; `fetch` brings a spec's files to a local directory."""
 
     def __init__(self, fetch: Callable[[ModelSpec], Path]) -> None:
         self._fetch = fetch
         self._lock = threading.Condition()  # reentrant
-        self._current: ServedModel | None = None
+        self._served: tuple[ServedModel, ...] = ()  # the main version first
         self._wanted: ModelSpec | None = None
         self._failures: dict[str, str] = {}  # system fingerprint → reason
         self._loader: threading.Thread | None = None
         self._closed = False
 
     def want(self, spec: ModelSpec) -> None:
-        """Serve this model as soon as it is loaded; returns at once. The latest wish wins."""
+        """Serve this version, and those beside it, as soon as all are loaded; returns at once. The
+        latest wish wins.
+        """
         with self._lock:
             self._wanted = spec
-            self._failures.pop(spec.system_fingerprint, None)
+            for one in spec.everything:
+                self._failures.pop(one.system_fingerprint, None)
             if self._loader is None:
                 self._loader = threading.Thread(target=self._load, name="loader", daemon=True)
                 self._loader.start()
 
-    def acquire(self) -> ServedModel:
-        """The current model, which stays usable until `release`. Raises NotReady."""
+    def acquire(self, name: str, client: str | None = None) -> ServedModel:
+        """The model for a request, which stays usable until `release`.
+
+        A bare name that several versions share goes to each by its share; one `client` always to
+        the same. Raises NotReady or UnknownModel.
+        """
         with self._lock:
-            if self._current is None:
-                raise NotReady(self.why_not_ready())
-            self._current.leases += 1
-            return self._current
+            chosen = self.find(name, client)
+            chosen.leases += 1
+            return chosen
+
+    def find(self, name: str, client: str | None = None) -> ServedModel:
+        """As `acquire`, without a lease."""
+        served = self._served
+        if not served:
+            raise NotReady(self.why_not_ready())
+        for one in served:
+            if name in one.spec.names:
+                return one
+        sharing = [one for one in served if one.spec.name == name]
+        if not sharing:
+            known = dict.fromkeys(one.spec.name for one in served)
+            raise UnknownModel(
+                f"The model {name!r} does not exist; this endpoint serves "
+                f"{', '.join(map(repr, known))}"
+            )
+        return _by_share(sharing, client)
 
     def release(self, served: ServedModel) -> None:
         with self._lock:
@@ -71,28 +104,36 @@ class ModelHost:
 
     def why_not_ready(self) -> str:
         wanted = self._wanted
-        failure = wanted and self._failures.get(wanted.system_fingerprint)
-        return failure or "no model is served yet; try again in a moment"
+        for one in wanted.everything if wanted else ():
+            if failure := self._failures.get(one.system_fingerprint):
+                return failure
+        return "no model is served yet; try again in a moment"
+
+    @property
+    def served(self) -> tuple[ServedModel, ...]:
+        return self._served
 
     @property
     def current(self) -> ServedModel | None:
-        return self._current
+        """The main version."""
+        served = self._served
+        return served[0] if served else None
 
     @property
     def healthy(self) -> bool:
-        served = self._current
-        return served is None or served.engine.healthy
+        return all(served.engine.healthy for served in self._served)
 
     def state(self) -> dict[str, Any]:
         """What is served, what is being loaded and what failed to load, in JSON."""
         with self._lock:
-            served, wanted = self._current, self._wanted
+            served, wanted = self.current, self._wanted
             loading = self._loader is not None and wanted is not None
             return {
-                "status": "ok" if served and served.engine.healthy else "no model is served",
+                "status": "ok" if served and self.healthy else "no model is served",
                 "model": served.spec.name if served else None,
                 "version": served.spec.version if served else None,
                 "serving": served.spec.system_fingerprint if served else None,
+                "shares": {s.spec.system_fingerprint: s.spec.share for s in self._served},
                 "since": served.since if served else None,
                 "request": wanted.request if wanted else None,
                 "loading": wanted.system_fingerprint if loading and wanted else None,
@@ -100,41 +141,60 @@ class ModelHost:
             }
 
     def close(self, timeout: float = 5.0) -> None:
-        """Stop the engine; requests under way end with finish_reason "abort"."""
+        """Stop the engines; requests under way end with finish_reason "abort"."""
         with self._lock:
             self._closed = True
-            served, self._current = self._current, None
+            served, self._served = self._served, ()
             self._lock.notify_all()
-        if served is not None:
-            served.engine.close(timeout)
+        for one in served:
+            one.engine.close(timeout)
 
     def _load(self) -> None:
         """Load what is wanted until nothing else is wanted; one at a time."""
         while True:
             with self._lock:
-                wanted, served = self._wanted, self._current
-                if self._closed or wanted is None or (served and served.spec.same_model(wanted)):
+                wanted, served = self._wanted, self._served
+                if self._closed or wanted is None or self._is_served(wanted):
                     self._loader = None
                     return
-                if wanted.system_fingerprint in self._failures:
+                if any(one.system_fingerprint in self._failures for one in wanted.everything):
                     self._loader = None
                     return
+            fresh: list[ServedModel] = []
             try:
-                fresh = self._warm(wanted)
+                for spec in wanted.everything:
+                    if _same(served, spec) is None:
+                        fresh.append(self._warm(spec))
             except Exception as error:
-                log.exception("model %s cannot be served", wanted.system_fingerprint)
+                log.exception("model %s cannot be served", spec.system_fingerprint)
                 with self._lock:
                     reason = str(error) or type(error).__name__
-                    self._failures[wanted.system_fingerprint] = reason
+                    self._failures[spec.system_fingerprint] = reason
+                for one in fresh:
+                    one.engine.close()
                 continue
-            with self._lock:
-                if self._closed:
-                    old: ServedModel | None = fresh
-                else:
-                    old, self._current = self._current, fresh
-            log.info("serving %s", wanted.system_fingerprint)
-            if old is not None:
-                threading.Thread(target=self._retire, args=(old,), daemon=True).start()
+            self._swap(wanted, fresh)
+
+    def _is_served(self, wanted: ModelSpec) -> bool:
+        return [one.spec for one in self._served] == list(wanted.everything)
+
+    def _swap(self, wanted: ModelSpec, fresh: Sequence[ServedModel]) -> None:
+        """Serve exactly what is wanted; what is no longer, ends with its last request."""
+        with self._lock:
+            before = self._served
+            after = []
+            for spec in wanted.everything:
+                one = _same(before, spec) or _same(fresh, spec)
+                assert one is not None
+                after.append(one)
+            if not self._closed:
+                for one, spec in zip(after, wanted.everything, strict=True):
+                    one.spec = spec
+                self._served = tuple(after)
+            gone = [one for one in (*before, *fresh) if one not in self._served]
+        log.info("serving %s", ", ".join(one.spec.system_fingerprint for one in after))
+        for one in gone:
+            threading.Thread(target=self._retire, args=(one,), daemon=True).start()
 
     def _warm(self, spec: ModelSpec) -> ServedModel:
         """Load a model and generate with it once, so that the first user does not wait."""
@@ -145,6 +205,10 @@ class ModelHost:
             slots=spec.slots,
             max_waiting=spec.max_waiting,
             threads=spec.threads,
+            version=spec.system_fingerprint,
+            weights=spec.weights,
+            speculate=spec.speculate,
+            deterministic=spec.deterministic,
         )
         finished = threading.Event()
         prompt = [loaded.tokenizer.begin, loaded.tokenizer.roles["user"]]
@@ -153,10 +217,31 @@ class ModelHost:
             engine.close()
             raise RuntimeError(f"the engine gave no token within {WARM_UP_SECONDS} s")
         parameters = sum(p.numel() for p in loaded.model.parameters())
-        return ServedModel(spec, engine, parameters)
+        return ServedModel(spec, engine, parameters, GrammarCompiler(loaded.tokenizer))
 
     def _retire(self, old: ServedModel) -> None:
         """End an engine when the last request that leased it is answered."""
         with self._lock:
             self._lock.wait_for(lambda: old.leases == 0 or self._closed)
         old.engine.close()
+
+
+def _same(served: Sequence[ServedModel], spec: ModelSpec) -> ServedModel | None:
+    return next((one for one in served if one.spec.same_model(spec)), None)
+
+
+def _by_share(sharing: Sequence[ServedModel], client: str | None) -> ServedModel:
+    """One of several versions, each as often as its share says."""
+    if len(sharing) == 1:
+        return sharing[0]
+    shares = [one.spec.share for one in sharing]
+    if client is None:
+        draw = random.random()
+    else:
+        draw = int.from_bytes(hashlib.sha256(client.encode()).digest()[:8], "big") / 2**64
+    draw *= sum(shares)
+    for one, share in zip(sharing, shares, strict=True):
+        if draw < share:
+            return one
+        draw -= share
+    return sharing[0]

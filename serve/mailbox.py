@@ -17,7 +17,12 @@ class Mailbox:
 
     @contextmanager
     def open(
-        self, engine: Engine, requests: list[tuple[list[int], Sampling]], *, streamed: bool
+        self,
+        engine: Engine,
+        requests: list[tuple[list[int], Sampling]],
+        *,
+        streamed: bool,
+        embed: bool = False,
     ) -> Iterator["Mail"]:
         """Submit the sequences of one request; on leaving, those unfinished are aborted.
 
@@ -29,7 +34,15 @@ class Mailbox:
                 id = uuid.uuid4().hex
                 mail.indices[id] = index
                 self._mails[id] = mail
-                engine.submit(prompt, sampling, self._publish, streamed=streamed, id=id)
+                engine.submit(
+                    prompt,
+                    sampling,
+                    self._publish,
+                    streamed=streamed,
+                    embed=embed,
+                    follows=index > 0,
+                    id=id,
+                )
             yield mail
         finally:
             for id in mail.indices:

@@ -23,19 +23,47 @@ class Usage:
     """Tokens of one request: each prompt counted once, the tokens of all choices together."""
 
     prompts: dict[int, int] = field(default_factory=dict)
+    cached: dict[int, int] = field(default_factory=dict)  # of the prompts, found in the cache
     completions: dict[int, int] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)  # why each answer ended
 
     def add(self, choice: int, prompt: int, update: Update) -> None:
         self.prompts[prompt] = update.prompt_tokens
+        # Choices after the first find what the first has read; that is no news of the prompt.
+        self.cached[prompt] = min(
+            self.cached.get(prompt, update.cached_tokens), update.cached_tokens
+        )
         self.completions[choice] = update.completion_tokens
+        if update.finish_reason is not None:
+            self.reasons[choice] = update.finish_reason
 
-    def body(self) -> dict[str, int]:
-        prompt, completion = sum(self.prompts.values()), sum(self.completions.values())
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(self.prompts.values())
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(self.completions.values())
+
+    def body(self) -> dict[str, Any]:
         return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self.cached.values())},
         }
+
+
+class Clock:
+    """How long a request takes, in seconds. `first`: until its first token, where that is seen."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self.first: float | None = None
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self._started
 
 
 @dataclass(frozen=True)
@@ -77,9 +105,11 @@ class Envelope:
             "choices": choices,
         }
 
-    def choice(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+    def choice(
+        self, index: int, text: str, finish_reason: str | None, logprobs: Any = None
+    ) -> dict[str, Any]:
         """One finished answer."""
-        common = {"index": index, "logprobs": None, "finish_reason": finish_reason}
+        common = {"index": index, "logprobs": logprobs, "finish_reason": finish_reason}
         if self.kind == "text":
             return {"text": text} | common
         return {"message": {"role": "assistant", "content": text, "refusal": None}} | common
@@ -89,16 +119,20 @@ class Envelope:
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def deltas(self, index: int, text: str, finish_reason: str | None) -> list[dict[str, Any]]:
+    def deltas(
+        self, index: int, text: str, finish_reason: str | None, logprobs: Any = None
+    ) -> list[dict[str, Any]]:
         """What to send for an update: the new text, then, in a chat, an empty delta at the end."""
-        common = {"index": index, "logprobs": None}
         if self.kind == "text":
             if not text and finish_reason is None:
                 return []
-            return [common | {"text": text, "finish_reason": finish_reason}]
+            choice = {"index": index, "logprobs": logprobs, "text": text}
+            return [choice | {"finish_reason": finish_reason}]
         parts: list[dict[str, Any]] = []
-        if text:
-            parts.append(common | {"delta": {"content": text}, "finish_reason": None})
+        if text or logprobs:
+            delta = {"index": index, "logprobs": logprobs, "delta": {"content": text}}
+            parts.append(delta | {"finish_reason": None})
         if finish_reason is not None:
-            parts.append(common | {"delta": {}, "finish_reason": finish_reason})
+            last: dict[str, Any] = {"index": index, "logprobs": None, "delta": {}}
+            parts.append(last | {"finish_reason": finish_reason})
         return parts

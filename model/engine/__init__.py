@@ -1,20 +1,26 @@
 """Generation: continuous batching over a key-value cache, in pure PyTorch."""
 
-from model.engine.core import Core, Counters, Generation, PromptError, Update, generate_batch
+from model.engine.batch import Generation, generate_batch
+from model.engine.core import Core, Counters, PromptError
 from model.engine.engine import Engine, EngineBusy, EngineClosed
 from model.engine.loading import LoadedModel, load_model
-from model.engine.sampling import Sampling
+from model.engine.sampling import Constraint, ConstraintFactory, Sampling
+from model.engine.sequence import FinishReason, TokenLogprob, Update
 
 __all__ = [
+    "Constraint",
+    "ConstraintFactory",
     "Core",
     "Counters",
     "Engine",
     "EngineBusy",
     "EngineClosed",
+    "FinishReason",
     "Generation",
     "LoadedModel",
     "PromptError",
     "Sampling",
+    "TokenLogprob",
     "Update",
     "generate_batch",
     "load_model",

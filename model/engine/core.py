@@ -1,48 +1,29 @@
 """The engine without its thread: sequences in, one step at a time, updates out."""
 
-import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from model.chat import Tokenizer
-from model.engine.runner import Runner
-from model.engine.sampling import Sampling, choose
-from model.engine.scheduler import Scheduler, Sequence
+from model.engine.logprobs import logprobs
+from model.engine.pages import PAGE, PageTable
+from model.engine.runner import Runner, Span
+from model.engine.sampling import Adjustment, Sampling, choose
+from model.engine.scheduler import Scheduler
+from model.engine.sequence import FinishReason, TokenLogprob, Update
+from model.engine.sequence import Sequence as Answer
+from model.engine.speculation import NgramIndex
 from model.engine.text import TextStream
+from model.engine.weights import Weights
 from model.transformer import Transformer
 
-GREEDY = Sampling(temperature=0.0, seed=0)
-FinishReason = Literal["stop", "length", "abort", "error"]
+GRID = 8 * PAGE  # tokens of a prompt read at once in deterministic mode
 
 
 class PromptError(ValueError):
     """A prompt the model cannot read. The message says why and what would do."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """News of one sequence: the tokens and text since the last update. The last one, and only that,
-    has a `finish_reason`: "stop" (an end token or a stop string), "length", "abort" or "error"."""
-
-    id: str
-    text: str
-    tokens: list[int]
-    finish_reason: FinishReason | None
-    prompt_tokens: int
-    completion_tokens: int  # generated so far, the end token included
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A finished answer: `tokens` with the end token, `text` without it or a stop string."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: FinishReason
-    prompt_tokens: int
 
 
 @dataclass
@@ -51,18 +32,34 @@ class Counters:
 
     requests: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompts, found in the cache
     generation_tokens: int = 0
     aborted: int = 0
     steps: int = 0
-    running: int = field(default=0)
-    waiting: int = field(default=0)
+    drafted_tokens: int = 0  # proposed by speculation
+    accepted_tokens: int = 0  # of these, those that were right
+    running: int = 0
+    waiting: int = 0
+    pages: int = 0
+    pages_used: int = 0
 
 
 class Core:
     """Scheduler, network and sampling put together. Not thread-safe: one thread owns it.
 
-    slots: sequences in a batch at most. tokenizer: None when only token ids are wanted.
-    stop_ids: tokens that end an answer; None: the tokenizer's.
+    slots: sequences in a batch at most. tokenizer: None when only token ids are wanted. stop_ids:
+    tokens that end an answer; None: the tokenizer's. kv_tokens: size of the cache; None: a full
+    context for each slot. weights: how they are kept, see `engine.weights`. version: names the
+    model; a cache never serves those of another.
+
+    deterministic: the same prompt gives bitwise the same logits whoever else is being answered and
+    whatever the cache holds. Every sequence then goes through the network by itself, prompts in
+    fixed chunks, so that each sum is always taken in the same order: a batch is no faster than its
+    members one after the other.
+
+    speculate: how many tokens to guess at most, from what followed the last ones earlier in the
+    text; the network reads all guesses at once and keeps those it would have chosen itself, so
+    answers are the same and only come faster.
     """
 
     def __init__(
@@ -72,167 +69,296 @@ class Core:
         *,
         slots: int = 32,
         prefill_tokens: int = 1024,
-        dtype: torch.dtype = torch.float32,
+        kv_tokens: int | None = None,
+        weights: Weights = "float32",
         stop_ids: Iterable[int] | None = None,
+        version: str = "",
+        reuse: bool = True,
+        deterministic: bool = False,
+        speculate: int = 0,
     ) -> None:
         self.config = model.config
         self.tokenizer = tokenizer
         if stop_ids is None:
             stop_ids = tokenizer.stop_ids if tokenizer else ()
         self.stop_ids = frozenset(stop_ids)
-        self.scheduler = Scheduler(slots, prefill_tokens)
-        self.runner = Runner(model, slots, dtype)
-        self.counters = Counters()
+        # Rows of a padded output matrix stand for no token.
+        self.vocabulary = min(self.config.vocab_size, len(tokenizer) if tokenizer else 2**31)
+        self.deterministic = deterministic
+        self.speculate = speculate
+        per_context = -(-self.config.context // PAGE)
+        pages = slots * per_context if kv_tokens is None else -(-kv_tokens // PAGE)
+        if pages < per_context:
+            raise ValueError(
+                f"kv_tokens {kv_tokens} holds not even one context of {self.config.context} tokens"
+            )
+        self.scheduler = Scheduler(
+            PageTable(pages),
+            slots=slots,
+            budget=max(prefill_tokens, slots * (1 + speculate) + PAGE),
+            root=version.encode(),
+            reuse=reuse,
+            grid=GRID if deterministic else None,
+        )
+        self.runner = Runner(model, pages, weights)
+        self.counters = Counters(pages=pages)
 
     def sequence(
-        self, id: str, prompt: list[int], sampling: Sampling, *, streamed: bool = True
-    ) -> Sequence:
+        self,
+        id: str,
+        prompt: list[int],
+        sampling: Sampling,
+        *,
+        streamed: bool = True,
+        embed: bool = False,
+    ) -> Answer:
         """Check a prompt and make the sequence that `add` takes; may be called from any thread.
 
-        Raises PromptError for an empty prompt, ids outside the vocabulary, or no room for an
-        answer.
+        embed: no answer is wanted but the mean of the prompt's last hidden states. Raises
+        PromptError for an empty prompt, ids outside the vocabulary, or no room for an answer.
         """
         context = self.config.context
         if not prompt:
             raise PromptError("the prompt is empty; give at least one token")
-        if len(prompt) >= context:
+        asks = not embed and sampling.max_tokens != 0
+        if len(prompt) + asks > context:
             raise PromptError(
                 f"the prompt has {len(prompt)} tokens, this model's maximum context length is "
                 f"{context} tokens, the answer included; shorten the prompt"
             )
-        if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
+        mentioned = [*prompt, *sampling.stop_ids, *(token for token, _ in sampling.logit_bias)]
+        if min(mentioned) < 0 or max(mentioned) >= self.vocabulary:
             raise PromptError(
-                f"the prompt holds a token id outside the vocabulary of {self.config.vocab_size}"
+                f"token id {next(t for t in mentioned if not 0 <= t < self.vocabulary)} is outside "
+                f"the vocabulary of {self.vocabulary}"
             )
         if sampling.stop and self.tokenizer is None:
             raise PromptError("stop strings need a tokenizer; this engine was made without one")
         text = TextStream(self.tokenizer, sampling.stop) if self.tokenizer else None
-        limit = min(sampling.max_tokens or context, context - len(prompt))
-        return Sequence(id, prompt, sampling, text, limit, streamed)
+        limit = 0
+        if asks:
+            wanted = context if sampling.max_tokens is None else sampling.max_tokens
+            limit = min(wanted, context - len(prompt))
+        sequence = Answer(id, prompt, sampling, text, limit, streamed, embed)
+        ends = self.ends(sampling)
+        sequence.adjustment = Adjustment.of(sampling, prompt, ends, self.vocabulary)
+        if self.speculate and not self.deterministic and sequence.adjustment is None:
+            sequence.lookup = NgramIndex()
+        return sequence
 
-    def add(self, sequence: Sequence) -> None:
+    def ends(self, sampling: Sampling) -> frozenset[int]:
+        """The tokens that end an answer."""
+        own = frozenset() if sampling.ignore_eos else self.stop_ids
+        return own.union(sampling.stop_ids)
+
+    def add(self, sequence: Answer) -> None:
         self.scheduler.add(sequence)
         self.counters.requests += 1
         self.counters.prompt_tokens += len(sequence.prompt)
+        self.counters.waiting += 1
 
     @property
     def has_work(self) -> bool:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     def step(self) -> list[Update]:
-        """Read the prompts that fit, then one token for every running sequence."""
+        """One token for every answer under way, and what the budget leaves of the prompts."""
         updates: list[Update] = []
-        if admitted := self.scheduler.admit():
-            first = admitted[0].slot
-            assert first is not None
-            logits = self.runner.prefill([s.prompt for s in admitted], first)
-            self._advance(admitted, logits, updates)
-        if running := list(self.scheduler.running):
-            logits = self.runner.decode(
-                [s.tokens[-1] for s in running], [s.length - 1 for s in running]
-            )
-            self._advance(running, logits, updates)
+        before = len(self.scheduler.running)
+        self.scheduler.admit()
+        for source, target in self.scheduler.moved:
+            self.runner.cache.shift(source, target)
+        self.runner.cache.copy(self.scheduler.copies)
+        self.counters.cached_tokens += sum(s.cached for s in self.scheduler.running[before:])
+        self._guess()
+        plan = self.scheduler.plan()
+        if self.deterministic:
+            for sequence, span in plan:
+                self._read([(sequence, span)], updates)
+        elif plan:
+            self._read(plan, updates)
         self.counters.steps += 1
         self._count()
         return updates
 
     def abort(self, ids: Iterable[str], reason: FinishReason = "abort") -> list[Update]:
         """Take sequences out, whether waiting or running; ids that have finished are no error."""
-        updates = []
-        for sequence in self.scheduler.find(ids):
-            if sequence.slot is None:
-                self.scheduler.waiting.remove(sequence)
-            updates.append(self._finish(sequence, reason))
-            self.counters.aborted += 1
+        updates = [self._finish(sequence, reason) for sequence in self.scheduler.find(ids)]
+        self.counters.aborted += len(updates)
         self._count()
         return updates
 
     def check(self) -> None:
-        """Raise AssertionError when the slots do not match the sequences."""
+        """Raise AssertionError when the pages do not match the sequences."""
         self.scheduler.check()
 
     def _count(self) -> None:
         self.counters.running = len(self.scheduler.running)
         self.counters.waiting = len(self.scheduler.waiting)
+        self.counters.pages_used = self.counters.pages - self.scheduler.pages.free
+
+    def _guess(self) -> None:
+        """Draft the next tokens of answers whose text has been there before."""
+        for sequence in self.scheduler.running:
+            sequence.draft = []
+            if sequence.lookup is not None and not sequence.reading:
+                sequence.lookup.extend(sequence.known(sequence.lookup.length, sequence.length))
+                room = sequence.limit - len(sequence.tokens) - 1
+                sequence.draft = sequence.lookup.guess(min(self.speculate, room))
+                self.counters.drafted_tokens += len(sequence.draft)
+
+    def _read(self, plan: Sequence[tuple[Answer, Span]], updates: list[Update]) -> None:
+        """One pass through the network, and what follows from it."""
+        hidden = self.runner.forward([span for _, span in plan])
+        ready: list[tuple[Answer, Span]] = []
+        rows: list[int] = []
+        row = 0
+        for sequence, span in plan:
+            part = hidden[row : row + len(span.tokens)]
+            row += len(span.tokens)
+            if not sequence.reading:
+                ready.append((sequence, span))
+                rows += range(row - len(span.tokens), row)
+                continue
+            if sequence.needs_whole_prompt:
+                self._examine(sequence, span, part)
+            self.scheduler.advance(sequence, span.end)
+            if sequence.reading:
+                continue
+            if sequence.limit == 0:
+                updates.append(self._finish(sequence, "length"))
+            else:
+                ready.append((sequence, span))
+                rows.append(row - 1)
+        if ready:
+            at = torch.tensor(rows, device=hidden.device)
+            self._advance(ready, self._logits(hidden[at]), updates)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.runner.logits(hidden)[:, : self.vocabulary]
+
+    def _examine(self, sequence: Answer, span: Span, hidden: Tensor) -> None:
+        """Note what is wanted of the prompt itself; hidden (t, C)."""
+        if sequence.embed:
+            total = hidden.float().sum(0)
+            sequence.hidden = total if sequence.hidden is None else sequence.hidden + total
+        if sequence.sampling.prompt_logprobs:
+            if span.start == 0:
+                sequence.prompt_logprobs.append(None)
+            following = sequence.prompt[span.start + 1 : span.end + 1]
+            if following:
+                logits = self._logits(hidden[: len(following)])
+                count = sequence.sampling.logprobs or 0
+                sequence.prompt_logprobs += logprobs(logits, following, [count] * len(following))
 
     def _advance(
-        self, sequences: list[Sequence], logits: torch.Tensor, updates: list[Update]
+        self, ready: list[tuple[Answer, Span]], logits: Tensor, updates: list[Update]
     ) -> None:
-        """Choose and append the next token of each sequence, and finish those that end with it."""
-        chosen = choose(logits, [s.sampling for s in sequences], [s.length for s in sequences])
-        self.counters.generation_tokens += len(sequences)
-        for sequence, token in zip(sequences, chosen, strict=True):
-            sequence.tokens.append(token)
-            if sequence.text is not None and (part := sequence.text.push(token)):
-                sequence.parts.append(part)
-            if token in self.stop_ids or (sequence.text is not None and sequence.text.stopped):
-                updates.append(self._finish(sequence, "stop"))
-            elif len(sequence.tokens) >= sequence.limit:
-                updates.append(self._finish(sequence, "length"))
-            elif sequence.streamed:
+        """Choose and append what comes next of each sequence, and finish those that end with it.
+
+        logits: for each sequence the row after its last token, then one after each drafted token. A
+        drafted token holds if it is the one chosen in its place; the first that is not ends what
+        can be known in this step.
+        """
+        sequences = [sequence for sequence, _ in ready]
+        rows = [(s, ahead) for s in sequences for ahead in range(1 + len(s.draft))]
+        adjusted = logits
+        if any(s.adjustment for s in sequences):
+            adjusted = logits.clone()
+            for row, (sequence, _) in enumerate(rows):
+                if sequence.adjustment is not None:
+                    adjusted[row] = sequence.adjustment.apply(logits[row], len(sequence.tokens))
+        chosen = choose(
+            adjusted, [s.sampling for s, _ in rows], [s.length + ahead for s, ahead in rows]
+        )
+        told = self._logprobs([s for s, _ in rows], logits, chosen)
+        row = 0
+        for sequence, span in ready:
+            reason: FinishReason | None = None
+            taken, draft = 0, sequence.draft
+            for ahead in range(1 + len(draft)):
+                reason = self._append(sequence, chosen[row + ahead], told.get(row + ahead))
+                taken += 1
+                if reason or (ahead < len(draft) and chosen[row + ahead] != draft[ahead]):
+                    break
+            row += 1 + len(draft)
+            self.counters.generation_tokens += taken
+            self.counters.accepted_tokens += taken - 1
+            if sequence.computed < sequence.length - taken:  # else it was the prompt's last token
+                self.scheduler.advance(sequence, span.start + taken)
+            if reason:
+                updates.append(self._finish(sequence, reason))
+            elif sequence.streamed and (sequence.parts or sequence.text is None):
                 updates.append(self._report(sequence, None))
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> Update:
-        if sequence.slot is not None and (move := self.scheduler.release(sequence)):
-            source, target, length = move
-            self.runner.cache.move(source, target, length)
+    def _logprobs(
+        self, sequences: list[Answer], logits: Tensor, chosen: list[int]
+    ) -> dict[int, TokenLogprob]:
+        """Row → what the model thought, for those who asked."""
+        asked = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
+        if not asked:
+            return {}
+        found = logprobs(
+            logits[asked],
+            [chosen[row] for row in asked],
+            [sequences[row].sampling.logprobs or 0 for row in asked],
+        )
+        return dict(zip(asked, found, strict=True))
+
+    def _append(
+        self, sequence: Answer, token: int, told: TokenLogprob | None
+    ) -> FinishReason | None:
+        """Add a chosen token; why the answer ends with it, if it does."""
+        sequence.tokens.append(token)
+        if told is not None:
+            sequence.logprobs.append(told)
+            sequence.total_logprob += told.logprob
+        if sequence.adjustment is not None:
+            sequence.adjustment.push(token)
+        text, generated = sequence.text, len(sequence.tokens)
+        if token in self.ends(sequence.sampling):
+            return "stop"
+        sequence.kept = generated
+        if text is not None:
+            looking = generated > sequence.sampling.min_tokens
+            if part := text.push(token, looking):
+                sequence.parts.append(part)
+            if text.stopped:
+                return "stop"
+        return "length" if generated >= sequence.limit else None
+
+    def _finish(self, sequence: Answer, reason: FinishReason) -> Update:
+        self.scheduler.remove(sequence)
         if sequence.text is not None:
             was_stopped = sequence.text.stopped
             sequence.parts.append(sequence.text.finish())
             if sequence.text.stopped and not was_stopped:
                 reason = "stop"
+            if sequence.text.stopped and self.tokenizer is not None:
+                # Tokens that are all stop string, or beyond it, are not part of the text.
+                length = sequence.text.released
+                while sequence.kept > sequence.reported and (
+                    len(self.tokenizer.decode(sequence.tokens[: sequence.kept - 1])) >= length
+                ):
+                    sequence.kept -= 1
         return self._report(sequence, reason)
 
-    def _report(self, sequence: Sequence, reason: FinishReason | None) -> Update:
-        text, tokens = "".join(sequence.parts), sequence.tokens[sequence.reported :]
+    def _report(self, sequence: Answer, reason: FinishReason | None) -> Update:
+        update = Update(
+            sequence.id,
+            "".join(sequence.parts),
+            sequence.tokens[sequence.reported :],
+            reason,
+            len(sequence.prompt),
+            len(sequence.tokens),
+            cached_tokens=sequence.cached,
+            kept=sequence.kept - sequence.reported,
+            logprobs=sequence.logprobs,
+            prompt_logprobs=sequence.prompt_logprobs,
+            total_logprob=sequence.total_logprob,
+            embedding=None if sequence.hidden is None else sequence.hidden / len(sequence.prompt),
+        )
+        sequence.logprobs, sequence.prompt_logprobs = [], []
         sequence.parts.clear()
         sequence.reported = len(sequence.tokens)
-        return Update(sequence.id, text, tokens, reason, len(sequence.prompt), len(sequence.tokens))
-
-
-def generate_batch(
-    model: Transformer,
-    tokenizer: Tokenizer | None,
-    prompts: Iterable[list[int]],
-    sampling: Sampling | Iterable[Sampling] = GREEDY,
-    *,
-    slots: int = 128,
-    stop_ids: Iterable[int] | None = None,
-    dtype: torch.dtype = torch.float32,
-    on_progress: Callable[[int], None] | None = None,
-) -> list[Generation]:
-    """Answer many prompts as fast as one thread can; answers come in the order of the prompts.
-
-    prompts: token ids (`model.chat.encode_chat` makes them). sampling: one for all, or one each; a
-    prompt's index becomes its `choice` when they share one, so that equal prompts differ.
-    on_progress is called with the number of answers finished so far.
-    Raises PromptError for a prompt that does not fit the model's context.
-    """
-    prompts = list(prompts)
-    if isinstance(sampling, Sampling):
-        samplings = [replace(sampling, choice=index) for index in range(len(prompts))]
-    else:
-        samplings = list(sampling)
-    core = Core(
-        model,
-        tokenizer,
-        slots=max(1, min(slots, len(prompts))),
-        prefill_tokens=4096,
-        dtype=dtype,
-        stop_ids=stop_ids,
-    )
-    pairs = zip(itertools.count(), prompts, samplings, strict=False)
-    sequences = [core.sequence(str(i), p, s, streamed=False) for i, p, s in pairs]
-    # Prompts of a like length are read together with little padding.
-    for sequence in sorted(sequences, key=lambda s: -len(s.prompt)):
-        core.add(sequence)
-    done: dict[str, Generation] = {}
-    while core.has_work:
-        for update in core.step():
-            assert update.finish_reason is not None
-            done[update.id] = Generation(
-                update.text, update.tokens, update.finish_reason, update.prompt_tokens
-            )
-            if on_progress:
-                on_progress(len(done))
-    return [done[sequence.id] for sequence in sequences]
+        return update

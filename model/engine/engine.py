@@ -12,13 +12,14 @@ import uuid
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from model.chat import Tokenizer
-from model.engine.core import Core, Counters, FinishReason, Update
+from model.engine.core import Core, Counters
 from model.engine.sampling import Sampling
-from model.engine.scheduler import Sequence
+from model.engine.sequence import FinishReason, Sequence, Update
 from model.transformer import Transformer
 
 log = logging.getLogger(__name__)
@@ -38,9 +39,10 @@ class EngineClosed(RuntimeError):
 class Engine:
     """Continuous batching of one model.
 
-    slots: sequences in a batch at most. max_waiting: sequences that may queue for a slot. threads:
+    slots: sequences in a batch at most. max_waiting: sequences that may queue for a slot: as many
+    as slots, and who is admitted waits for one other answer at most. threads:
     cores torch may use; one is best for models of a few million parameters on a shared machine,
-    where a second thread's barriers cost more than its arithmetic saves.
+    where a second thread's barriers cost more than its arithmetic saves. options: those of `Core`.
     """
 
     def __init__(
@@ -49,16 +51,17 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         slots: int = 32,
-        max_waiting: int = 256,
+        max_waiting: int = 32,
         prefill_tokens: int = 1024,
         threads: int = 1,
-        dtype: torch.dtype = torch.float32,
+        **options: Any,
     ) -> None:
         self.tokenizer = tokenizer
         self.context = model.config.context
+        self.longest_token = max(map(len, tokenizer.token_bytes))  # bytes
         self.max_waiting = max_waiting
         self.threads = threads
-        self._core = Core(model, tokenizer, slots=slots, prefill_tokens=prefill_tokens, dtype=dtype)
+        self._core = Core(model, tokenizer, slots=slots, prefill_tokens=prefill_tokens, **options)
         self._changed = threading.Condition()
         # Guarded by _changed:
         self._inbox: list[Sequence] = []
@@ -79,19 +82,24 @@ class Engine:
         listener: Listener,
         *,
         streamed: bool = True,
+        embed: bool = False,
+        follows: bool = False,
         id: str | None = None,
     ) -> str:
         """Queue a prompt and return the id of its sequence; a given `id` must be new.
 
-        streamed: report every token; else only the finished answer. The last update has a
-        `finish_reason`. Raises PromptError, EngineBusy or EngineClosed.
+        streamed: report as it grows; else only the finished answer. embed: see `Core.sequence`. The
+        last update has a `finish_reason`. follows: this is another answer to a request of which one
+        was accepted, so a full queue is no reason to refuse it. Raises PromptError, EngineBusy or
+        EngineClosed.
         """
         id = id or uuid.uuid4().hex
-        sequence = self._core.sequence(id, prompt, sampling, streamed=streamed)
+        sequence = self._core.sequence(id, prompt, sampling, streamed=streamed, embed=embed)
         with self._changed:
             if self._closed or self._failure:
                 raise EngineClosed("the engine is shutting down")
-            if len(self._inbox) + self._core.counters.waiting >= self.max_waiting:
+            waiting = len(self._inbox) + self._core.counters.waiting
+            if waiting >= self.max_waiting and not follows:
                 raise EngineBusy(f"{self.max_waiting} requests are waiting already")
             self._inbox.append(sequence)
             self._listeners[sequence.id] = listener
@@ -152,8 +160,8 @@ class Engine:
             arrived, self._inbox = self._inbox, []
             aborts, self._aborts = self._aborts, []
             closed = self._closed
-        for sequence in arrived:
-            self._core.add(sequence)
+            for sequence in arrived:  # before anybody else asks how many wait
+                self._core.add(sequence)
         if aborts:
             self._core.abort(aborts)
         if closed:

@@ -1,68 +1,71 @@
-"""Where the keys and values of running sequences lie: one slot per sequence, slots kept dense.
+"""The keys and values themselves: one tensor, addressed by token.
 
-A slot holds `context` tokens, so admitting a sequence reserves all it can ever need and nothing
-has to be preempted. Running sequences always occupy slots 0..n-1: a decode step then reads plain
-views, where a page table would copy every key and value through a gather first, which at these
-sizes costs as much as the step itself (width 192, 64 sequences of 96 tokens, one core: 0.4 ms a
-layer for attention, 0.6 ms for the gather). Whoever frees a slot moves the last sequence into the
-hole.
+Page p holds tokens p·PAGE … (p + 1)·PAGE − 1 of it; who owns which page is `pages.PageTable`'s
+business.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.engine.pages import PAGE, Copy, Run
 
 
-class SlotCache:
-    """Keys and values of up to `slots` sequences.
-
-    One tensor per layer, (slots, 2, H_kv, context, D): keys first on the second axis, then values.
-    """
+class KVCache:
+    """Keys and values of `pages` pages: (layers, 2, H_kv, pages · PAGE, D), keys before values."""
 
     def __init__(
-        self, config: ModelConfig, slots: int, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.slots = slots
-        self.context = config.context
-        shape = (slots, 2, config.kv_count, config.context, config.head_size)
-        self.layers = [_zeros(shape, dtype, device) for _ in range(config.layers)]
-
-    def write_prompts(self, layer: int, first: int, keys: Tensor, values: Tensor) -> None:
-        """Tokens 0..T-1 of slots first, first+1, ...; keys and values: (B, H_kv, T, D)."""
-        count, length = keys.shape[0], keys.shape[2]
-        target = self.layers[layer][first : first + count, :, :, :length]
-        target[:, 0] = keys
-        target[:, 1] = values
-
-    def write_tokens(self, layer: int, slots: Tensor, positions: Tensor, pair: Tensor) -> None:
-        """One token for each of `slots` (n,) at its position (n,); pair: (n, 2, H_kv, D)."""
-        self.layers[layer].permute(0, 3, 1, 2, 4)[slots, positions] = pair
-
-    def read(self, layer: int, count: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of slots 0..count-1, each (count, H_kv, columns, D), without a copy."""
-        view = self.layers[layer][:count, :, :, :columns]
-        return view[:, 0], view[:, 1]
+        shape = (config.layers, 2, config.kv_count, pages * PAGE, config.head_size)
+        self.data = _zeros(shape, dtype, device)
+        self.layers = list(self.data)
+        self.keys = [layer[0][None] for layer in self.layers]  # (1, H_kv, tokens, D)
+        self.values = [layer[1][None] for layer in self.layers]
 
     @torch.inference_mode()
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of one slot over another."""
-        for layer in self.layers:
-            layer[target, :, :, :length] = layer[source, :, :, :length]
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Neighbouring pages that stay neighbours go in one stroke."""
+        for source, target, count in _strokes(copies):
+            self._move(source, target, count)
+
+    @torch.inference_mode()
+    def shift(self, source: Run, target: Run) -> None:
+        """Move a run to the left; the two may overlap."""
+        for start in range(0, source.count, step := max(1, source.first - target.first)):
+            count = min(step, source.count - start)
+            self._move(source.first + start, target.first + start, count)
+
+    def _move(self, source: int, target: int, count: int) -> None:
+        if source != target:
+            tokens = count * PAGE
+            new = self.data[:, :, :, target * PAGE : target * PAGE + tokens]
+            new.copy_(self.data[:, :, :, source * PAGE : source * PAGE + tokens])
 
     @property
     def bytes(self) -> int:
-        return sum(layer.numel() * layer.element_size() for layer in self.layers)
+        return self.data.numel() * self.data.element_size()
+
+
+def _strokes(copies: Sequence[Copy]) -> list[tuple[int, int, int]]:
+    """(source, target, count) of runs of copies."""
+    strokes: list[tuple[int, int, int]] = []
+    for copy in copies:
+        if strokes:
+            source, target, count = strokes[-1]
+            if (copy.source, copy.target) == (source + count, target + count):
+                strokes[-1] = (source, target, count + 1)
+                continue
+        strokes.append((copy.source, copy.target, 1))
+    return strokes
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros whose pages the operating system hands out at first use: most slots are rarely full.
-
-    Zeros and not just memory: what lies past a sequence's end is masked, but 0 · NaN would be NaN.
-    """
+    """Zeros whose memory the operating system hands out at first use: most of it rarely is."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize

@@ -1,12 +1,15 @@
 """Choosing the next token: greedy, or by a seed whose noise depends on nobody else in the batch."""
 
 import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+MAX_LOGPROBS = 20
 CANDIDATES = 256  # sorted first; the whole vocabulary only where these do not hold the answer
 _WORD = 2**64 - 1
 
@@ -31,8 +34,18 @@ class Sampling:
     min_p: float = 0.0
     seed: int = field(default_factory=_random_seed)
     choice: int = 0  # which of several answers to the same prompt: each has its own noise
-    max_tokens: int | None = None  # None: as many as the context holds
+    max_tokens: int | None = None  # None: as many as the context holds; 0: only read the prompt
+    min_tokens: int = 0  # before that many, no end token is chosen and no stop string looked for
+    ignore_eos: bool = False  # end tokens are tokens like others
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()  # end tokens besides the model's
+    repetition_penalty: float = 1.0  # arXiv:1909.05858; of tokens in the prompt or the answer
+    presence_penalty: float = 0.0  # off the logit of each token that is in the answer
+    frequency_penalty: float = 0.0  # the same, times how often it is there
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit)
+    logprobs: int | None = None  # report this many of the likeliest tokens beside each chosen one
+    prompt_logprobs: bool = False  # and the same of the prompt's tokens
+    constraint: "ConstraintFactory | None" = None  # the form the answer must have
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -43,10 +56,27 @@ class Sampling:
             raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p {self.min_p} must be between 0 and 1")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens {self.max_tokens} must be at least 1")
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise ValueError(f"max_tokens {self.max_tokens} must be 0 or more")
+        if self.min_tokens < 0 or (
+            self.max_tokens is not None and self.min_tokens > self.max_tokens
+        ):
+            raise ValueError(
+                f"min_tokens {self.min_tokens} must be 0 or more, and at most max_tokens"
+            )
         if "" in self.stop:
             raise ValueError("stop holds an empty text; leave it out")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty {self.repetition_penalty} must be above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -float("inf") < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} {getattr(self, name)} must be finite")
+        if any(not -1e4 <= bias <= 1e4 for _, bias in self.logit_bias):
+            raise ValueError("logit_bias must be between -10000 and 10000")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"logprobs {self.logprobs} must be between 0 and {MAX_LOGPROBS}")
+        if self.prompt_logprobs and self.logprobs is None:
+            raise ValueError("prompt_logprobs needs logprobs")
 
 
 def uniforms(seeds: list[int], choices: list[int], positions: list[int]) -> Tensor:
@@ -62,6 +92,88 @@ def uniforms(seeds: list[int], choices: list[int], positions: list[int]) -> Tens
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state = state ^ (state >> np.uint64(31))
     return torch.from_numpy((state >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+class Constraint(Protocol):
+    """A form that an answer must have, followed token by token."""
+
+    def allowed(self) -> Tensor:
+        """bool (V,): the tokens that may come next; at least one is True."""
+        ...
+
+    def push(self, token: int) -> None:
+        """The token was chosen."""
+        ...
+
+
+ConstraintFactory = Callable[[], Constraint]
+"""Makes the constraint of one answer, at its beginning."""
+
+
+class Adjustment:
+    """What one answer's parameters do to its logits before a token is chosen."""
+
+    def __init__(
+        self, sampling: Sampling, prompt: Sequence[int], ends: Iterable[int], vocabulary: int
+    ) -> None:
+        self.sampling = sampling
+        self.ends = torch.tensor(sorted(ends), dtype=torch.long)
+        self.constraint = sampling.constraint() if sampling.constraint else None
+        self._bias: tuple[Tensor, Tensor] | None = None
+        if sampling.logit_bias:
+            tokens, values = zip(*sampling.logit_bias, strict=True)
+            self._bias = torch.tensor(tokens), torch.tensor(values, dtype=torch.float32)
+        self._counts = self._seen = None
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            self._counts = torch.zeros(vocabulary)
+        if sampling.repetition_penalty != 1:
+            self._seen = torch.zeros(vocabulary, dtype=torch.bool)
+            self._seen[torch.tensor(prompt)] = True
+
+    @classmethod
+    def of(
+        cls, sampling: Sampling, prompt: Sequence[int], ends: Iterable[int], vocabulary: int
+    ) -> "Adjustment | None":
+        """None when there is nothing to adjust, which is the rule."""
+        s = sampling
+        needed = (
+            s.constraint is not None
+            or s.min_tokens > 0
+            or bool(s.logit_bias)
+            or (s.repetition_penalty, s.presence_penalty, s.frequency_penalty) != (1, 0, 0)
+        )
+        return cls(sampling, prompt, ends, vocabulary) if needed else None
+
+    def apply(self, logits: Tensor, generated: int) -> Tensor:
+        """logits (V,) of the token that comes after `generated` ones; a new tensor."""
+        s = self.sampling
+        logits = logits.cpu().clone()
+        if self._seen is not None:
+            scaled = torch.where(
+                logits > 0, logits / s.repetition_penalty, logits * s.repetition_penalty
+            )
+            logits = torch.where(self._seen, scaled, logits)
+        if self._counts is not None:
+            logits -= s.frequency_penalty * self._counts
+            logits -= s.presence_penalty * (self._counts > 0)
+        if self._bias is not None:
+            logits.index_add_(0, *self._bias)
+        if self.constraint is not None:
+            logits.masked_fill_(~self.constraint.allowed(), float("-inf"))
+        if generated < s.min_tokens:
+            without = logits.index_fill(0, self.ends, float("-inf"))
+            # A constraint may leave nothing but the end.
+            logits = without if bool((without > float("-inf")).any()) else logits
+        return logits
+
+    def push(self, token: int) -> None:
+        """A token was chosen."""
+        if self._counts is not None:
+            self._counts[token] += 1
+        if self._seen is not None:
+            self._seen[token] = True
+        if self.constraint is not None:
+            self.constraint.push(token)
 
 
 @torch.inference_mode()

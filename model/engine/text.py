@@ -15,34 +15,43 @@ class TextStream:
         self._stop = stop
         self._held = ""
         self.stopped = False
+        self.released = 0  # characters
 
-    def push(self, token: int) -> str:
+    def push(self, token: int, looking: bool = True) -> str:
         """The text that became certain with this token. Sets `stopped` when a stop string ended
-        it.
+        it; unless `looking`, stop strings are text like any other.
         """
-        return self._release(self._decoder.push(token))
+        text = self._decoder.push(token)
+        return self._release(text) if looking else self._pass(text)
 
     def finish(self) -> str:
         """What is left when no more tokens come; an unfinished character becomes U+FFFD."""
         text = self._release(self._decoder.finish())
         if self.stopped:
             return text
-        held, self._held = self._held, ""
-        return text + held
+        return text + self._pass("")
 
     def _release(self, text: str) -> str:
         if self.stopped:
             return ""
         if not self._stop:
-            return text
+            return self._pass(text)
         text = self._held + text
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return self._pass(text[: min(found)])
         keep = max(_overlap(text, stop) for stop in self._stop)
+        self._held = ""
+        sure = self._pass(text[: len(text) - keep])
         self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        return sure
+
+    def _pass(self, text: str) -> str:
+        """Let go of what is held, and of `text`."""
+        text, self._held = self._held + text, ""
+        self.released += len(text)
+        return text
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -2,13 +2,16 @@
 
 const DEFAULTS = {
   temperature: 0, top_p: 0.9, top_k: 0, seed: "", max_tokens: 160, history: false, theme: "auto",
+  system: "", served: "", key: "",
 };
 const RESERVED = 48; // tokens kept free for an answer when turns are chosen to fit
 
 const $ = (id) => document.getElementById(id);
 const turns = restore("gristmill.turns", []); // {question, answer, problem, meta, left}
 const settings = { ...DEFAULTS, ...restore("gristmill.settings", {}) };
-let card = null; // the model, as /v1/models tells it
+let cards = []; // the models, as /v1/models tells them
+let card = null; // the one that is asked
+let locked = false; // whether the endpoint wants an API key
 let running = null; // AbortController of the answer under way
 
 function restore(key, otherwise) {
@@ -47,19 +50,37 @@ function button(text, title, onClick) {
 
 async function loadCard() {
   try {
-    const response = await fetch("/v1/models");
-    card = (await response.json()).data[0] ?? null;
+    const response = await fetch("/v1/models", { headers: authorization() });
+    locked = response.status === 401;
+    cards = response.ok ? (await response.json()).data : [];
   } catch {
-    card = null;
+    cards = [];
   }
+  chooseCard();
+  if (!card && !locked) setTimeout(loadCard, 3000);
+}
+
+// The model asked for in the settings, while it is served; else the first.
+function chooseCard() {
+  card = cards.find((one) => one.id === settings.served) ?? cards[0] ?? null;
+  $("served").replaceChildren(...cards.map((one) => {
+    const option = element("option", "", cards.length > 1 ? `${one.id} · v${one.version}` : one.id);
+    option.value = one.id;
+    option.selected = one === card;
+    return option;
+  }));
   showCard();
-  if (!card) setTimeout(loadCard, 3000);
+}
+
+function authorization() {
+  return settings.key ? { Authorization: `Bearer ${settings.key}` } : {};
 }
 
 function showCard() {
   const pill = $("model");
   pill.classList.toggle("bad", !card);
-  pill.textContent = card ? `${card.id} · version ${card.version}` : "no model is served yet";
+  const without = locked ? "an API key is needed: Settings" : "no model is served yet";
+  pill.textContent = card ? `${card.id} · version ${card.version}` : without;
   $("send").disabled = !card && !running;
   if (!card) return;
   document.title = `${card.id} · Gristmill`;
@@ -242,12 +263,17 @@ async function answer(turn) {
   const total = performance.now() - started;
   if (usage) turn.meta = readOut(usage, first, total, reason);
   if (card && fingerprint && fingerprint !== card.system_fingerprint) await loadCard();
-  if (turn.meta && card) turn.meta += ` · version ${card.version}`;
+  if (turn.meta && card) turn.meta += ` · version ${versionOf(fingerprint)}`;
   running = null;
   busy(false);
   render();
   toBottom(false);
   keep();
+}
+
+// Which version answered: of a name that several share it may be any of them.
+function versionOf(fingerprint) {
+  return (cards.find((one) => one.system_fingerprint === fingerprint) ?? card).version;
 }
 
 function readOut(usage, first, total, reason) {
@@ -288,16 +314,18 @@ async function fitting(turn) {
 }
 
 function conversation(chosen) {
-  return chosen.flatMap((turn, index) => {
+  const system = settings.system.trim();
+  const opening = system ? [{ role: "system", content: system }] : [];
+  return opening.concat(chosen.flatMap((turn, index) => {
     const asked = { role: "user", content: turn.question };
     return index === chosen.length - 1
       ? [asked]
       : [asked, { role: "assistant", content: turn.answer }];
-  });
+  }));
 }
 
 async function fits(messages) {
-  const response = await post("/tokenize", { messages });
+  const response = await post("/tokenize", { model: card.id, messages });
   const { count, max_model_len: limit } = await response.json();
   return count + Math.min(RESERVED, settings.max_tokens) <= limit;
 }
@@ -305,7 +333,7 @@ async function fits(messages) {
 async function post(path, body) {
   const response = await fetch(path, {
     method: "POST",
-    headers: { "Content-Type": "application/json" },
+    headers: { "Content-Type": "application/json", ...authorization() },
     body: JSON.stringify(body),
     signal: running.signal,
   });
@@ -366,7 +394,7 @@ function showSettings() {
     const input = $(name);
     if (!input) continue;
     if (input.type === "checkbox") input.checked = value;
-    else input.value = value;
+    else if (name !== "served") input.value = value; // chooseCard fills that one
     const output = $(`${name}-value`);
     if (output) output.textContent = Number(value).toFixed(2).replace(/0$/, "");
   }
@@ -383,7 +411,11 @@ function changeSetting(event) {
   const input = event.target;
   if (!(input.id in DEFAULTS) || !input.checkValidity()) return;
   if (input.type === "checkbox") settings[input.id] = input.checked;
-  else if (input.id === "theme" || input.id === "seed") settings[input.id] = input.value;
+  else if (["theme", "seed", "system", "served", "key"].includes(input.id)) {
+    settings[input.id] = input.value.slice(0, 4000);
+    if (input.id === "served") chooseCard();
+    if (input.id === "key") loadCard();
+  }
   else if (input.value !== "") settings[input.id] = Number(input.value);
   keep();
   showSettings();

@@ -29,6 +29,20 @@ gate_decisions = sa.Table(
     sa.Column("scores", sa.JSON, nullable=False),
 )
 
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.String(20), primary_key=True),
+    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("digest", sa.String(64), nullable=False, unique=True, comment="SHA-256 of the key"),
+    sa.Column("scopes", sa.JSON, nullable=False),
+    sa.Column("requests_per_minute", sa.Integer, nullable=True),
+    sa.Column("tokens_per_minute", sa.Integer, nullable=True),
+    sa.Column("created", sa.Float, nullable=False, comment="seconds since the epoch"),
+    sa.Column("expires", sa.Float, nullable=True),
+    sa.Column("revoked", sa.Float, nullable=True),
+)
+
 
 def database(url: str) -> sa.Engine:
     """An engine with the schema in place."""

@@ -60,9 +60,20 @@ def test_greedy_equals_the_plain_forward_whoever_is_in_the_batch(flags: dict) ->
         assert answer.finish_reason == "length"
 
 
-def test_bf16_generates_too() -> None:
-    (answer,) = generate_batch(transformer(), None, prompts(1), GREEDY, dtype=torch.bfloat16)
-    assert len(answer.tokens) == 24
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_smaller_weights_think_nearly_the_same(weights: str) -> None:
+    model = transformer(qkv_bias=True)
+    asked = [prompt + [30] * 14 for prompt in prompts(6)]
+    scoring = Sampling(max_tokens=4, logprobs=0, prompt_logprobs=True)
+    whole = generate_batch(model, None, asked, scoring)
+    small = generate_batch(model, None, asked, scoring, weights=weights)
+    differences = [
+        abs(a.logprob - b.logprob)
+        for one, other in zip(whole, small, strict=True)
+        for a, b in zip(one.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True)
+    ]
+    assert 0 < sum(differences) / len(differences) < 0.15
+    assert all(len(answer.tokens) == 4 for answer in small)
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_a_crowd() -> None:
@@ -245,7 +256,7 @@ def test_a_failing_step_ends_every_request_with_an_error(monkeypatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no memory left")
 
-    monkeypatch.setattr(engine._core.runner, "decode", broken)
+    monkeypatch.setattr(engine._core.runner, "forward", broken)
     listener = Listener()
     engine.submit([5], GREEDY, listener)
     assert listener.finished()[0][-1].finish_reason == "error"

@@ -75,7 +75,7 @@ def test_noise_is_even_and_depends_on_all_three() -> None:
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"min_p": 2.0},
-        {"max_tokens": 0},
+        {"max_tokens": -1},
         {"stop": ("",)},
     ],
 )

@@ -54,6 +54,7 @@ def test_a_chat_answer_has_every_part(endpoint: Endpoint) -> None:
         "prompt_tokens": asked["count"],
         "completion_tokens": 20,
         "total_tokens": asked["count"] + 20,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
 
 
@@ -157,7 +158,7 @@ def test_what_asks_for_nothing_is_accepted(endpoint: Endpoint) -> None:
         ({"stop": [1]}, "stop", 400),
         ({"stop": ["x"] * 17}, "stop", 400),
         ({"stream": "yes"}, "stream", 400),
-        ({"stream_options": {"include_usage": True}}, None, 400),
+        ({"stream_options": {"include_usage": True}}, "stream_options", 400),
         ({"stream": True, "stream_options": {"bad": 1}}, "stream_options.bad", 400),
         ({"model": "other"}, "model", 404),
         ({"model": None}, "model", 400),
@@ -166,12 +167,26 @@ def test_what_asks_for_nothing_is_accepted(endpoint: Endpoint) -> None:
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", 400),
         ({"messages": [{"role": "user"}]}, "messages[0].content", 400),
         ({"messages": [{"role": "user", "content": "long " * 400}]}, "messages", 400),
-        ({"logprobs": True}, "logprobs", 400),
-        ({"logit_bias": {"5": 1}}, "logit_bias", 400),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", 400),
+        ({"logprobs": 3}, "logprobs", 400),
+        ({"top_logprobs": 3}, "top_logprobs", 400),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", 400),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", 400),
+        ({"logit_bias": {"five": 1}}, "logit_bias.five", 400),
+        ({"logit_bias": {"99999": 1}}, "logit_bias", 400),
+        ({"stop_token_ids": [99999]}, "stop_token_ids", 400),
+        ({"frequency_penalty": 2.5}, "frequency_penalty", 400),
         ({"presence_penalty": False}, "presence_penalty", 400),
+        ({"repetition_penalty": 0}, "repetition_penalty", 400),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", 400),
+        ({"best_of": 2}, "best_of", 400),
+        ({"echo": True}, "echo", 400),
         ({"tools": [{"type": "function"}]}, "tools", 400),
-        ({"response_format": {"type": "json_object"}}, "response_format", 400),
+        ({"response_format": {"type": "xml"}}, "response_format.type", 400),
+        ({"response_format": {"type": "json_schema"}}, "response_format", 400),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", 400),
+        ({"structured_outputs": {"regex": "(?=a)"}}, "structured_outputs.regex", 400),
+        ({"structured_outputs": {}}, "structured_outputs", 400),
+        ({"structured_outputs": {"json": {"type": "no"}}}, "structured_outputs.json", 400),
         ({"temprature": 1}, "temprature", 400),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,
@@ -291,8 +306,14 @@ def test_too_many_requests_are_told_to_come_back(endpoint: Endpoint) -> None:
     endpoint.host.want(spec(version="narrow", slots=1, max_waiting=1))
     assert eventually(lambda: endpoint.host.state()["serving"] == "tiny-narrow-one")
     try:
-        with endpoint.client() as client:
-            response = client.post("/v1/chat/completions", json=CHAT | {"n": 50})
+        many = CHAT | {"n": 100, "stream": True, "temperature": 1.0}
+        with (
+            endpoint.client() as client,
+            client.stream("POST", "/v1/chat/completions", json=many) as busy,
+        ):
+            chunks = busy.iter_raw()  # kept: an iterator that is dropped ends the connection
+            assert next(chunks)
+            response = client.post("/v1/chat/completions", json=CHAT)
         assert response.status_code == 429 and response.headers["retry-after"] == "1"
         assert response.json()["error"]["code"] == "rate_limit_exceeded"
         assert endpoint.idle()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from serve.app import create_app
+from serve.keys import KeyRing
+from tasks.state.api_keys import ApiKeys
 from tests.browser import Page, browser
-from tests.serve.conftest import Endpoint, eventually, spec
+from tests.serve.conftest import Endpoint, eventually, listening, spec
 from tests.tiny_models import model_directory
 
 pytestmark = pytest.mark.browser
@@ -62,10 +67,10 @@ def greedy(endpoint: Endpoint, question: str) -> str:
     return reply["choices"][0]["message"]["content"]
 
 
-def choose(page: Page, setting: str, value: float) -> None:
+def choose(page: Page, setting: str, value: float | str) -> None:
     """Change a setting as its control does."""
     control = f"document.querySelector('#{setting}')"
-    page.run(f"{control}.value = {value}")
+    page.run(f"{control}.value = {json.dumps(value)}")
     page.run(f"{control}.dispatchEvent(new Event('input', {{bubbles: true}}))")
 
 
@@ -177,3 +182,52 @@ def test_it_fits_a_phone_and_is_readable(page: Page, dark: bool) -> None:
     )
     assert abs(ink - paper) > 0.7
     assert (paper < 0.5) == dark
+
+
+def test_a_version_can_be_picked_and_told_who_it_is(page: Page, endpoint: Endpoint) -> None:
+    other = spec("two", "2", share=0.0)
+    serve(endpoint, spec(beside=(other,)))
+    page.open(page.run("location.href"))
+    page.wait("document.querySelectorAll('#served option').length === 3")
+    page.run("document.querySelector('#tune').click()")
+    names = "[...document.querySelectorAll('#served option')].map(e => e.value)"
+    assert page.run(names) == ["tiny", "tiny@1", "tiny@2"]
+    choose(page, "served", "tiny@2")
+    page.wait("document.querySelector('#model').textContent === 'tiny@2 · version 2'")
+    choose(page, "system", "You are brief.")
+    ask(page, "def main():")
+    body = {
+        "model": "tiny@2",
+        "messages": [
+            {"role": "system", "content": "You are brief."},
+            {"role": "user", "content": "def main():"},
+        ],
+        "temperature": 0,
+        "max_tokens": 160,
+    }
+    with endpoint.client() as client:
+        wanted = client.post("/v1/chat/completions", json=body).json()
+    assert page.run(ANSWERS)[-1] == wanted["choices"][0]["message"]["content"]
+    assert wanted["system_fingerprint"] == "tiny-2-two"
+    assert "version 2" in page.run("document.querySelector('.foot').textContent")
+    page.open(page.run("location.href"))  # both are kept
+    page.wait("document.querySelector('#model').textContent === 'tiny@2 · version 2'")
+    assert page.run("document.querySelector('#system').value") == "You are brief."
+    assert not page.errors
+
+
+def test_an_endpoint_with_keys_asks_for_one(
+    chromium: Page, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    store = ApiKeys(f"sqlite:///{tmp_path / 'state.db'}")
+    key = store.create("a person")
+    serve(endpoint, spec())
+    with listening(create_app(endpoint.host, "guarded", KeyRing(store))) as url:
+        chromium.open(url)
+        pill = "document.querySelector('#model').textContent"
+        chromium.wait(f"{pill} === 'an API key is needed: Settings'")
+        choose(chromium, "key", key)
+        chromium.wait(f"{pill}.includes('version 1')")
+        chromium.wait("!document.querySelector('#send').disabled")
+        ask(chromium, "def main():")
+        assert chromium.run(ANSWERS)[-1] == greedy(endpoint, "def main():")

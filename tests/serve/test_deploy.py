@@ -141,6 +141,7 @@ def other_wish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sett
     config = {"deployments": [{"user_config": {"request": "theirs"}}]}
     running = {"status": "RUNNING", "message": "", "deployed_app_config": config}
     health = {"serving": "m-7", "loading": None, "request": "theirs", "failed": {}, "replica": "r"}
+    health |= {"shares": {"m-7": 1.0}}
     OtherServe.answers = {
         "/health": health,
         "/api/serve/applications/": {"applications": {"gristmill": running}},

@@ -1,0 +1,206 @@
+"""Our engine beside transformers and llama.cpp: one Llama of 30 M parameters, fp32, one thread.
+
+Figures are tokens per second of processor time (of the whole process), so that other work on the
+machine disturbs them little; the contenders take turns, and medians are compared. Peers that are
+not installed (`pip install transformers xllamacpp gguf`) leave their rows empty, and their targets
+missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+from benchmarks.llama_cpp import LlamaCpp
+from benchmarks.report import finish
+from model.config import ModelConfig
+from model.engine import Core, Sampling, generate_batch
+from model.huggingface import SpecialTokens, save_directory
+from model.transformer import Transformer
+
+CONFIG = ModelConfig(vocab_size=8192, width=512, layers=8, heads=8, context=2048)
+PROMPT = 32  # tokens
+TARGETS = {
+    "single_vs_llama_cpp": (">=", 0.95),
+    "single_vs_transformers": (">=", 2.0),
+    "batch8_vs_transformers": (">=", 2.0),
+    "batch32_vs_transformers_continuous": (">=", 4.0),
+    "bf16_vs_fp32": (">", 1.0),
+    "int8_vs_fp32": (">=", 1.6),
+    "prefix_reuse_speedup": (">=", 5.0),
+}
+
+
+def prompts(count: int, length: int = PROMPT) -> list[list[int]]:
+    draw = random.Random(count)
+    return [[draw.randrange(3, CONFIG.vocab_size) for _ in range(length)] for _ in range(count)]
+
+
+def ours(model: Transformer, batch: int, new: int, weights: str = "float32") -> Callable[[], None]:
+    core = Core(
+        model, None, slots=batch, kv_tokens=max(2048, batch * 256), weights=weights, reuse=False
+    )  # type: ignore[arg-type]
+    sampling = Sampling(max_tokens=new)
+
+    def run() -> None:
+        for number, prompt in enumerate(prompts(batch)):
+            core.add(core.sequence(str(number), prompt, sampling, streamed=False))
+        while core.has_work:
+            core.step()
+
+    return run
+
+
+def of_transformers(directory: Path, batch: int, new: int) -> Callable[[], None]:
+    from transformers import AutoModelForCausalLM
+
+    peer = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    ids = torch.tensor(prompts(batch))
+
+    def run() -> None:
+        peer.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+
+    return run
+
+
+def of_transformers_continuous(directory: Path, batch: int, new: int) -> Callable[[], None]:
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    peer = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    def run() -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            peer.generate_batch(inputs=prompts(batch), generation_config=config)
+
+    return run
+
+
+def of_llama_cpp(peer: LlamaCpp, new: int) -> Callable[[], None]:
+    (prompt,) = prompts(1)
+
+    def run() -> None:
+        peer.generate(prompt, new)
+
+    return run
+
+
+def measure(contenders: dict[str, tuple[Callable[[], None], int]], rounds: int) -> dict[str, float]:
+    """Tokens per processor second: contenders in alternation, the median of the rounds."""
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 1):
+        for name, (run, tokens) in contenders.items():
+            started = time.process_time()
+            run()
+            spent = time.process_time() - started
+            if turn:  # the first warms up
+                rates[name].append(tokens / spent)
+        print(f"round {turn} of {rounds}", file=sys.stderr, flush=True)
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def prefix_reuse(model: Transformer) -> float:
+    """How much sooner the first token of a second prompt comes that shares 1,000 tokens."""
+    ratios = []
+    for seed in range(3):
+        core = Core(model, None, slots=1)
+        shared = prompts(1, 1000)[0][seed:] + [seed + 5] * seed
+        spent = []
+        for tail in prompts(2, 8):
+            core.add(core.sequence("x", shared + tail, Sampling(max_tokens=1)))
+            started = time.process_time()
+            while core.has_work:
+                core.step()
+            spent.append(time.process_time() - started)
+        ratios.append(spent[0] / spent[1])
+    return statistics.median(ratios)
+
+
+def quantization_loss(model: Transformer, weights: str) -> float:
+    """Mean difference of logprobs (nats per token) against fp32, on the model's own answers."""
+    asked = prompts(4)
+    answers = generate_batch(
+        model, None, asked, Sampling(temperature=1.0, seed=1, max_tokens=32, ignore_eos=True)
+    )
+    texts = [prompt + answer.tokens for prompt, answer in zip(asked, answers, strict=True)]
+    scoring = Sampling(max_tokens=0, logprobs=0, prompt_logprobs=True)
+    whole, small = (
+        generate_batch(model, None, texts, scoring, weights=kind) for kind in ("float32", weights)
+    )
+    losses = [
+        one.logprob - other.logprob
+        for a, b in zip(whole, small, strict=True)
+        for one, other in zip(a.prompt_logprobs[1:], b.prompt_logprobs[1:], strict=True)
+        if one is not None and other is not None
+    ]
+    return sum(losses) / len(losses)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and tokens")
+    quick = parser.parse_args().quick
+    new, rounds = (32, 3) if quick else (128, 5)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = Transformer(CONFIG).eval().requires_grad_(False)
+    contenders: dict[str, tuple[Callable[[], None], int]] = {
+        f"ours_{batch}": (ours(model, batch, new), batch * new) for batch in (1, 8, 32)
+    }
+    contenders["ours_bf16_1"] = (ours(model, 1, new, "bfloat16"), new)
+    contenders["ours_int8_1"] = (ours(model, 1, new, "int8"), new)
+    with tempfile.TemporaryDirectory() as folder:
+        if importlib.util.find_spec("transformers"):
+            directory = Path(folder) / "model"
+            save_directory(directory, model, SpecialTokens(bos=1, eos=(2,), pad=0))
+            for batch in (1, 8):
+                contenders[f"transformers_{batch}"] = (
+                    of_transformers(directory, batch, new),
+                    batch * new,
+                )
+            contenders["transformers_continuous_32"] = (
+                of_transformers_continuous(directory, 32, new),
+                32 * new,
+            )
+        if importlib.util.find_spec("xllamacpp") and importlib.util.find_spec("gguf"):
+            contenders["llama_cpp_1"] = (of_llama_cpp(LlamaCpp(model), new), new)
+        rates = measure(contenders, rounds)
+
+    def ratio(one: str, other: str) -> float | None:
+        return rates[one] / rates[other] if other in rates else None
+
+    metrics: dict[str, float | None] = {
+        f"{name}_tokens_per_cpu_second": rate for name, rate in rates.items()
+    }
+    metrics |= {
+        "single_vs_llama_cpp": ratio("ours_1", "llama_cpp_1"),
+        "single_vs_transformers": ratio("ours_1", "transformers_1"),
+        "batch8_vs_transformers": ratio("ours_8", "transformers_8"),
+        "batch32_vs_transformers_continuous": ratio("ours_32", "transformers_continuous_32"),
+        "bf16_vs_fp32": ratio("ours_bf16_1", "ours_1"),
+        "int8_vs_fp32": ratio("ours_int8_1", "ours_1"),
+        "bf16_loss_nats_per_token": quantization_loss(model, "bfloat16"),
+        "int8_loss_nats_per_token": quantization_loss(model, "int8"),
+        "prefix_reuse_speedup": prefix_reuse(model),
+    }
+    finish("serve_engine", metrics, TARGETS)
+
+
+if __name__ == "__main__":
+    main()

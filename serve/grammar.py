@@ -1,0 +1,114 @@
+"""Answers of a given form: a JSON schema or a regular expression becomes a mask over tokens.
+
+llguidance does the parsing. A grammar is compiled and checked before its request reaches the
+engine, within limits on its size, so that no schema can stall the answers of others.
+"""
+
+import functools
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+from model.chat import Tokenizer
+from model.engine import ConstraintFactory
+from serve.errors import ApiError
+
+MAX_GRAMMAR_CHARACTERS = 65_536
+LIMITS = LLParserLimits(
+    max_grammar_size=100_000, max_lexer_states=20_000, initial_lexer_fuel=200_000
+)
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance asks for it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eos_token_id = tokenizer.end_of_turn
+        self.bos_token_id = tokenizer.begin
+        self.tokens = tokenizer.token_bytes
+        self.special_token_ids = [id for id, text in enumerate(self.tokens) if not text]
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)))
+        self._ends = tokenizer.stop_ids
+        self._size = len(tokenizer)
+        self._compiled = functools.lru_cache(maxsize=64)(self._compile)
+
+    def compile(self, kind: str, text: str, param: str) -> ConstraintFactory:
+        """kind: "json_schema" or "regex". Raises ApiError 400 naming `param` for what is none, or
+        is too large.
+        """
+        if len(text) > MAX_GRAMMAR_CHARACTERS:
+            raise ApiError(
+                400,
+                f"the grammar has {len(text)} characters, more than {MAX_GRAMMAR_CHARACTERS}",
+                param=param,
+                code="invalid_value",
+            )
+        matcher, problem = self._compiled(kind, text)
+        if problem or matcher is None:
+            reason = " ".join(problem.split("<state>")[0].split())[:300]
+            raise ApiError(400, f"not a usable {kind}: {reason}", param=param, code="invalid_value")
+        return functools.partial(TokenMask, matcher.deep_copy(), self._ends, self._size)
+
+    def _compile(self, kind: str, text: str) -> tuple[LLMatcher | None, str]:
+        """A matcher at its beginning, or why there is none."""
+        try:
+            if kind == "json_schema":
+                grammar = LLMatcher.grammar_from_json_schema(text)
+            else:
+                grammar = LLMatcher.grammar_from_regex(text)
+            problem = LLMatcher.validate_grammar(grammar, self._tokenizer, limits=LIMITS)
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+            begins = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8).any()
+            if problem or matcher.is_error() or not begins:
+                reason = problem or (matcher.is_error() and matcher.get_error())
+                return None, reason or "no text matches it"
+        except (ValueError, OverflowError) as error:
+            return None, str(error)
+        return matcher, ""
+
+
+class TokenMask:
+    """Follows one answer through its grammar."""
+
+    def __init__(self, matcher: LLMatcher, ends: tuple[int, ...], size: int) -> None:
+        self._matcher = matcher.deep_copy()  # one factory may make several
+        self._ends = list(ends)
+        self._size = size
+
+    def allowed(self) -> torch.Tensor:
+        """bool (V,). Where the grammar can go no further, only the end is left."""
+        mask = torch.zeros(self._size, dtype=torch.bool)
+        if not (self._matcher.is_stopped() or self._matcher.is_error()):
+            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+            mask = torch.from_numpy(
+                np.unpackbits(bits, bitorder="little")[: self._size].astype(bool)
+            )
+        may_end = bool(mask[self._ends].any()) or not bool(mask.any())
+        mask[self._ends] = may_end
+        return mask
+
+    def push(self, token: int) -> None:
+        if token not in self._ends:
+            self._matcher.consume_token(token)
+
+
+def any_object() -> str:
+    """The schema of `{"type": "json_object"}`."""
+    return json.dumps({"type": "object"})
+
+
+def schema_text(schema: Any) -> str:
+    return json.dumps(schema, ensure_ascii=False)

@@ -1,0 +1,144 @@
+"""Who asks: API keys with scopes and limits. Without a single key the endpoint is open."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from serve.errors import ApiError, not_ready
+from tasks.state.api_keys import ApiKey, digest
+
+log = logging.getLogger(__name__)
+
+REFRESH_SECONDS = 2.0  # how long a revoked key may still be taken
+OPEN = ("/", "/health", "/ready", "/metrics", "/static")
+SCOPE_OF = {
+    "/v1/chat/completions": "generate",
+    "/v1/completions": "generate",
+    "/v1/responses": "generate",
+    "/v1/embeddings": "embed",
+}  # everything else: "read"
+
+
+class KeyStore(Protocol):
+    """Where the keys are kept: `tasks.state.api_keys.ApiKeys`."""
+
+    def all(self) -> list[ApiKey]: ...
+
+
+class Bucket:
+    """`rate` a minute, and never more than a minute's worth at once."""
+
+    def __init__(self, rate: int, now: Callable[[], float] = time.monotonic) -> None:
+        self.rate = rate
+        self._now = now
+        self._left, self._at = float(rate), now()
+
+    def wait(self) -> float:
+        """Seconds until something may be taken; 0 when it may now."""
+        now = self._now()
+        self._left = min(self.rate, self._left + (now - self._at) * self.rate / 60)
+        self._at = now
+        return 0.0 if self._left > 0 else (1 - self._left) * 60 / self.rate
+
+    def take(self, amount: float) -> None:
+        """What was used is known only afterwards, so a bucket may go below nothing."""
+        self._left -= amount
+
+
+@dataclass
+class Account:
+    """A key in use on this replica."""
+
+    key: ApiKey
+    requests: Bucket | None = None
+    tokens: Bucket | None = None
+
+    def admit(self) -> None:
+        """Raises ApiError 429 beyond a limit; counts a request otherwise."""
+        for bucket, what in ((self.requests, "requests"), (self.tokens, "tokens")):
+            if bucket is not None and (seconds := bucket.wait()) > 0:
+                raise ApiError(
+                    429,
+                    f"this key's limit of {bucket.rate} {what} a minute is reached; try again in "
+                    f"{seconds:.0f} s",
+                    code="rate_limit_exceeded",
+                    headers={"Retry-After": str(int(seconds) + 1)},
+                )
+        if self.requests is not None:
+            self.requests.take(1)
+
+    def charge(self, tokens: int) -> None:
+        if self.tokens is not None:
+            self.tokens.take(tokens)
+
+
+@dataclass
+class KeyRing:
+    """The keys of the state database, looked at again every few seconds."""
+
+    store: KeyStore | None  # None: not known yet, or nobody needs a key
+    _accounts: dict[str, Account] = field(default_factory=dict)
+    _read_at: float | None = None
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def account(self, path: str, authorization: str | None) -> Account | None:
+        """Whose request this is; None where no key is needed.
+
+        Raises ApiError: 401 for no key or a wrong one, 403 for one without the scope, 503 when the
+        keys were never read.
+        """
+        if self.store is None or path in OPEN or path.startswith("/static/"):
+            return None
+        await self._refresh()
+        if not self._accounts:
+            return None
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise ApiError(
+                401,
+                "no API key; send the header Authorization: Bearer KEY",
+                code="missing_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        account = self._accounts.get(digest(key.strip()))
+        if account is None or not account.key.valid:
+            raise ApiError(
+                401,
+                "this API key is unknown, expired or revoked",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        scope = SCOPE_OF.get(path, "read")
+        if scope not in account.key.scopes:
+            raise ApiError(
+                403, f"this API key has no scope {scope!r}", code="insufficient_permissions"
+            )
+        return account
+
+    async def _refresh(self) -> None:
+        assert self.store is not None
+        async with self._lock:
+            now = time.monotonic()
+            if self._read_at is not None and now - self._read_at < REFRESH_SECONDS:
+                return
+            try:
+                keys = await asyncio.to_thread(self.store.all)
+            except Exception as error:
+                log.exception("the API keys cannot be read")
+                if self._read_at is None:
+                    raise not_ready("the API keys cannot be read") from error
+                return
+            # A limit goes on where it was; revoked keys stay, so that the endpoint stays closed.
+            self._accounts = {key.digest: self._account(key) for key in keys}
+            self._read_at = now
+
+    def _account(self, key: ApiKey) -> Account:
+        before = self._accounts.get(key.digest)
+        if before is not None:
+            before.key = key
+            return before
+        requests, tokens = key.requests_per_minute, key.tokens_per_minute
+        return Account(key, requests and Bucket(requests), tokens and Bucket(tokens))  # type: ignore[arg-type]

@@ -1,0 +1,60 @@
+"""Prompts to token ids, with the endless ones refused before they cost anything."""
+
+import asyncio
+from collections.abc import Sequence
+
+from model.chat import Tokenizer, encode_chat
+from model.engine import Engine
+from serve.errors import ApiError
+from serve.protocol import Message
+
+LONG = 20_000  # characters from which on encoding is worth another thread
+
+
+async def encode_messages(messages: Sequence[Message], engine: Engine) -> list[int]:
+    """A conversation laid out for an answer. Raises ApiError 400 for one beyond the context."""
+    laid_out = [message.layout() for message in messages]
+    size = sum(len(message["content"]) for message in laid_out)
+    _refuse_endless(size, engine, "messages")
+    return await _encode(size, encode_chat, laid_out, engine.tokenizer)
+
+
+async def encode_prompts(
+    prompts: Sequence[str | list[int]], engine: Engine, param: str
+) -> list[list[int]]:
+    """Texts after the token that begins them; ids as they are."""
+    tokenizer = engine.tokenizer
+    encoded = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            _refuse_endless(len(prompt), engine, param)
+            ids = await _encode(len(prompt), tokenizer.encode, prompt)
+            encoded.append([tokenizer.begin, *ids])
+        else:
+            encoded.append(prompt)
+    return encoded
+
+
+def longest_token(tokenizer: Tokenizer) -> int:
+    """Bytes of the longest token."""
+    return max(map(len, tokenizer.token_bytes))
+
+
+def _refuse_endless(characters: int, engine: Engine, param: str) -> None:
+    """A text that cannot fit, however well it is compressed, is not even encoded."""
+    least = characters // engine.longest_token
+    if least > engine.context:
+        raise ApiError(
+            400,
+            f"the prompt has {characters} characters, at least {least} tokens; this model's "
+            f"maximum context length is {engine.context} tokens, the answer included; shorten it",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+async def _encode(size, function, *arguments):  # type: ignore[no-untyped-def]
+    """In another thread where it would hold up the others."""
+    if size < LONG:
+        return function(*arguments)
+    return await asyncio.to_thread(function, *arguments)

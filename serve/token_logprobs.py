@@ -1,0 +1,60 @@
+"""Logprobs as OpenAI's two protocols show them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from model.chat import Tokenizer
+from model.engine import TokenLogprob
+
+Entries = Sequence[tuple[int, TokenLogprob | None]]
+"""Tokens with what the model thought of them; None for a first token, which follows nothing."""
+
+
+def chat_logprobs(tokenizer: Tokenizer, entries: Entries) -> dict[str, Any]:
+    """`choices[].logprobs` of /v1/chat/completions."""
+    content = [
+        _chat_token(tokenizer, entry.token, entry.logprob)
+        | {"top_logprobs": [_chat_token(tokenizer, *pair) for pair in entry.top]}
+        for _, entry in entries
+        if entry is not None
+    ]
+    return {"content": content, "refusal": None}
+
+
+def text_logprobs(
+    tokenizer: Tokenizer, entries: Entries, offset: int, with_top: bool
+) -> dict[str, Any]:
+    """`choices[].logprobs` of /v1/completions; offset: characters sent before these tokens."""
+    tokens, values, top, offsets = [], [], [], []
+    for token, entry in entries:
+        tokens.append(token_text(tokenizer, token))
+        values.append(None if entry is None else entry.logprob)
+        likely = entry.top if entry is not None else ()
+        top.append({token_text(tokenizer, id): logprob for id, logprob in likely} or None)
+        offsets.append(offset)
+        offset += len(tokenizer.token_bytes[token].decode("utf-8", "ignore"))
+    return {
+        "tokens": tokens,
+        "token_logprobs": values,
+        "top_logprobs": top if with_top else None,
+        "text_offset": offsets,
+    }
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token as a text: part of a character as OpenAI writes it, a special token by its name."""
+    raw = tokenizer.token_bytes[token]
+    if not raw:
+        return tokenizer.piece(token)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _chat_token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+    return {
+        "token": token_text(tokenizer, token),
+        "logprob": logprob,
+        "bytes": list(tokenizer.token_bytes[token]),
+    }

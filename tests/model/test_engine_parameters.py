@@ -1,0 +1,149 @@
+"""Each parameter of a request against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.engine import Core, PromptError, Sampling, generate_batch
+from tests.tiny_models import VOCABULARY, tokenizer, transformer
+
+PROMPT = list(range(30, 60))
+
+
+def answer(sampling: Sampling, prompt: list[int] = PROMPT, **options):
+    (generated,) = generate_batch(transformer(), None, [prompt], [sampling], **options)
+    return generated
+
+
+def by_hand(sampling: Sampling, count: int) -> list[int]:
+    """Greedy with penalties and bias as the definitions say, one full forward a token."""
+    model, tokens = transformer(), list(PROMPT)
+    for _ in range(count):
+        logits = model(torch.tensor([tokens]))[0, -1].clone()
+        said = tokens[len(PROMPT) :]
+        for token in set(tokens):
+            factor = sampling.repetition_penalty
+            logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
+        for token in set(said):
+            logits[token] -= sampling.presence_penalty
+            logits[token] -= sampling.frequency_penalty * said.count(token)
+        for token, bias in sampling.logit_bias:
+            logits[token] += bias
+        tokens.append(int(logits.argmax()))
+    return tokens[len(PROMPT) :]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"repetition_penalty": 1.8},
+        {"repetition_penalty": 0.7},
+        {"presence_penalty": 3.0},
+        {"frequency_penalty": 2.0, "presence_penalty": -0.5},
+        {"logit_bias": ((40, 5.0), (41, -100.0), (300, 4.0))},
+        {"repetition_penalty": 1.2, "frequency_penalty": 1.0, "logit_bias": ((7, 2.0),)},
+    ],
+)
+def test_penalties_and_bias_follow_their_definitions(change: dict) -> None:
+    sampling = Sampling(max_tokens=20, **change)
+    assert answer(sampling).tokens == by_hand(sampling, 20) != by_hand(Sampling(), 20)
+
+
+def test_min_tokens_and_ignore_eos() -> None:
+    free = answer(Sampling(max_tokens=20)).tokens
+    end = free[3]
+    at = free.index(end)
+    stopped = answer(Sampling(max_tokens=20), stop_ids=[end])
+    assert (stopped.finish_reason, len(stopped.tokens)) == ("stop", at + 1)
+    more = answer(Sampling(max_tokens=20, min_tokens=8), stop_ids=[end])
+    assert len(more.tokens) >= 8 and end not in more.tokens[:8]
+    assert answer(Sampling(max_tokens=20, ignore_eos=True), stop_ids=[end]).tokens == free
+    own = answer(Sampling(max_tokens=20, ignore_eos=True, stop_ids=(free[2],)), stop_ids=[end])
+    assert own.finish_reason == "stop" and own.tokens == free[: free.index(free[2]) + 1]
+
+
+def test_a_stop_string_before_min_tokens_is_text() -> None:
+    model, names = transformer(), tokenizer()
+    prompt = names.encode("def main():")
+    (free,) = generate_batch(model, names, [prompt], [Sampling(max_tokens=30)], stop_ids=[])
+    early = names.decode(free.tokens[:3])
+    for least in (0, 6):
+        sampling = Sampling(max_tokens=30, min_tokens=least, stop=(early[:2],))
+        (cut,) = generate_batch(model, names, [prompt], [sampling], stop_ids=[])
+        assert len(cut.tokens) >= least
+        assert cut.text == ("" if not least else free.text[: len(cut.text)])
+
+
+def test_logprobs_are_the_models_own() -> None:
+    model = transformer()
+    for temperature in (0.0, 1.5):
+        sampling = Sampling(
+            temperature=temperature, seed=2, max_tokens=8, logprobs=5, logit_bias=((3, 1.0),)
+        )
+        made = answer(sampling)
+        logits = model(torch.tensor([PROMPT + made.tokens]))[0, len(PROMPT) - 1 : -1]
+        expected = logits.log_softmax(-1)
+        assert len(made.logprobs) == 8
+        for row, (token, entry) in enumerate(zip(made.tokens, made.logprobs, strict=True)):
+            assert entry.token == token
+            assert entry.logprob == pytest.approx(float(expected[row, token]), abs=1e-4)
+            values, ids = expected[row].topk(5)
+            assert [id for id, _ in entry.top] == ids.tolist()
+            assert [v for _, v in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_prompt_logprobs_score_a_text_without_generating() -> None:
+    sampling = Sampling(max_tokens=0, logprobs=2, prompt_logprobs=True)
+    made = answer(sampling, prefill_tokens=9)
+    assert made.tokens == [] and made.finish_reason == "length"
+    expected = transformer()(torch.tensor([PROMPT]))[0].log_softmax(-1)
+    first, *rest = made.prompt_logprobs
+    assert first is None and len(rest) == len(PROMPT) - 1
+    for position, entry in enumerate(rest):
+        assert entry is not None and entry.token == PROMPT[position + 1]
+        assert entry.logprob == pytest.approx(float(expected[position, entry.token]), abs=1e-4)
+
+
+class EvenTokens:
+    """A constraint for the test: even ids only, and at most `left` of them, then token 0."""
+
+    def __init__(self) -> None:
+        self.left = 5
+
+    def allowed(self) -> torch.Tensor:
+        mask = torch.zeros(VOCABULARY, dtype=torch.bool)
+        if self.left:
+            mask[2::2] = True
+        else:
+            mask[0] = True
+        return mask
+
+    def push(self, token: int) -> None:
+        self.left -= 1
+
+
+def test_a_constraint_shapes_the_answer_and_only_its_own() -> None:
+    model = transformer()
+    bound = Sampling(temperature=1.0, seed=1, max_tokens=20, constraint=EvenTokens)
+    free = Sampling(temperature=1.0, seed=1, max_tokens=20)
+    one, two, three = generate_batch(model, None, [PROMPT] * 3, [bound, free, bound], stop_ids=[0])
+    assert one.tokens == three.tokens and one.tokens[-1] == 0 and len(one.tokens) == 6
+    assert all(token % 2 == 0 for token in one.tokens)
+    assert any(token % 2 for token in two.tokens)
+
+
+def test_ids_outside_the_vocabulary_are_refused_wherever_they_stand() -> None:
+    core = Core(transformer(), None)
+    for sampling in (Sampling(logit_bias=((VOCABULARY, 1.0),)), Sampling(stop_ids=(-1,))):
+        with pytest.raises(PromptError, match="outside the vocabulary"):
+            core.sequence("x", PROMPT, sampling)
+
+
+def test_rows_beyond_the_tokenizer_are_never_chosen() -> None:
+    names = tokenizer()
+    model = transformer(vocab_size=VOCABULARY + 64)
+    model.model.embed_tokens.weight[VOCABULARY:] *= 100
+    sampling = Sampling(temperature=2.0, seed=1, max_tokens=60, ignore_eos=True)
+    (made,) = generate_batch(model, names, [PROMPT], [sampling])
+    assert max(made.tokens) < VOCABULARY

@@ -1,0 +1,155 @@
+"""API keys: hashed at rest, with scopes and limits, revoked within seconds."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from flows import cli
+from serve import keys as serving
+from serve.app import create_app
+from serve.keys import Bucket, KeyRing
+from tasks.runtime.errors import UserError
+from tasks.state.api_keys import ApiKeys
+from tests.serve.conftest import Endpoint, eventually, listening
+from tests.serve.test_app import CHAT
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ApiKeys:
+    return ApiKeys(f"sqlite:///{tmp_path / 'state.db'}")
+
+
+@pytest.fixture
+def client(
+    endpoint: Endpoint, store: ApiKeys, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[httpx.Client]:
+    monkeypatch.setattr(serving, "REFRESH_SECONDS", 0.0)
+    with (
+        listening(create_app(endpoint.host, "guarded", KeyRing(store))) as url,
+        httpx.Client(base_url=url, timeout=60, trust_env=False) as http,
+    ):
+        yield http
+
+
+def ask(client: httpx.Client, key: str | None, path: str = "/v1/chat/completions", **more):
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    body = CHAT | {"max_tokens": 5, "temperature": 0} | more
+    return client.post(path, json=body, headers=headers)
+
+
+def test_without_a_key_in_the_database_everybody_may_ask(client: httpx.Client) -> None:
+    assert ask(client, None).status_code == 200
+
+
+def test_the_first_key_closes_the_door(client: httpx.Client, store: ApiKeys) -> None:
+    key = store.create("somebody")
+    for wrong in (None, "gm-0-0", key[:-1], key + "x", "é"):
+        header = {} if wrong is None else {"Authorization": f"Bearer {wrong}".encode()}
+        response = client.post("/v1/chat/completions", json=CHAT, headers=header)
+        assert response.status_code == 401, wrong
+        assert response.json()["error"]["type"] == "authentication_error"
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert response.headers["x-request-id"]
+    assert ask(client, key).status_code == 200
+    assert client.get("/v1/models").status_code == 401
+    for path in ("/", "/health", "/ready", "/metrics", "/static/chat.js"):
+        assert client.get(path).status_code == 200, path
+    store.revoke(key.split("-")[1])
+    assert ask(client, key).status_code == 401
+    assert ask(client, None).status_code == 401  # the last key's end does not open the door
+
+
+def test_a_key_is_nowhere_in_the_database(store: ApiKeys, tmp_path: Path) -> None:
+    key = store.create("somebody")
+    raw = (tmp_path / "state.db").read_bytes()
+    assert key.encode() not in raw and key.split("-", 2)[2].encode() not in raw
+
+
+def test_scopes_are_kept(client: httpx.Client, store: ApiKeys) -> None:
+    reader = store.create("reader", ("read",))
+    headers = {"Authorization": f"Bearer {reader}"}
+    assert client.get("/v1/models", headers=headers).status_code == 200
+    response = ask(client, reader)
+    assert response.status_code == 403
+    assert response.json()["error"]["type"] == "permission_error"
+    with pytest.raises(UserError, match="scope 'everything' is unknown"):
+        store.create("x", ("everything",))
+
+
+def test_an_expired_key_is_refused(client: httpx.Client, store: ApiKeys) -> None:
+    key = store.create("short", days=1e-9)
+    assert ask(client, key).status_code == 401
+
+
+def test_limits_answer_429_and_say_when(
+    client: httpx.Client, store: ApiKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "Bucket", functools.partial(Bucket, now=lambda: 0.0))
+    few = store.create("few", requests_per_minute=2)
+    assert [ask(client, few).status_code for _ in range(3)] == [200, 200, 429]
+    refused = ask(client, few)
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert "2 requests a minute" in refused.json()["error"]["message"]
+    short = store.create("short", tokens_per_minute=5)
+    assert ask(client, short).status_code == 200
+    assert ask(client, short).status_code == 429
+    assert ask(client, store.create("free")).status_code == 200
+
+
+def test_a_bucket_fills_again() -> None:
+    now = [0.0]
+    bucket = Bucket(60, lambda: now[0])
+    bucket.take(61)
+    assert bucket.wait() == pytest.approx(2)
+    now[0] = 2.5
+    assert bucket.wait() == 0
+    now[0] = 1e6
+    assert bucket.wait() == 0
+    bucket.take(60)
+    assert bucket.wait() > 0  # never more than a minute's worth
+
+
+def test_the_access_log_tells_everything_but_the_words(
+    client: httpx.Client, store: ApiKeys, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = store.create("somebody")
+    with caplog.at_level(logging.INFO, logger="gristmill.access"):
+        headers = {"Authorization": f"Bearer {key}", "X-Request-Id": "my-id-1"}
+        secret = {"role": "user", "content": "a secret question"}
+        body = CHAT | {"messages": [secret], "max_tokens": 5}
+        assert (
+            client.post("/v1/chat/completions", json=body, headers=headers).headers["x-request-id"]
+            == "my-id-1"
+        )
+        response = client.get("/v1/nothing", headers=headers | {"X-Request-Id": "bad id!"})
+        assert response.headers["x-request-id"] not in ("bad id!", "my-id-1")
+        assert eventually(lambda: len(caplog.records) >= 2)
+    first, second = (json.loads(record.message) for record in caplog.records[:2])
+    assert first["request"] == "my-id-1" and first["status"] == 200
+    assert first["key"] == key.split("-")[1] and first["model"] == "tiny-1-one"
+    assert first["prompt_tokens"] > 5 and 1 <= first["completion_tokens"] <= 5
+    assert second["status"] == 404
+    assert "secret" not in caplog.text and key not in caplog.text
+
+
+def test_the_command_line_makes_lists_and_revokes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path))
+    arguments = ["keys", "create", "a tester", "--scope", "generate", "--requests-per-minute", "9"]
+    assert cli.main(arguments) == 0
+    key = capsys.readouterr().out.strip()
+    assert key.startswith("gm-")
+    assert cli.main(["keys", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert "a tester" in listed and "generate" in listed and key not in listed
+    assert cli.main(["keys", "revoke", key.split("-")[1]]) == 0
+    assert cli.main(["keys", "revoke", key.split("-")[1]]) == 1
+    assert "no valid key" in capsys.readouterr().err

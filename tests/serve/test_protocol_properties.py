@@ -1,0 +1,88 @@
+"""Whatever arrives is a request or an error that names what is wrong: never anything else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from serve.errors import ApiError
+from serve.protocol import (
+    NEUTRAL,
+    WITHOUT_EFFECT,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    decode_json,
+    parse,
+)
+from serve.responses_api import ResponsesRequest
+
+KINDS = [ChatRequest, CompletionRequest, EmbeddingRequest, DetokenizeRequest, ResponsesRequest]
+NAMES = sorted({n for kind in KINDS for n in kind.model_fields} | set(NEUTRAL) | {"nonsense"})
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8)
+    | st.sampled_from(["user", "text", "json_schema", "message", "1", "tiny"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "type", "text", "schema", "json", "regex", "5"])
+            | st.text(max_size=4),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=6,
+)
+VALID = {
+    ChatRequest: {"model": "m", "messages": [{"role": "user", "content": "a"}]},
+    CompletionRequest: {"model": "m", "prompt": "a"},
+    EmbeddingRequest: {"model": "m", "input": "a"},
+    DetokenizeRequest: {"tokens": [1]},
+    ResponsesRequest: {"model": "m", "input": "a"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(changes=st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=4))
+def test_any_values_make_a_request_or_a_named_refusal(kind, changes: dict) -> None:
+    try:
+        asked = parse(kind, VALID[kind] | changes)
+        if isinstance(asked, ResponsesRequest):
+            asked = asked.chat()
+        if isinstance(asked, ChatRequest | CompletionRequest):
+            asked.sampling()
+            asked.grammar()
+    except ApiError as error:
+        assert error.status == 400 and error.code
+        assert json.dumps(error.body(), ensure_ascii=True)
+        if error.param is not None:
+            assert any(error.param.startswith(name) for name in [*NAMES, *VALID[kind]]), error.param
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=40) | st.text(max_size=40).map(str.encode))
+def test_any_bytes_are_an_object_or_a_refusal(raw: bytes) -> None:
+    try:
+        assert isinstance(decode_json(raw), dict)
+    except ApiError as error:
+        assert error.status == 400 and error.code == "invalid_json"
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_nothing_is_accepted_and_ignored(kind) -> None:
+    """What is no field passes only with a value that asks for nothing, or is listed."""
+    if kind is DetokenizeRequest:
+        return
+    for name in set(NAMES) - set(kind.model_fields) - set(WITHOUT_EFFECT):
+        with pytest.raises(ApiError) as caught:
+            parse(kind, VALID[kind] | {name: {"asks": "for something"}})
+        assert caught.value.param == name

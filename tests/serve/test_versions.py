@@ -1,0 +1,121 @@
+"""Several versions at once: by name, by share, swapped and rolled back without a failed request."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+
+import pytest
+
+from tests.serve.conftest import Endpoint, eventually, spec
+from tests.serve.test_app import CHAT, error, post
+
+REQUEST = CHAT | {"temperature": 0, "max_tokens": 4}
+
+
+def serve(endpoint: Endpoint, wanted: object) -> None:
+    endpoint.host.want(wanted)
+    assert eventually(lambda: endpoint.host.current and endpoint.host.current.spec == wanted)
+
+
+@pytest.fixture(autouse=True)
+def one_again(endpoint: Endpoint):
+    yield
+    serve(endpoint, spec())
+
+
+def answered(endpoint: Endpoint, **more: object) -> str:
+    return post(endpoint, "/v1/chat/completions", REQUEST | more)["system_fingerprint"]
+
+
+def test_a_canary_gets_its_share_and_a_client_stays_where_it_is(endpoint: Endpoint) -> None:
+    serve(endpoint, spec(share=0.75, beside=(spec("two", "2", share=0.25),)))
+    names = [endpoint.host.find("tiny").spec.version for _ in range(4000)]
+    assert 0.2 < names.count("2") / 4000 < 0.3
+    sticky = {f"user {n}": endpoint.host.find("tiny", f"user {n}").spec.version for n in range(400)}
+    assert 0.15 < list(sticky.values()).count("2") / 400 < 0.35
+    for user in random.sample(sorted(sticky), 5):
+        version = sticky[user]
+        assert answered(endpoint, user=user) == {"1": "tiny-1-one", "2": "tiny-2-two"}[version]
+        assert answered(endpoint, safety_identifier=user) == answered(endpoint, user=user)
+
+
+def test_versions_answer_by_number_and_alias(endpoint: Endpoint) -> None:
+    beside = (spec("two", "2", aliases=("challenger",), share=0.0),)
+    serve(endpoint, spec(aliases=("champion",), beside=beside))
+    for name, fingerprint in (
+        ("tiny", "tiny-1-one"),
+        ("tiny@1", "tiny-1-one"),
+        ("tiny@champion", "tiny-1-one"),
+        ("tiny@2", "tiny-2-two"),
+        ("tiny@challenger", "tiny-2-two"),
+    ):
+        assert answered(endpoint, model=name) == fingerprint
+        with endpoint.client() as client:
+            card = client.get(f"/v1/models/{name}").json()
+            assert (card["id"], card["system_fingerprint"]) == (name, fingerprint)
+    status, problem = error(endpoint, "/v1/chat/completions", json=REQUEST | {"model": "tiny@9"})
+    assert (status, problem["code"]) == (404, "model_not_found")
+    with endpoint.client() as client:
+        ids = [card["id"] for card in client.get("/v1/models").json()["data"]]
+        text = client.get("/metrics").text
+    assert ids == ["tiny", "tiny@1", "tiny@2"]
+    assert 'gristmill_num_requests_running{model="tiny",version="2"} 0' in text
+    assert text.count("# TYPE gristmill_num_requests_running gauge") == 1
+
+
+def test_a_canary_comes_grows_and_goes_without_a_failed_request(endpoint: Endpoint) -> None:
+    failures: list[BaseException] = []
+    seen: Counter[str] = Counter()
+    stopping = threading.Event()
+
+    def client() -> None:
+        while not stopping.is_set():
+            try:
+                seen[answered(endpoint)] += 1
+            except BaseException as problem:
+                failures.append(problem)
+
+    clients = [threading.Thread(target=client) for _ in range(3)]
+    for thread in clients:
+        thread.start()
+    try:
+        for wanted in (
+            spec(share=0.5, beside=(spec("two", "2", share=0.5),)),
+            spec("two", "2", share=0.5, beside=(spec(share=0.5),)),
+            spec("two", "2"),
+            spec(),
+        ):
+            before = endpoint.host.served
+            serve(endpoint, wanted)
+            # A version that stays keeps its engine, and what its cache holds.
+            kept = [
+                one
+                for one in before
+                if any(one.spec.same_model(spec) for spec in wanted.everything)
+            ]
+            assert all(one in endpoint.host.served for one in kept)
+            count = sum(seen.values())
+            assert eventually(lambda count=count: sum(seen.values()) > count + 10)
+    finally:
+        stopping.set()
+        for thread in clients:
+            thread.join(60)
+    assert not failures
+    assert set(seen) == {"tiny-1-one", "tiny-2-two"}
+
+
+def test_a_canary_that_cannot_be_loaded_changes_nothing(endpoint: Endpoint) -> None:
+    endpoint.models.setdefault("missing", endpoint.models["one"].parent / "missing")
+    endpoint.host.want(spec(share=0.5, beside=(spec("missing", "3", share=0.5),)))
+    assert eventually(lambda: "tiny-3-missing" in endpoint.host.state()["failed"])
+    assert endpoint.host.state()["shares"] == {"tiny-1-one": 1.0}
+    assert answered(endpoint) == "tiny-1-one"
+
+
+def test_a_version_twice_or_a_canary_of_a_canary_is_refused() -> None:
+    with pytest.raises(ValueError, match="named twice"):
+        spec(beside=(spec(share=0.5),))
+    with pytest.raises(ValueError, match="cannot have versions beside it"):
+        spec(beside=(spec("two", "2", beside=(spec("three", "3"),)),))

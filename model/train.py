@@ -19,6 +19,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# Imported here, before there is a process group: its functions have the group of that moment as
+# their default argument. DDP and the optimisers import it later, and the group with its threads
+# then outlives `destroy_process_group`; when such a thread wants the interpreter as it shuts down,
+# the process ends with "terminate called without an active exception".
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -1,14 +1,15 @@
 """To and from Hugging Face's directories: config.json, model.safetensors, generation_config.json.
 
-`Transformer` already carries Hugging Face's parameter names, so what is translated is the config:
-one table of names, and for each family the flags it expresses and the constants it demands.
-`export_config` and `import_config` are inverse. A model that no family expresses is refused, never
-exported as something near it.
+`model.families` has the tables; here are the functions that read them, in pairs that are inverse:
+`export_config` and `import_config`, `export_weights` and `import_weights`. Weights are renamed,
+joined, split and reordered, never computed with, so both ways are lossless to the bit. A model that
+no family expresses is refused, never exported as something near it.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.config import ConfigError, ModelConfig
+from model.families import FAMILIES, Family, Rule
 from model.transformer import Transformer
 
-# Ours on the left, theirs on the right; the same for every family.
-NAMES = (
-    ("vocab_size", "vocab_size"),
-    ("width", "hidden_size"),
-    ("layers", "num_hidden_layers"),
-    ("context", "max_position_embeddings"),
-    ("heads", "num_attention_heads"),
-    ("kv_heads", "num_key_value_heads"),
-    ("head_dim", "head_dim"),
-    ("mlp_width", "intermediate_size"),
-    ("norm_eps", "rms_norm_eps"),
-    ("tied_embeddings", "tie_word_embeddings"),
-)
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture of the outside world.
-
-    has: our flags that are on in this family; windowed: whether it may have a sliding window;
-    constants: their settings that must hold, and are written.
-    """
-
-    model_type: str
-    architecture: str
-    has: frozenset[str] = frozenset()
-    windowed: bool = False
-    constants: Mapping[str, Any] = field(default_factory=dict)
-
-
-FAMILIES = (
-    Family("llama", "LlamaForCausalLM", constants={"attention_bias": False, "mlp_bias": False}),
-    Family("mistral", "MistralForCausalLM", windowed=True),
-    Family(
-        "qwen2",
-        "Qwen2ForCausalLM",
-        has=frozenset({"qkv_bias"}),
-        constants={"use_sliding_window": False},
-    ),
-    Family(
-        "qwen3",
-        "Qwen3ForCausalLM",
-        has=frozenset({"qk_norm"}),
-        constants={"attention_bias": False, "use_sliding_window": False},
-    ),
-)
-FLAGS = ("qkv_bias", "qk_norm")
+Weights = dict[str, Tensor]
 
 
 class FormatError(ValueError):
@@ -92,45 +48,44 @@ class SpecialTokens:
 
 def family_of(config: ModelConfig) -> Family:
     """The architecture that expresses `config`; raises `FormatError` when none does."""
-    on = frozenset(flag for flag in FLAGS if getattr(config, flag))
-    windowed = config.sliding_window is not None
-    for family in FAMILIES:
-        if family.has == on and family.windowed == windowed:
-            if family.model_type == "qwen2" and config.head_dim != config.width // config.heads:
-                raise FormatError(
-                    f"head_dim {config.head_dim} with qkv_bias: qwen2 has no head_dim of its own, "
-                    f"it must be width / heads = {config.width // config.heads}"
-                )
-            return family
-    flags = sorted(on | ({"sliding_window"} if windowed else set()))
+    misfits = {family: family.misfits(config) for family in FAMILIES}
+    nearest = min(FAMILIES, key=lambda family: len(misfits[family]))
+    if not misfits[nearest]:
+        return nearest
+    default = ModelConfig()
+    flags = [
+        name
+        for name in ModelConfig.__dataclass_fields__
+        if name in FLAGS and getattr(config, name) != getattr(default, name)
+    ]
+    wanted = ", ".join(f"{name} = {value}" for name, value in misfits[nearest].items())
     raise FormatError(
-        f"no Hugging Face architecture has {' and '.join(flags)} together; "
-        f"drop one to export ({', '.join(f.model_type for f in FAMILIES)} are known)"
+        f"no Hugging Face architecture has {' and '.join(flags) or 'these sizes'} together; the "
+        f"nearest, {nearest.model_type}, needs {wanted}"
     )
+
+
+SIZES = ("vocab_size", "width", "layers", "context", "heads", "kv_heads", "head_dim", "mlp_width")
+FLAGS = frozenset(ModelConfig.__dataclass_fields__) - {*SIZES, "norm_eps", "tied_embeddings"}
 
 
 def export_config(
     config: ModelConfig, tokens: SpecialTokens = SpecialTokens(), dtype: str = "float32"
 ) -> dict[str, Any]:
-    """config.json of `config`. `rope_theta` stands where transformers 4 and where 5 looks."""
+    """config.json of `config`."""
     family = family_of(config)
-    theirs: dict[str, Any] = {
+    return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        "hidden_act": "silu",
-        **{their: getattr(config, our) for our, their in NAMES},
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_dropout": 0.0,
+        **{their: getattr(config, our) for our, their in family.names.items()},
+        **_export_own(family, config),
+        **family.writes,
         **family.constants,
         "torch_dtype": dtype,
         "bos_token_id": tokens.bos,
         "eos_token_id": tokens.eos[0] if tokens.eos else None,
         "pad_token_id": tokens.pad,
     }
-    if family.windowed:
-        theirs["sliding_window"] = config.sliding_window
-    return theirs
 
 
 def import_config(theirs: Mapping[str, Any]) -> ModelConfig:
@@ -141,27 +96,198 @@ def import_config(theirs: Mapping[str, Any]) -> ModelConfig:
         raise FormatError(
             f"model_type {model_type!r} is not one of {', '.join(f.model_type for f in FAMILIES)}"
         )
-    if theirs.get("hidden_act", "silu") != "silu":
-        raise FormatError(f"hidden_act {theirs['hidden_act']!r} is not supported, only 'silu' is")
+    theirs = {**family.defaults, **theirs}
     for name, value in family.constants.items():
-        if theirs.get(name, value) != value:
+        if (theirs.get(name, value) or None) != (value or None):  # null, false and 0 are one
             raise FormatError(f"{model_type} with {name}={theirs[name]!r} is not supported")
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise FormatError(f"RoPE scaling {kind!r} is not supported, only plain RoPE is")
-    missing = [their for our, their in NAMES if their not in theirs and our not in _OPTIONAL]
+    missing = [t for our, t in family.names.items() if t not in theirs and our not in _OPTIONAL]
     if missing:
         raise FormatError(f"config.json lacks {missing[0]}")
-    ours = {our: theirs[their] for our, their in NAMES if their in theirs}
+    ours = {our: theirs[their] for our, their in family.names.items() if their in theirs}
     ours.setdefault("tied_embeddings", False)  # transformers' default
-    ours["rope_theta"] = float(rope.get("rope_theta", theirs.get("rope_theta", 10_000.0)))
-    ours.update(dict.fromkeys(family.has, True))
-    window = theirs.get("sliding_window") if family.windowed else None
-    return ModelConfig(**ours, sliding_window=window)
+    if "mlp_width" in ours and ours["mlp_width"] is None:
+        ours["mlp_width"] = 4 * ours["width"]  # GPT-2's default
+    fixed = {name: value for name, value in family.fixed.items() if not callable(value)}
+    return ModelConfig(**{**ours, **fixed, **_import_own(family, theirs)})
 
 
-_OPTIONAL = {"kv_heads", "head_dim", "tied_embeddings"}
+_OPTIONAL = {"kv_heads", "head_dim", "tied_embeddings", "sliding_window", "query_latent"}
+
+
+def _export_own(family: Family, config: ModelConfig) -> dict[str, Any]:
+    """The settings that need more than another name. `rope_theta` stands where transformers 4 and
+    where 5 looks."""
+    theirs: dict[str, Any] = {}
+    if "rope_theta" in family.own:
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+        if config.window_rope_theta is not None:
+            local = rope | {"rope_theta": config.window_rope_theta}
+            rope = {"full_attention": rope, "sliding_attention": local}
+            theirs["rope_local_base_freq"] = config.window_rope_theta
+        theirs |= {"rope_theta": config.rope_theta, "rope_parameters": rope}
+    if "query_scale" in family.own:
+        scale = config.query_scale or config.head_size
+        if scale != int(scale):
+            raise FormatError(f"query_scale {scale}: {family.model_type} takes whole numbers only")
+        theirs["query_pre_attn_scalar"] = int(scale)
+    if config.full_attention_every is not None:
+        if config.full_attention_every not in (
+            family.layer_patterns or (config.full_attention_every,)
+        ):
+            raise FormatError(
+                f"full_attention_every {config.full_attention_every}: {family.model_type} has "
+                f"{family.layer_patterns}"
+            )
+        theirs["layer_types"] = _layer_types(config.layers, config.full_attention_every)
+        theirs["sliding_window_pattern"] = config.full_attention_every
+    if config.kv_latent is not None:
+        theirs["qk_nope_head_dim"] = config.head_size - config.rotary_size
+        theirs["num_key_value_heads"] = config.heads
+    if config.experts and config.routing == "softmax":
+        limited = config.groups_per_token < config.expert_groups
+        theirs["topk_method"] = "group_limited_greedy" if limited else "greedy"
+    return theirs
+
+
+def _import_own(family: Family, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `_export_own`."""
+    ours: dict[str, Any] = {}
+    if "rope_theta" in family.own:
+        ropes = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+        local = ropes.get("sliding_attention", {})
+        rope = ropes.get("full_attention", ropes)
+        for part in (rope, local):
+            kind = part.get("rope_type", part.get("type", "default"))
+            if kind != "default":
+                raise FormatError(f"RoPE scaling {kind!r} is not supported, only plain RoPE is")
+        if "window_rope_theta" in family.own:
+            base = local.get("rope_theta", theirs.get("rope_local_base_freq", 10_000.0))
+            ours["window_rope_theta"] = float(base)
+        usual = 1e6 if local else 10_000.0
+        ours["rope_theta"] = float(rope.get("rope_theta", theirs.get("rope_theta", usual)))
+    if "query_scale" in family.own:
+        scale = theirs.get("query_pre_attn_scalar", 256)
+        ours["query_scale"] = None if scale == theirs.get("head_dim") else float(scale)
+    if "full_attention_every" in family.own:
+        ours["full_attention_every"] = _pattern(family, theirs)
+    if "qk_nope_head_dim" in theirs:
+        ours["head_dim"] = theirs["qk_nope_head_dim"] + theirs["qk_rope_head_dim"]
+    if theirs.get("n_group") is None and "expert_groups" in family.names:
+        ours |= {"expert_groups": 1, "groups_per_token": 1}
+    elif theirs.get("topk_method") == "greedy":
+        ours |= {"groups_per_token": theirs["n_group"]}
+    return ours
+
+
+def _layer_types(layers: int, every: int) -> list[str]:
+    kinds = ("sliding_attention", "full_attention")
+    return [kinds[(layer + 1) % every == 0] for layer in range(layers)]
+
+
+def _pattern(family: Family, theirs: Mapping[str, Any]) -> int:
+    """How often a layer sees everything, from the list of layers or the older number."""
+    layers = theirs["num_hidden_layers"]
+    usual = theirs.get("sliding_window_pattern") or (family.layer_patterns or (6,))[0]
+    kinds = theirs.get("layer_types") or _layer_types(layers, usual)
+    every = (
+        kinds.index("full_attention") + 1 if "full_attention" in kinds else max(usual, layers + 1)
+    )
+    if len(kinds) != layers or kinds != _layer_types(layers, every):
+        raise FormatError(f"layer_types {kinds} do not repeat evenly; that is not supported")
+    return usual if kinds == _layer_types(layers, usual) else every
+
+
+def export_weights(config: ModelConfig, state: Mapping[str, Tensor]) -> Weights:
+    """The state of a `Transformer` under the names, and in the layout, of its family."""
+    rest, theirs = dict(state), {}
+    for rule in _expanded(config):
+        for leaf in ("", ".weight", ".bias"):
+            if rule.ours[0] + leaf in rest:
+                tensor = torch.cat([rest.pop(our + leaf) for our in rule.ours])
+                turned = rule.transposed and leaf == ".weight"
+                theirs[rule.theirs + leaf] = tensor.mT if turned else tensor
+    for name, tensor in rest.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            kinds = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
+            for expert, matrix in enumerate(tensor):
+                for kind, part in zip(kinds, matrix.chunk(len(kinds)), strict=True):
+                    theirs[f"{name.rpartition('.')[0]}.{expert}.{kind}.weight"] = part
+        else:
+            theirs[name] = _interleave(config, name, tensor)
+    return theirs
+
+
+def import_weights(config: ModelConfig, theirs: Mapping[str, Tensor]) -> Weights:
+    """The inverse of `export_weights`; also of older files, with other names for the same."""
+    family = family_of(config)
+    rest = _modern_names(config, family, theirs)
+    ours: Weights = {}
+    for rule in _expanded(config):
+        for leaf in ("", ".weight", ".bias"):
+            tensor = rest.pop(rule.theirs + leaf, None)
+            if tensor is not None:
+                tensor = tensor.mT if rule.transposed and leaf == ".weight" else tensor
+                parts = tensor.chunk(len(rule.ours))
+                ours |= {our + leaf: part for our, part in zip(rule.ours, parts, strict=True)}
+    for name in [name for name in rest if ".experts.0." in name]:
+        stem, kind = name.split(".experts.0.")
+        parts = [rest.pop(f"{stem}.experts.{e}.{kind}", None) for e in range(config.experts)]
+        if any(part is None for part in parts):
+            raise FormatError(f"an expert of {stem} is missing: {config.experts} are expected")
+        ours[f"{stem}.experts.{kind.removesuffix('.weight')}"] = torch.stack(parts)
+    for name in [name for name in ours if name.endswith(".experts.gate_proj")]:
+        up = name.replace("gate_proj", "up_proj")
+        if up in ours:
+            ours[name.replace("gate_proj", "gate_up_proj")] = torch.cat(
+                (ours.pop(name), ours.pop(up)), 1
+            )
+    ours |= {name: _interleave(config, name, tensor, back=True) for name, tensor in rest.items()}
+    return ours
+
+
+def _modern_names(config: ModelConfig, family: Family, theirs: Mapping[str, Tensor]) -> Weights:
+    """Their tensors without those that say nothing new, under the names of today."""
+    skipped = (
+        *family.ignores,
+        *(("lm_head.weight",) if config.tied_embeddings else ()),
+        f"model.layers.{config.layers}."
+        if "num_nextn_predict_layers" in family.writes
+        else "lm_head.-",
+    )
+    weights = {}
+    for name, tensor in theirs.items():
+        # Old exports store what config.json says, or a mask.
+        if name.startswith(skipped) or name.endswith(
+            ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+        ):
+            continue
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        if family.model_type == "gpt2" and re.match(r"(wte|wpe|h|ln_f)\.", name):
+            name = f"transformer.{name}"
+        weights[name] = tensor
+    return weights
+
+
+def _expanded(config: ModelConfig) -> list[Rule]:
+    rules = family_of(config).rules
+    return [each for rule in rules for each in rule.of_layers(config.layers)]
+
+
+def _interleave(config: ModelConfig, name: str, tensor: Tensor, back: bool = False) -> Tensor:
+    """DeepSeek's files keep the channels that RoPE turns as neighbours (0, 1), (2, 3), …; ours keep
+    them as halves, like every other family's. back: from theirs to ours.
+    """
+    turning = ("q_proj.weight", "q_b_proj.weight", "kv_a_proj_with_mqa.weight")
+    if config.kv_latent is None or not name.endswith(turning):
+        return tensor
+    one = "kv_a" in name  # one key for all heads, below the latent
+    still = config.kv_latent if one else config.head_size - config.rotary_size
+    rows = tensor.view(1 if one else config.heads, -1, tensor.shape[-1])
+    half = config.rotary_size // 2
+    rotary = rows[:, still:].unflatten(1, (half, 2) if back else (2, half))
+    rotary = rotary.transpose(1, 2).flatten(1, 2)
+    return torch.cat((rows[:, :still], rotary), dim=1).view(tensor.shape)
 
 
 def save_directory(
@@ -181,7 +307,7 @@ def save_directory(
     directory.mkdir(parents=True, exist_ok=True)
     weights = {
         name: tensor.detach().to("cpu", dtype).contiguous()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in export_weights(model.config, model.state_dict()).items()
     }
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     generation = {
@@ -205,14 +331,9 @@ def load_directory(directory: Path, *, dtype: torch.dtype = torch.float32) -> Tr
         model = Transformer(config)
     wanted = {name: parameter.shape for name, parameter in model.state_dict().items()}
     weights = {
-        name: tensor.to(dtype)
-        for name, tensor in load_weights(directory).items()
-        if not name.endswith(
-            "rotary_emb.inv_freq"
-        )  # old exports store what config.json already says
+        name: tensor.to(dtype).contiguous()
+        for name, tensor in import_weights(config, load_weights(directory)).items()
     }
-    if config.tied_embeddings:
-        weights.pop("lm_head.weight", None)
     for name in sorted(wanted.keys() | weights.keys()):
         if name not in weights or name not in wanted:
             problem = "lacks" if name not in weights else "holds unknown"

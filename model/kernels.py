@@ -72,35 +72,39 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int, out: Tensor) -> Tens
 
 
 class AttentionFunction(torch.autograd.Function):
-    """softmax(q kᵀ / √D) v with the probabilities kept for the backward pass.
+    """softmax(scale · q kᵀ) v with the probabilities kept for the backward pass.
 
-    q, k, v: (B, H, T, D) contiguous; visible: bool, broadcasts to (B, H, T, T), or None for causal.
-    torch's CPU flash attention takes 6 times as long backward as forward; at T of a few hundred the
-    T x T matrix is small and plain matrix products win.
+    q, k: (B, H, T, D), v: (B, H, T, E), contiguous; visible: bool, broadcasts to (B, H, T, T), or
+    None for causal. torch's CPU flash attention takes 6 times as long backward as forward; at T of
+    a few hundred the T x T matrix is small and plain matrix products win.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-        batch, heads, length, dim = q.shape
-        q, k, v = (tensor.reshape(-1, length, dim) for tensor in (q, k, v))
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float
+    ) -> Tensor:
+        batch, heads, length, _ = q.shape
+        q, k, v = (tensor.reshape(-1, length, tensor.shape[-1]) for tensor in (q, k, v))
         if visible is None:
-            scores = torch.baddbmm(_causal(length, q.dtype), q, k.mT, alpha=dim**-0.5)
+            scores = torch.baddbmm(_causal(length, q.dtype), q, k.mT, alpha=scale)
         else:
-            scores = torch.bmm(q, k.mT).mul_(dim**-0.5)
+            scores = torch.bmm(q, k.mT).mul_(scale)
             scores.view(batch, heads, length, length).masked_fill_(~visible, -torch.inf)
         weights = torch.softmax(scores, dim=-1)
         ctx.save_for_backward(q, k, v, weights)
-        return torch.bmm(weights, v).view(batch, heads, length, dim)
+        ctx.scale = scale
+        return torch.bmm(weights, v).view(batch, heads, length, -1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, weights = ctx.saved_tensors
-        shape = gradients[0].shape
-        dy = gradients[0].reshape(q.shape)
+        shape = *gradients[0].shape[:3], -1
+        dy = gradients[0].reshape(v.shape)
         dv = torch.bmm(weights.mT, dy)
         dw = torch.bmm(dy, v.mT)
-        ds = torch._softmax_backward_data(dw, weights, -1, weights.dtype).mul_(shape[-1] ** -0.5)
-        return torch.bmm(ds, k).view(shape), torch.bmm(ds.mT, q).view(shape), dv.view(shape), None
+        ds = torch._softmax_backward_data(dw, weights, -1, weights.dtype).mul_(ctx.scale)
+        dq, dk = torch.bmm(ds, k), torch.bmm(ds.mT, q)
+        return dq.view(shape), dk.view(shape), dv.view(shape), None, None
 
 
 @cache

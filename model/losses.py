@@ -15,15 +15,26 @@ CHUNK_ROWS = 512  # rows of logits alive at once: 4 MB in bf16 at vocabulary 409
 ROW_GRAIN = 128
 
 
+def softcapped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(logits / cap), Gemma 2's; the logits themselves without a cap."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def cross_entropy_sum(
-    hidden: Tensor, output_weight: Tensor, targets: Tensor, mask: Tensor | None = None
+    hidden: Tensor,
+    output_weight: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    *,
+    output_bias: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Summed negative log-likelihood in nats, float32 scalar, of the targets that count.
 
     hidden: (B, T, C), the last hidden state; output_weight: (V, C); targets: (B, T) int; mask: (B,
-    T) bool, which targets count (None: all). The logits are never held as a whole: the output
-    matrix, the softmax and both gradients are computed chunk by chunk, and masked rows are never
-    computed at all.
+    T) bool, which targets count (None: all); output_bias: (V,) and softcap: of the logits. The
+    logits are never held as a whole: the output matrix, the softmax and both gradients are computed
+    chunk by chunk, and masked rows are never computed at all.
     """
     hidden = hidden.reshape(-1, hidden.shape[-1])
     targets = targets.reshape(-1)
@@ -34,12 +45,13 @@ def cross_entropy_sum(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, output_weight = hidden.to(dtype), output_weight.to(dtype)
-    result: Tensor = _LinearCrossEntropy.apply(hidden, output_weight, targets)
+        output_bias = None if output_bias is None else output_bias.to(dtype)
+    result: Tensor = _LinearCrossEntropy.apply(hidden, output_weight, targets, output_bias, softcap)
     return result
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(hidden Wᵀ)[target], with gradients made in the forward pass.
+    """Sum of -log softmax(cap(hidden Wᵀ + b))[target], with gradients made in the forward pass.
 
     Everything is linear in the incoming gradient, a scalar, so backward only scales. The softmax is
     in the dtype of `hidden`; its normaliser and the loss are accumulated in float32. Rows of
@@ -47,33 +59,51 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+    ) -> Tensor:
         need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if need else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if need else None
+        bias_gradient = None
+        if need and bias is not None:
+            bias_gradient = torch.zeros_like(bias, dtype=torch.float32)
         for first in range(0, len(hidden), CHUNK_ROWS):
             rows = slice(first, first + CHUNK_ROWS)
             h, wanted = hidden[rows], targets[rows, None]
-            error = torch.softmax(h @ weight.T, dim=-1)
+            logits = h @ weight.T if bias is None else torch.addmm(bias, h, weight.T)
+            logits = softcapped(logits, softcap)
+            error = torch.softmax(logits, dim=-1)
             known = error[: len(wanted)]
             loss -= known.gather(1, wanted).float().clamp_(min=1e-38).log_().sum()
             if hidden_gradient is not None and weight_gradient is not None:
                 # d loss / d logits = softmax - one-hot
                 known.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=error.dtype))
+                if softcap is not None:  # d cap·tanh(z/cap) / dz = 1 - tanh²
+                    error *= 1 - (logits / softcap).square_()
                 torch.mm(error, weight, out=hidden_gradient[rows])
                 weight_gradient += error.T @ h
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
+                if bias_gradient is not None:
+                    bias_gradient += known.sum(0)
+        ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
         ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        hidden_gradient, weight_gradient = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None, None]:
+        hidden_gradient, weight_gradient, bias_gradient = ctx.saved_tensors
         (scale,) = gradients
         return (
             hidden_gradient * scale.to(hidden_gradient.dtype),
             (weight_gradient * scale).to(ctx.weight_dtype),
+            None,
+            None if bias_gradient is None else (bias_gradient * scale).to(ctx.weight_dtype),
             None,
         )
 

@@ -110,7 +110,14 @@ class _Loss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         hidden = self.model.hidden(batch.tokens, batch.positions, segments=batch.segments)
-        return cross_entropy_sum(hidden, self.model.output_weight, batch.targets, batch.mask)
+        return cross_entropy_sum(
+            hidden,
+            self.model.output_weight,
+            batch.targets,
+            batch.mask,
+            output_bias=self.model.output_bias,
+            softcap=self.model.config.logit_softcap,
+        )
 
 
 def train(
@@ -141,6 +148,11 @@ def train(
             f"sequence {loader.sequence} is longer than the model's context "
             f"{model.config.context}; "
             "lower one or raise the other"
+        )
+    if model.config.causal == getattr(loader, "masked", False):
+        raise ConfigError(
+            "a model that looks both ways sees the next token: give it a MaskedLoader, and causal "
+            "models any other"
         )
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if world > config.batch:

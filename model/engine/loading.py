@@ -7,7 +7,7 @@ import torch
 
 from model.chat import Tokenizer
 from model.config import ModelConfig
-from model.huggingface import FormatError, load_directory
+from model.huggingface import FormatError, load_config, load_directory
 from model.transformer import Transformer
 
 
@@ -22,8 +22,15 @@ class LoadedModel(NamedTuple):
 def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Read config.json, model.safetensors and tokenizer.model of a directory.
 
-    Raises FormatError or TokenizerError naming the file that is missing or wrong.
+    Raises FormatError or TokenizerError naming the file that is missing or wrong, or what the
+    engine cannot generate with.
     """
+    beyond = load_config(directory).beyond_llama()
+    if beyond:
+        raise FormatError(
+            f"{directory.name}: the engine serves Llama, Mistral, Qwen2 and Qwen3 models, not "
+            f"those with {', '.join(beyond)}; use transformers or vLLM with this directory"
+        )
     model = load_directory(directory, dtype=dtype).eval().requires_grad_(False)
     tokenizer = Tokenizer.load(directory)
     if len(tokenizer) > model.config.vocab_size:

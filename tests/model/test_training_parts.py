@@ -36,6 +36,20 @@ def test_the_chunked_loss_and_its_gradients_are_torchs(masked, rows, monkeypatch
     )
 
 
+def test_the_loss_with_output_bias_and_softcap_is_torchs() -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((3, 10, 8), (20, 8), (20,))]
+    hidden, weight, bias = inputs
+    targets = torch.randint(0, 20, (3, 10))
+    logits = 2.0 * torch.tanh((hidden @ weight.T + bias) / 2.0)
+    reference = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    ours = cross_entropy_sum(hidden, weight, targets, output_bias=bias, softcap=2.0)
+    torch.testing.assert_close(ours, reference)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours / 7, inputs), torch.autograd.grad(reference / 7, inputs)
+    )
+
+
 def test_the_loss_in_bf16_is_near_the_loss_in_fp32() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(4, 64, 32), 0.2 * torch.randn(500, 32)

@@ -10,6 +10,7 @@ from model.attention import attend
 from model.config import ConfigError, ModelConfig
 from model.flops import count_parameters, training_flops_per_token
 from model.layers import RMSNorm, rope_table, rotate
+from model.moe import balance
 from model.transformer import Transformer
 
 VARIANTS = [
@@ -18,6 +19,28 @@ VARIANTS = [
     {"sliding_window": 4},
     {"qk_norm": True, "head_dim": 32, "kv_heads": 1},
     {"qkv_bias": True, "tied_embeddings": False},
+    {"positions": "learned", "norm": "layer", "gated_mlp": False, "linear_bias": True},
+    {
+        "norm": "rms+1",
+        "norm_placement": "both",
+        "sliding_window": 4,
+        "full_attention_every": 2,
+        "window_rope_theta": 100.0,
+        "attention_softcap": 1.0,
+        "kv_heads": 1,
+    },
+    {
+        "head_dim": 24,
+        "kv_latent": 20,
+        "rope_dim": 8,
+        "value_dim": 12,
+        "experts": 4,
+        "experts_per_token": 2,
+        "expert_width": 16,
+        "shared_experts": 1,
+        "dense_layers": 1,
+        "routing": "sigmoid",
+    },
 ]
 
 
@@ -51,6 +74,33 @@ def test_a_token_never_sees_the_future(flags: dict, grad: bool) -> None:
     with torch.set_grad_enabled(grad):
         difference = (model(tokens) - model(changed)).abs().amax(dim=(0, 2))
     assert difference[:12].max() < 1e-6 < difference[12]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_without_causality_every_token_sees_its_whole_document(grad: bool) -> None:
+    model = tiny(causal=False, positions="learned", norm="layer", norm_placement="post")
+    tokens = torch.randint(0, 80, (1, 20))
+    changed = tokens.clone()
+    changed[:, 12] = (tokens[:, 12] + 1) % 80
+    segments = torch.tensor([[0] * 8 + [1] * 12])
+    with torch.set_grad_enabled(grad):
+        whole = (model(tokens) - model(changed)).abs().amax(dim=(0, 2))
+        packed = model(tokens, segments=segments) - model(changed, segments=segments)
+    assert whole.min() > 1e-6
+    seen = packed.abs().amax(dim=(0, 2)) > 1e-6
+    assert seen.tolist() == [False] * 8 + [True] * 12
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    tokens = torch.randint(0, 80, (2, 20))
+    gradients = []
+    for remat in (False, True):
+        model = tiny(kv_heads=1)
+        model.remat = remat
+        model(tokens).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -135,6 +185,34 @@ def test_counted_parameters_are_the_parameters(layers, heads, width, tied, qk_no
     assert count_parameters(config).total == sum(p.numel() for p in parameters)
 
 
+def test_balancing_raises_the_bias_of_idle_experts_and_lowers_that_of_busy_ones() -> None:
+    model = tiny(**VARIANTS[-1]).train()
+    assert balance(model, 0.1) is None  # no token has passed yet
+    router = model.model.layers[1].mlp.gate
+    uneven = []
+    for _ in range(30):
+        model(torch.randint(0, 80, (4, 32)))
+        uneven.append(balance(model, 0.002))
+    assert router.e_score_correction_bias.abs().max() > 0
+    assert sum(uneven[-5:]) < sum(uneven[:5])
+    assert router.load is None
+    model.eval()(torch.randint(0, 80, (4, 32)))
+    assert balance(model, 0.1) is None
+
+
+def test_experts_are_the_sum_over_each_token_of_its_own() -> None:
+    model = tiny(**VARIANTS[-1])
+    layer = model.model.layers[1].mlp
+    x = torch.randn(7, 48)
+    chosen, weights = layer.gate(x)
+    expected = layer.shared_experts(x)
+    for token in range(7):
+        for expert, weight in zip(chosen[token], weights[token], strict=True):
+            gate, up = (layer.experts.gate_up_proj[expert] @ x[token]).chunk(2)
+            expected[token] += weight * (layer.experts.down_proj[expert] @ (F.silu(gate) * up))
+    torch.testing.assert_close(layer(x), expected)
+
+
 def test_counted_operations_are_what_torch_counts() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -157,6 +235,14 @@ def test_counted_operations_are_what_torch_counts() -> None:
         ({"head_dim": 5}, "head_dim 5 must be even"),
         ({"sliding_window": 0}, "sliding_window 0 must be at least 1"),
         ({"layers": 0}, "layers 0 must be at least 1"),
+        ({"norm": "batch"}, "norm 'batch' is not one of rms, rms\\+1, layer"),
+        ({"window_rope_theta": 1e4}, "window_rope_theta 10000.0 means nothing without full_att"),
+        ({"kv_latent": 16, "rope_dim": 64}, "rope_dim 64 must be below head_dim 64"),
+        ({"kv_latent": 16, "rope_dim": 8, "kv_heads": 1}, "kv_heads must equal heads"),
+        ({"experts": 4, "experts_per_token": 5, "expert_width": 8}, "experts_per_token 5 must be"),
+        ({"shared_experts": 1}, "shared_experts 1 means nothing without experts"),
+        ({"causal": False, "sliding_window": 4}, "sliding_window is of causal models"),
+        ({"masked_head": True, "tied_embeddings": False}, "masked_head needs tied_embeddings"),
     ],
 )
 def test_impossible_configs_are_named(flags: dict, message: str) -> None:
@@ -216,7 +302,7 @@ def test_attention_in_training_is_sdpa(masked: bool, kv_heads: int) -> None:
         q, k, v, attn_mask=visible if masked else causal[None, None], enable_gqa=True
     )
     upstream = torch.randn_like(reference)
-    ours = attend(q, k, v, visible)
+    ours = attend(q, k, v, visible, scale=q.shape[-1] ** -0.5)
     torch.testing.assert_close(ours, reference)
     torch.testing.assert_close(
         torch.autograd.grad(ours, (q, k, v), upstream),

@@ -231,10 +231,11 @@ def import_weights(config: ModelConfig, theirs: Mapping[str, Tensor]) -> Weights
                 ours |= {our + leaf: part for our, part in zip(rule.ours, parts, strict=True)}
     for name in [name for name in rest if ".experts.0." in name]:
         stem, kind = name.split(".experts.0.")
-        parts = [rest.pop(f"{stem}.experts.{e}.{kind}", None) for e in range(config.experts)]
-        if any(part is None for part in parts):
+        found = [rest.pop(f"{stem}.experts.{e}.{kind}", None) for e in range(config.experts)]
+        experts = [part for part in found if part is not None]
+        if len(experts) < len(found):
             raise FormatError(f"an expert of {stem} is missing: {config.experts} are expected")
-        ours[f"{stem}.experts.{kind.removesuffix('.weight')}"] = torch.stack(parts)
+        ours[f"{stem}.experts.{kind.removesuffix('.weight')}"] = torch.stack(experts)
     for name in [name for name in ours if name.endswith(".experts.gate_proj")]:
         up = name.replace("gate_proj", "up_proj")
         if up in ours:

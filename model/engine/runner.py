@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import Attention
 from model.config import ModelConfig
 from model.engine.kv_cache import KVCache
 from model.engine.pages import PAGE
 from model.engine.weights import Matrix, Weights, activation_dtype, matrix
+from model.layers import FeedForward
 from model.transformer import Block, Transformer
 
 
@@ -39,6 +41,8 @@ class LayerWeights:
     def of(cls, block: nn.Module, config: ModelConfig, weights: Weights) -> "LayerWeights":
         assert isinstance(block, Block)
         attention, mlp = block.self_attn, block.mlp
+        assert isinstance(attention, Attention) and isinstance(mlp, FeedForward)
+        assert mlp.gate_proj is not None  # `ModelConfig.beyond_llama` kept others out
         dtype = activation_dtype(weights)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         bias = torch.cat([p.bias for p in projections]) if config.qkv_bias else None

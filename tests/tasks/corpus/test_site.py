@@ -170,7 +170,8 @@ def test_the_language_reference_is_prose_code_and_headings(site: Path) -> None:
 def test_topics_become_blocks() -> None:
     text = (
         'The "x" thing\n=============\n\nSay **this**:\n\n   code(x)\n\nobject.f(self)\n\n'
-        "   Does  it\n   well.\n\n   Note:\n\n     No code.\n\n* one\n  more\n\n* two\n\n  deep\n\nEnd."
+        "   Does  it\n   well.\n\n   Note:\n\n     No code.\n\n"
+        "* one\n  more\n\n* two\n\n  deep\n\nEnd."
     )
     assert topic_html(text) == (
         "<h2>The <code>x</code> thing</h2>\n"

@@ -114,12 +114,12 @@ def test_json_lines(inbox: Path, ending: str) -> None:
 
 
 def test_what_stands_before_damage_is_kept(inbox: Path) -> None:
-    whole = gzip.compress(b"".join(b'{"text": "row %d of it"}\n' % n for n in range(50_000)))
+    whole = gzip.compress(b"".join(b'{"text": "row %d of it"}\n' % n for n in range(12_000)))
     (inbox / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     (inbox / "b.jsonl").write_text('{"text": "whole"}\n')
     manifest = gathered(SourceConfig(name="clipped", path=str(inbox), format="jsonl"))
     assert manifest.rules == {"damaged-file": 1}
-    assert 1000 < manifest.counts["documents"] < 50_000
+    assert 1000 < manifest.counts["documents"] < 12_000
     assert rows(manifest)[-1]["text"] == "whole"
     (inbox / "c.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(UserError, match=r"'damaged-file' removed 1 .* check that the files are"):

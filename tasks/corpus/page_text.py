@@ -24,7 +24,7 @@ from tasks.corpus.shingles import normalise
 PDF_TYPE = "application/pdf"
 PLAIN_TYPES = ("text/plain", "text/markdown")
 # lxml.html asks a Python function for the class of every element it hands out, to tell forms from
-# the rest; nobody here looks at forms. Saves 8% of the time of a page.
+# the rest; nobody here looks at forms. 180,000 calls less on 91 pages; 2% of their time.
 HTML_PARSER.set_element_class_lookup(
     etree.ElementDefaultClassLookup(
         element=HtmlElement,

@@ -97,8 +97,9 @@ class Muon:
         for _, parameters, momentum in self.groups:
             gradients = torch.stack([_gradient(parameter) for parameter in parameters])
             momentum.lerp_(gradients, 1 - beta)
-            update = orthogonalise(gradients.lerp_(momentum, beta), dtype=self.dtype)
-            rows, columns = momentum.shape[1:]
+            rows, columns = momentum.shape[-2:]
+            direction = gradients.lerp_(momentum, beta).view(-1, rows, columns)
+            update = orthogonalise(direction, dtype=self.dtype).view_as(momentum)
             updates = update.to(momentum.dtype).contiguous().unbind(0)
             if self.config.weight_decay:
                 torch._foreach_mul_(parameters, 1 - rate * self.config.weight_decay)
@@ -189,12 +190,16 @@ class Optimizer:
 def split(
     named: dict[str, nn.Parameter],
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """(matrices inside blocks, input embeddings, the rest): Muon's, AdamW's, AdamW's.
+    """(matrices inside blocks, input embeddings, the rest): Muon's, AdamW's, AdamW's. Experts'
+    matrices are stacked: each is one of Muon's.
 
     Muon is for matrices that map hidden to hidden; embeddings and the output matrix have one side
     that is a vocabulary, where the spectral norm means nothing.
     """
-    matrices = {n: p for n, p in named.items() if p.ndim == 2 and ".layers." in n}
+    router = ".mlp.gate.weight"  # its outputs are experts, as a vocabulary's are words
+    matrices = {
+        n: p for n, p in named.items() if p.ndim >= 2 and ".layers." in n and not n.endswith(router)
+    }
     embeddings = {n: p for n, p in named.items() if "embed_tokens" in n}
     rest = {n: p for n, p in named.items() if n not in matrices and n not in embeddings}
     return matrices, embeddings, rest

@@ -13,7 +13,7 @@ import math
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,15 @@ from model.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from model.config import ConfigError
+from model.config import ConfigError, ModelConfig
+from model.flops import training_flops_per_token
 from model.loader import Batch, Loader, rank_slice
 from model.losses import bits_per_byte, cross_entropy_sum
+from model.moe import balance
 from model.optim import OptimConfig, Optimizer
 from model.precision import Precision, resolve_precision
 from model.schedule import Schedule
+from model.spikes import SpikeGuard
 from model.transformer import Transformer
 
 
@@ -49,7 +52,11 @@ class TrainConfig:
     """What a run is. total_tokens: tokens to train on, rounded up to whole steps; batch: sequences
     of one step over all ranks; micro_batch: sequences a rank holds at once (memory only: it does
     not change the result but for rounding); clip: global gradient norm; checkpoint_every,
-    log_every: steps.
+    log_every: steps; spike: a step whose loss lies that many standard deviations above the steps
+    before it is not taken (`model.spikes`), None: all are; balance_rate: how fast experts' biases
+    follow their load (`model.moe`); activation_checkpointing: keep only what enters a block and
+    compute the rest again, for less memory; peak_flops: what one device could do in a second, for
+    the share of it that is used, None: known or not shown.
     """
 
     total_tokens: int
@@ -62,6 +69,10 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     log_every: int = 10
+    spike: float | None = None
+    balance_rate: float = 1e-3
+    activation_checkpointing: bool = False
+    peak_flops: float | None = None
 
     def __post_init__(self) -> None:
         names = "total_tokens", "batch", "micro_batch", "checkpoint_every", "log_every"
@@ -70,6 +81,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
         if self.clip is not None and self.clip <= 0:
             raise ConfigError(f"clip {self.clip} must be above 0; use None for no clipping")
+        if self.spike is not None and self.spike <= 1:
+            raise ConfigError(f"spike {self.spike} must be above 1 standard deviation, 6 is usual")
 
     def steps(self, sequence: int) -> int:
         """Steps of the run at `sequence` tokens a row."""
@@ -77,8 +90,19 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """The settings that change the result, for comparison with a checkpoint's."""
-        places = ("micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "precision")
-        return {name: value for name, value in asdict(self).items() if name not in places}
+        return {name: value for name, value in asdict(self).items() if name not in PLACES}
+
+
+PLACES = (
+    "micro_batch",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "precision",
+    "activation_checkpointing",
+    "peak_flops",
+)
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by device name
 
 
 @dataclass(frozen=True)
@@ -95,6 +119,9 @@ class StepRecord:
     tokens_per_second: float  # since the last record, over all ranks
     memory_mb: float  # peak resident (CPU) or allocated (GPU) memory of this rank
     eta_seconds: float
+    mfu: float | None = None  # share of the devices' peak used for the model's own arithmetic
+    skipped: int = 0  # steps not taken because of a loss spike, since the beginning
+    imbalance: float | None = None  # load of the busiest expert over the mean, of the last step
 
 
 class DivergedError(RuntimeError):
@@ -162,12 +189,14 @@ def train(
     device = model.output_weight.device
     precision = resolve_precision(config.precision, device.type)
     optimizer = Optimizer(model, config.optim, bf16=precision == "bf16")
+    model.remat = config.activation_checkpointing
+    guard = SpikeGuard(config.spike)
     steps = config.steps(loader.sequence)
     identity = {
         "train": config.identity() | {"precision": precision, "sequence": loader.sequence},
         "model": model.config.to_dict(),
     }
-    first, records = _resume(model, optimizer, checkpoints, identity)
+    first, records = _resume(model, optimizer, guard, checkpoints, identity)
     for record in records:
         on_step(record)
     module: nn.Module = _Loss(model)
@@ -179,7 +208,8 @@ def train(
     if token_bytes is not None:
         token_bytes = token_bytes.to(device)
 
-    meter = _Meter(loader.sequence * config.batch, first, steps)
+    flops = training_flops_per_token(model.config, loader.sequence) / world
+    meter = _Meter(loader.sequence * config.batch, first, steps, flops, _peak(config, device))
     for step in range(first, steps):
         ids = loader.order(step * config.batch, config.batch)
         counted = loader.targets(ids)
@@ -207,17 +237,29 @@ def train(
                 f"sequences"
             )
         multiplier = config.schedule.multiplier(step, steps)
-        optimizer.step(multiplier)
+        if guard.takes(loss):
+            optimizer.step(multiplier)
+        elif guard.lost and checkpoints is not None:
+            # Several in a row: the weights are at fault, not the batches. On with older weights and
+            # the data that follows.
+            _restore(model, optimizer, latest_checkpoint(checkpoints))
+            guard.reset()
         optimizer.zero_grad()
+        imbalance = balance(model, config.balance_rate) if model.config.experts else None
         meter.add(float(totals[0]), counted, int(totals[1]))
         done = step + 1
         if done % config.log_every == 0 or done == steps:
-            records.append(meter.record(done, multiplier, grad_norm, device))
+            record = meter.record(done, multiplier, grad_norm, device)
+            records.append(replace(record, skipped=guard.skipped, imbalance=imbalance))
             on_step(records[-1])
         if checkpoints is not None and (done % config.checkpoint_every == 0 or done == steps):
             path = None
             if rank == 0:
-                state = {"identity": identity, "curve": [asdict(record) for record in records]}
+                state = {
+                    "identity": identity,
+                    "curve": [asdict(record) for record in records],
+                    "guard": guard.state(),
+                }
                 saved = Checkpoint(done, model.state_dict(), optimizer.state(), state)
                 path = save_checkpoint(checkpoints, saved, keep=config.keep_checkpoints)
             if world > 1:
@@ -226,18 +268,40 @@ def train(
     return records
 
 
+def _peak(config: TrainConfig, device: torch.device) -> float | None:
+    """What the device can do in a second, if that is known."""
+    if config.peak_flops is not None or device.type != "cuda":
+        return config.peak_flops
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+def _restore(model: Transformer, optimizer: Optimizer, path: Path | None) -> None:
+    """Weights and optimiser state of a checkpoint, if there is one."""
+    if path is not None:
+        checkpoint = load_checkpoint(path)
+        model.load_state_dict(dict(checkpoint.model))
+        optimizer.load_state(dict(checkpoint.optimizer))
+
+
 def _resume(
-    model: Transformer, optimizer: Optimizer, checkpoints: Path | None, identity: dict[str, Any]
+    model: Transformer,
+    optimizer: Optimizer,
+    guard: SpikeGuard,
+    checkpoints: Path | None,
+    identity: dict[str, Any],
 ) -> tuple[int, list[StepRecord]]:
     """Load the newest checkpoint, if there is one; returns its steps and the curve up to there."""
     path = None if checkpoints is None else latest_checkpoint(checkpoints)
     if path is None:
         return 0, []
     checkpoint = load_checkpoint(path)
+    # A setting that did not exist then had its default.
+    unsaid = {f.name: f.default for kind in (TrainConfig, ModelConfig) for f in fields(kind)}
     # Through JSON and back, as the saved one went: tuples are lists there.
     for part, wanted in json.loads(json.dumps(identity)).items():
         for name, value in wanted.items():
-            saved = checkpoint.state["identity"][part].get(name)
+            saved = checkpoint.state["identity"][part].get(name, unsaid.get(name))
             if saved != value:
                 raise CheckpointError(
                     f"checkpoint {path.name} was made with {part} setting {name} = {saved}, "
@@ -245,6 +309,7 @@ def _resume(
                 )
     model.load_state_dict(dict(checkpoint.model))
     optimizer.load_state(dict(checkpoint.optimizer))
+    guard.load_state(checkpoint.state.get("guard"))
     return checkpoint.step, [StepRecord(**record) for record in checkpoint.state["curve"]]
 
 
@@ -258,8 +323,11 @@ def _bytes(batch: Batch, token_bytes: Tensor | None) -> int:
 class _Meter:
     """Sums between two records."""
 
-    def __init__(self, step_tokens: int, first: int, steps: int) -> None:
+    def __init__(
+        self, step_tokens: int, first: int, steps: int, flops: float, peak: float | None
+    ) -> None:
         self.step_tokens, self.steps = step_tokens, steps
+        self.flops, self.peak = flops, peak  # of a token on each rank; of a rank's device
         self._reset(first)
 
     def _reset(self, step: int) -> None:
@@ -290,6 +358,7 @@ class _Meter:
             tokens_per_second=self.step_tokens / seconds,
             memory_mb=memory,
             eta_seconds=seconds * (self.steps - step),
+            mfu=self.flops * self.step_tokens / seconds / self.peak if self.peak else None,
         )
         self._reset(step)
         return record

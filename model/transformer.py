@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = make_norm(config)
         if self.placement == "both":
             self.pre_feedforward_layernorm = make_norm(config)
-        self.mlp = (
+        self.mlp: Any = (
             MixtureOfExperts(config)
             if config.has_experts(layer)
             else FeedForward(config, config.mlp_size)

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.loader import DataError, WindowLoader, rank_slice, shuffled
-from model.mixing import MixedLoader
+from model.loader import Batch, DataError, WindowLoader, rank_slice, shuffled
+from model.masking import MaskedLoader
+from model.mixing import MixedLoader, WeightedLoader
 from model.packing import Example, PackedLoader, pack
 
 
@@ -177,6 +178,85 @@ def test_a_mixture_has_its_share_in_every_stretch_and_keeps_both_orders(shards) 
         assert torch.equal(batch.targets[row], source.targets[0])
     with pytest.raises(DataError, match=r"share 1.0 must be"):
         MixedLoader(main, replay, 1.0, 2)
+
+
+def test_a_run_on_four_then_two_then_three_workers_reads_the_same_batches(loader) -> None:
+    def batches(world: int, first: int, steps: int) -> list[torch.Tensor]:
+        found = []
+        for step in range(first, first + steps):
+            ids = loader.order(step * 12, 12)
+            parts = [loader.read(rank_slice(ids, rank, world)).tokens for rank in range(world)]
+            found.append(torch.cat(parts))
+        return found
+
+    unbroken = batches(1, 0, 12)
+    elastic = batches(4, 0, 5) + batches(2, 5, 4) + batches(3, 9, 3)
+    assert all(map(torch.equal, unbroken, elastic))
+
+
+@given(
+    weights=st.lists(st.floats(0.05, 20), min_size=1, max_size=5),
+    first=st.integers(0, 400),
+    count=st.integers(1, 60),
+)
+@settings(deadline=None, max_examples=60)
+def test_weighted_sources_keep_their_shares_from_any_place(weights, first, count) -> None:
+    names = [f"source {number}" for number in range(len(weights))]
+    loader = WeightedLoader(
+        dict(zip(names, map(Counting, range(len(weights))), strict=True)),
+        dict(zip(names, weights, strict=True)),
+    )
+    whole = loader.order(0, first + count)
+    assert np.array_equal(loader.order(first, count), whole[first:])
+    for place, weight in enumerate(weights):
+        own = whole[whole % len(weights) == place] // len(weights)
+        assert own.tolist() == list(range(len(own)))  # in its own order, none left out
+        assert abs(len(own) - len(whole) * weight / sum(weights)) <= len(weights)
+
+
+class Counting:
+    """A source whose sequence number n is id n."""
+
+    sequence = 4
+
+    def __init__(self, name: int) -> None:
+        self.name = name
+
+    def order(self, first, count):
+        return np.arange(first, first + count)
+
+    def read(self, ids):
+        tokens = torch.from_numpy(np.repeat(ids[:, None], 4, 1)) * 10 + self.name
+        return Batch(tokens, tokens)
+
+    def targets(self, ids):
+        return len(ids) * 4
+
+
+def test_weighted_sources_are_read_in_the_order_asked_for() -> None:
+    loader = WeightedLoader({"a": Counting(1), "b": Counting(2)}, {"a": 3.0, "b": 1.0})
+    ids = loader.order(0, 8)
+    assert loader.read(ids).tokens[:, 0].tolist() == [1, 11, 2, 21, 31, 41, 12, 51]
+    assert loader.targets(ids) == 32
+    with pytest.raises(DataError, match="weight 0 of source b must be above 0"):
+        WeightedLoader({"a": Counting(1), "b": Counting(2)}, {"a": 1, "b": 0})
+    with pytest.raises(DataError, match="give every source one weight"):
+        WeightedLoader({"a": Counting(1)}, {"b": 1})
+
+
+def test_masking_hides_the_same_tokens_whoever_reads_them(shards) -> None:
+    source = WindowLoader(shards, 20, seed=0)
+    loader = MaskedLoader(source, mask=95, vocab_size=90, seed=1)
+    ids = loader.order(0, 12)
+    batch, plain = loader.read(ids), source.read(ids)
+    assert torch.equal(batch.targets, plain.tokens)
+    assert (batch.mask.sum(1) == 3).all() and loader.targets(ids) == 36
+    assert torch.equal(batch.tokens[~batch.mask], plain.tokens[~batch.mask])
+    assert 0.6 < (batch.tokens[batch.mask] == 95).float().mean() < 0.95
+    again = [loader.read(ids[part]).tokens for part in (slice(0, 5), slice(5, 12))]
+    assert torch.equal(torch.cat(again), batch.tokens)
+    with pytest.raises(DataError, match=r"share 0\.01 hides no token"):
+        MaskedLoader(source, mask=95, vocab_size=90, seed=1, share=0.01)
 
 
 def test_examples_that_do_not_fit_are_named() -> None:

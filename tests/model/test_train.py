@@ -23,6 +23,7 @@ from model.checkpoint import (
 )
 from model.config import ConfigError, ModelConfig
 from model.loader import WindowLoader
+from model.masking import MaskedLoader
 from model.optim import OptimConfig
 from model.packing import Example, PackedLoader
 from model.train import DivergedError, TrainConfig, train
@@ -162,6 +163,80 @@ def test_a_diverged_run_names_the_step_and_the_sequences(loader: WindowLoader) -
     ids = ", ".join(map(str, loader.order(8, 8).tolist()))
     with pytest.raises(DivergedError, match=f"at step 2 on sequences {ids}; lower the"):
         train(tiny_model(), loader, config)
+
+
+class Poisoned(WindowLoader):
+    """Random tokens in the steps named; the text elsewhere."""
+
+    steps: tuple[int, ...] = ()
+
+    def order(self, first, count):
+        return super().order(first, count) + (10**6 if first // 8 in self.steps else 0)
+
+    def read(self, ids):
+        batch = super().read(ids % 10**6)
+        bad = torch.from_numpy(ids >= 10**6)[:, None]
+        noise = torch.from_numpy(np.random.default_rng(ids[0]).integers(0, 128, (len(ids), 33)))
+        tokens = torch.where(bad, noise[:, :-1], batch.tokens)
+        return replace(batch, tokens=tokens, targets=torch.where(bad, noise[:, 1:], batch.targets))
+
+
+@pytest.mark.parametrize("bad", [(30,), (30, 31, 32)])
+def test_a_loss_spike_is_not_learned_from_and_resumes_to_the_bit(loader, tmp_path, bad) -> None:
+    poisoned = Poisoned([tmp_path / "tokens-00000.npy"], 32, seed=1)
+    poisoned.steps = bad
+    config = replace(CONFIG, total_tokens=40 * 8 * 32, checkpoint_every=10, spike=6.0)
+    model = tiny_model()
+    records = train(model, poisoned, config, checkpoints=tmp_path / "c")
+    assert records[29].skipped == 0 and records[-1].skipped == len(bad)
+    assert records[-1].loss < records[28].loss + (0.3 if len(bad) == 1 else 0.6)
+
+    def kill(record) -> None:
+        if record.step == 35:
+            raise Killed
+
+    again = tiny_model()
+    with contextlib.suppress(Killed):
+        train(again, poisoned, config, checkpoints=tmp_path / "d", on_step=kill)
+    resumed = train(again, poisoned, config, checkpoints=tmp_path / "d")
+    assert [r.loss for r in resumed] == [r.loss for r in records]
+    assert torch.equal(again.output_weight, model.output_weight)
+
+
+def test_masked_tokens_are_learned_by_a_model_that_looks_both_ways(loader) -> None:
+    torch.manual_seed(0)
+    flags = {"positions": "learned", "norm": "layer", "norm_placement": "post", "masked_head": True}
+    shape = ModelConfig(128, 32, 2, 32, heads=2, causal=False, activation="gelu", **flags)
+    masked = MaskedLoader(loader, mask=1, vocab_size=128, seed=0)
+    config = replace(CONFIG, total_tokens=80 * 8 * 32, log_every=20)
+    records = train(Transformer(shape), masked, config)
+    assert records[-1].loss < records[0].loss - 0.5
+    with pytest.raises(ConfigError, match="give it a MaskedLoader"):
+        train(Transformer(shape), loader, config)
+
+
+def test_experts_are_trained_and_kept_busy_through_a_kill(loader, tmp_path) -> None:
+    torch.manual_seed(0)
+    flags = {"experts": 4, "experts_per_token": 2, "expert_width": 16, "shared_experts": 1}
+    shape = ModelConfig(128, 32, 2, 32, heads=2, routing="sigmoid", **flags)
+    models = [Transformer(shape) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    config = replace(CONFIG, activation_checkpointing=True, peak_flops=1e12)
+    records = train(models[0], loader, config)
+    assert records[-1].loss < records[0].loss and records[-1].imbalance >= 1
+    assert 0 < records[-1].mfu < 1
+    biases = models[0].model.layers[0].mlp.gate.e_score_correction_bias
+    assert biases.abs().max() > 0
+
+    def kill(record) -> None:
+        if record.step == 7:
+            raise Killed
+
+    with contextlib.suppress(Killed):
+        train(models[1], loader, config, checkpoints=tmp_path / "c", on_step=kill)
+    train(models[1], loader, config, checkpoints=tmp_path / "c")
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_contradictions_are_refused(loader: WindowLoader, tmp_path: Path) -> None:

@@ -104,8 +104,6 @@ class Transformer(nn.Module):
     Initialisation: matrices and embeddings N(0, 0.02²); the matrices that write into the residual
     stream (o_proj, down_proj) are scaled by 1/√(2·layers), so that its variance does not grow with
     depth (GPT-2); norms 1, biases 0. It uses torch's global generator: seed it before.
-
-    Another width: `model.optim` says what transfers.
     """
 
     rope_cos: Tensor  # (context, rotary channels), always float32

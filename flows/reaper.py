@@ -32,6 +32,8 @@ QUIET_SECONDS = 5.0
 PENDING_SECONDS = 30.0
 ORPHAN_GRACE = 8.0
 """Seconds between TERM and KILL for the process of a cancelled run that no runner watches."""
+CANCEL_GRACE = 2.0
+"""Seconds a cancelled run has to end by itself; its runner, which told it to, would wait for 30."""
 REATTACH_SECONDS = 60.0
 """How long the Ray job of a crashed run waits for a new run to follow it."""
 LIVE = ("PENDING", "RUNNING", "CANCELLING")
@@ -81,7 +83,7 @@ class Reaper:
         if processes:
             self._suspects.pop((run["id"], state), None)
             if state == "CANCELLING":
-                self._end_orphans(run, processes)
+                self._end_cancelled(run, processes)
             return
         patience = PENDING_SECONDS if state == "PENDING" else QUIET_SECONDS
         if not at_once and (_age(run) < patience or not self._seen_before(run)):
@@ -107,8 +109,12 @@ class Reaper:
         record = Record.read(self.settings.home / "run" / "worker.json")
         return record is not None and record.alive and record.since > _timestamp(run)
 
-    def _end_orphans(self, run: dict[str, Any], processes: list[psutil.Process]) -> None:
-        """End the process of a cancelled run if the runner that started it is gone."""
+    def _end_cancelled(self, run: dict[str, Any], processes: list[psutil.Process]) -> None:
+        """End the process of a cancelled run that does not end by itself.
+
+        A process inside Ray's or torch's own code hears no signal; killed, it takes its shard work
+        along, its runner stops its jobs and says Cancelled. If that runner is gone, we do it.
+        """
         record = Record.read(self.settings.home / "run" / "worker.json")
         watched: set[int] = set()
         if record is not None and record.alive:
@@ -118,6 +124,10 @@ class Reaper:
         now = time.monotonic()
         for process in processes:
             if process.pid in watched:
+                if _age(run) > CANCEL_GRACE:
+                    self.say(f"killing process {process.pid} of the cancelled run {run['name']}")
+                    with contextlib.suppress(psutil.Error):
+                        process.kill()
                 continue
             self._cancelled_by_us.add(run["id"])
             told = self._told_to_end.setdefault(process.pid, now)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
 import pytest
 from killable_stack import KillableStack, is_over, until
 
 from flows import processes
+from flows.processes import Record
+from flows.reaper import Reaper
 from flows.runs import Runs
 from tasks.runtime import job_board
 from tasks.runtime.rest import call
+from tasks.runtime.settings import Settings
 
 
 def test_a_run_outlives_its_runner(killable: KillableStack) -> None:
@@ -37,6 +50,30 @@ def test_a_run_without_a_runner_can_still_be_cancelled(killable: KillableStack) 
     assert ended["state_type"] in ("CANCELLED", "CRASHED")
     until(lambda: is_over(process))
     until(lambda: {t["state_type"] for t in runs.ask("task_runs/filter", rows)} == {"CANCELLED"})
+
+
+def test_a_cancelled_run_that_hears_no_signal_is_killed_after_its_grace(tmp_path: Path) -> None:
+    """Its runner lives, told it to end, and would wait for half a minute."""
+    settings = Settings(home=tmp_path)
+    own = processes.start_time(os.getpid())
+    runner = Record(os.getpid(), own or "", processes.boot_id(), time.time(), (), ())
+    runner.write(tmp_path / "run" / "worker.json")
+    said: list[str] = []
+    reaper = Reaper(settings, said.append)
+    program = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(300)"
+    with subprocess.Popen([sys.executable, "-c", program]) as deaf:
+        process = psutil.Process(deaf.pid)
+        reaper._end_cancelled(cancelling(seconds=0), [process])
+        assert not is_over(process)
+        reaper._end_cancelled(cancelling(seconds=60), [process])
+        assert deaf.wait(10) == -signal.SIGKILL
+    assert said == [f"killing process {deaf.pid} of the cancelled run some-run"]
+
+
+def cancelling(seconds: float) -> dict[str, Any]:
+    since = datetime.datetime.now(datetime.UTC) - datetime.timedelta(seconds=seconds)
+    state = {"timestamp": since.isoformat()}
+    return {"id": "0", "name": "some-run", "state_type": "CANCELLING", "state": state}
 
 
 def test_a_run_killed_together_with_its_runner_does_not_stay_running(

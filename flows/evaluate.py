@@ -11,7 +11,6 @@ from tasks.corpus.pairs import PairsConfig
 from tasks.evaluation.baseline import BaselineConfig, compression_baseline
 from tasks.evaluation.evaluate import EvaluateConfig, evaluate
 from tasks.runtime.manifest import Manifest
-from tasks.tokenizer.shards import ShardsConfig
 from tasks.tokenizer.train import TokenizerConfig
 from tasks.training.finetune import FinetuneConfig
 from tasks.training.pretrain import PretrainConfig
@@ -29,7 +28,6 @@ def score(params: EvaluateConfig, baseline: BaselineConfig, chat: Chat) -> Manif
 def evaluate_flow(
     corpus: CorpusParams = CorpusParams(),
     tokenizer: TokenizerConfig = TokenizerConfig(),
-    shards: ShardsConfig = ShardsConfig(),
     pretrain: PretrainConfig = PretrainConfig(),
     pairs: PairsConfig = PairsConfig(),
     finetune: FinetuneConfig = FinetuneConfig(),
@@ -37,5 +35,5 @@ def evaluate_flow(
     evaluate: EvaluateConfig = EvaluateConfig(),
 ) -> None:
     """Score the model of these settings: bits per byte, questions in three groups, samples."""
-    chat = train_chat(corpus, tokenizer, shards, pretrain, pairs, finetune)
+    chat = train_chat(corpus, tokenizer, pretrain, pairs, finetune)
     score(evaluate, baseline, chat)

@@ -11,7 +11,6 @@ from flows.hooks import HOOKS
 from flows.pretrain import train_base
 from tasks.corpus.pairs import PairsConfig, write_instruction_pairs
 from tasks.runtime.manifest import Manifest
-from tasks.tokenizer.shards import ShardsConfig
 from tasks.tokenizer.train import TokenizerConfig
 from tasks.training.finetune import FinetuneConfig, finetune
 from tasks.training.pretrain import PretrainConfig
@@ -29,13 +28,12 @@ class Chat:
 def train_chat(
     corpus: CorpusParams,
     tokenizer: TokenizerConfig,
-    shards: ShardsConfig,
     pretrain: PretrainConfig,
     pairs: PairsConfig,
     finetuning: FinetuneConfig,
 ) -> Chat:
     finetuning.require_context(pretrain.model.context)  # else said only after the pretraining
-    base = train_base(corpus, tokenizer, shards, pretrain)
+    base = train_base(corpus, tokenizer, pretrain)
     questions = write_instruction_pairs(pairs, corpus=base.corpus)
     model = finetune(finetuning, base=base.model, pairs=questions)
     return Chat(base.corpus, questions, model)
@@ -45,10 +43,9 @@ def train_chat(
 def finetune_flow(
     corpus: CorpusParams = CorpusParams(),
     tokenizer: TokenizerConfig = TokenizerConfig(),
-    shards: ShardsConfig = ShardsConfig(),
     pretrain: PretrainConfig = PretrainConfig(),
     pairs: PairsConfig = PairsConfig(),
     finetune: FinetuneConfig = FinetuneConfig(),
 ) -> None:
     """Train a model that answers questions about the corpus."""
-    train_chat(corpus, tokenizer, shards, pretrain, pairs, finetune)
+    train_chat(corpus, tokenizer, pretrain, pairs, finetune)

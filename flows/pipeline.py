@@ -14,7 +14,6 @@ from tasks.corpus.pairs import PairsConfig
 from tasks.evaluation.baseline import BaselineConfig
 from tasks.evaluation.evaluate import EvaluateConfig
 from tasks.registry.register import RegisterConfig, register
-from tasks.tokenizer.shards import ShardsConfig
 from tasks.tokenizer.train import TokenizerConfig
 from tasks.training.finetune import FinetuneConfig
 from tasks.training.pretrain import PretrainConfig
@@ -24,7 +23,6 @@ from tasks.training.pretrain import PretrainConfig
 def pipeline(
     corpus: CorpusParams = CorpusParams(),
     tokenizer: TokenizerConfig = TokenizerConfig(),
-    shards: ShardsConfig = ShardsConfig(),
     pretrain: PretrainConfig = PretrainConfig(),
     pairs: PairsConfig = PairsConfig(),
     finetune: FinetuneConfig = FinetuneConfig(),
@@ -35,7 +33,7 @@ def pipeline(
     deploy: DeployConfig = DeployConfig(),
 ) -> None:
     """Crawl, clean, train, fine-tune, evaluate, register, promote and serve a model."""
-    chat = train_chat(corpus, tokenizer, shards, pretrain, pairs, finetune)
+    chat = train_chat(corpus, tokenizer, pretrain, pairs, finetune)
     report = score(evaluate, baseline, chat)
     version = register(register_as, model=chat.model, report=report)
     serve_version(deploy, promote(promotion, version, report))

@@ -23,12 +23,10 @@ class Base:
     model: Manifest
 
 
-def train_base(
-    corpus: CorpusParams, tokenizer: TokenizerConfig, shards: ShardsConfig, model: PretrainConfig
-) -> Base:
+def train_base(corpus: CorpusParams, tokenizer: TokenizerConfig, model: PretrainConfig) -> Base:
     documents = build_corpus(corpus)
     trained = train_tokenizer(tokenizer, corpus=documents)
-    tokens = write_token_shards(shards, corpus=documents, tokenizer=trained)
+    tokens = write_token_shards(ShardsConfig(), corpus=documents, tokenizer=trained)
     return Base(documents, trained, pretrain(model, shards=tokens, tokenizer=trained))
 
 
@@ -36,8 +34,7 @@ def train_base(
 def pretrain_flow(
     corpus: CorpusParams = CorpusParams(),
     tokenizer: TokenizerConfig = TokenizerConfig(),
-    shards: ShardsConfig = ShardsConfig(),
     pretrain: PretrainConfig = PretrainConfig(),
 ) -> None:
     """Train a base model on the corpus, from whatever stage is not made yet."""
-    train_base(corpus, tokenizer, shards, pretrain)
+    train_base(corpus, tokenizer, pretrain)

@@ -28,7 +28,6 @@ from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import Store
 from tasks.state.leases import lease
-from tasks.tokenizer.shards import ShardsConfig
 from tasks.tokenizer.train import TokenizerConfig
 from tasks.training.finetune import FinetuneConfig
 from tasks.training.pretrain import PretrainConfig
@@ -60,7 +59,6 @@ def champion_artifact(model: str) -> Manifest | None:
 def retrain(
     corpus: CorpusParams = CorpusParams(),
     tokenizer: TokenizerConfig = TokenizerConfig(),
-    shards: ShardsConfig = ShardsConfig(),
     pretrain: PretrainConfig = PretrainConfig(),
     pairs: PairsConfig = PairsConfig(),
     finetune: FinetuneConfig = FinetuneConfig(),
@@ -81,7 +79,7 @@ def retrain(
                 message=f"Another retrain of {register_as.model} is at work; one runs at a time.",
             )
         anew = corpus.model_copy(update={"epoch": next_epoch(corpus)})
-        chat = train_chat(anew, tokenizer, shards, pretrain, pairs, finetune)
+        chat = train_chat(anew, tokenizer, pretrain, pairs, finetune)
         report = score(evaluate, baseline, chat)
         version = register(register_as, model=chat.model, report=report)
         champion = champion_artifact(register_as.model)

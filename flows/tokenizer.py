@@ -14,9 +14,8 @@ from tasks.tokenizer.train import TokenizerConfig, train_tokenizer
 def tokenizer(
     corpus: CorpusParams = CorpusParams(),
     tokenizer: TokenizerConfig = TokenizerConfig(),
-    shards: ShardsConfig = ShardsConfig(),
 ) -> None:
     """Train a tokenizer on the corpus and write the corpus as token shards."""
     documents = build_corpus(corpus)
     trained = train_tokenizer(tokenizer, corpus=documents)
-    write_token_shards(shards, corpus=documents, tokenizer=trained)
+    write_token_shards(ShardsConfig(), corpus=documents, tokenizer=trained)

@@ -47,6 +47,10 @@ def ray_session(settings: Settings | None = None) -> Iterator[RaySession]:
         yield session
     except UserError:
         raise
+    except SystemError as error:
+        # What a signal's handler raised inside Ray's compiled code is its cause. Left as it is, it
+        # would count as a failure, and the task of a cancelled run be tried again.
+        raise error.__cause__ or error from None
     except Exception:
         session.cancel()
         leave_ray()

@@ -281,6 +281,7 @@ def test_fine_tuning_answers_what_it_was_taught(base: Manifest, corpus, stack: S
     assert right >= 7
 
 
+@pytest.mark.slow
 def test_two_workers_of_which_one_is_killed_follow_the_same_curve(inputs, stack, home) -> None:
     run = RUN.model_copy(update={"workers": 2})
     config = changed(seed=1, run=run.model_dump(), tokens=150 * 8 * 64)
@@ -349,6 +350,7 @@ def test_a_run_whose_flow_was_killed_finds_its_job_again(inputs, stack, home) ->
         assert trained(process).fingerprint == mark
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_in_one_sentence(inputs, stack, home) -> None:
     many = changed(seed=5, run=RUN.model_copy(update={"workers": 8}).model_dump())
     hot = changed(optimizer={"learning_rate": 1e30})

@@ -25,6 +25,8 @@ from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 
 EXPERIMENT = "gristmill"
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Without it MLflow shows training runs among pages for prompts, traces and judges."""
 FLUSH_SECONDS = 2.0
 PARAM_LENGTH = 500
 
@@ -41,7 +43,7 @@ def client(tracking_uri: str | None = None) -> MlflowClient:
 def experiment_id(mlflow: MlflowClient, name: str = EXPERIMENT) -> str:
     try:
         found = mlflow.get_experiment_by_name(name)
-        return str(found.experiment_id) if found else mlflow.create_experiment(name)
+        return str(found.experiment_id) if found else mlflow.create_experiment(name, tags=KIND)
     except MlflowException as error:
         if "already exists" in str(error):
             return experiment_id(mlflow, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-WIDTH, HEIGHT = 64, 15
+WIDTH, HEIGHT = 52, 15
 
 
 def plot(xs: Sequence[float], ys: Sequence[float], x: str, y: str) -> str:

@@ -263,7 +263,8 @@ class Stage(Generic[C]):
         begun: float,
         cpu: float,
     ) -> Manifest:
-        work.write_json(REPORT, [vars(report) for report in outcome.reports])
+        reports = [vars(report) for report in outcome.reports]
+        work.write_bytes(REPORT, json.dumps(reports, indent=1).encode())  # columns keep their order
         known = {entry.name: entry for entry in outcome.files}
         names = [n for n in work.names() if not n.startswith("_") and n != MANIFEST]
         manifest = Manifest(

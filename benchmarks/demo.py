@@ -26,7 +26,6 @@ TARGETS: Targets = {
 }
 SCORES: Targets = {
     "bits_per_byte_over_ppmd5": ("<", 1),
-    "base_bits_per_byte_over_ppmd5": ("<", 1),
     "recall_exact_low": (">=", 0.70),
 }
 

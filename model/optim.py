@@ -46,6 +46,11 @@ class OptimConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer {name} {getattr(self, name)} must be in [0, 1)")
 
+    @property
+    def matrix_rate(self) -> float:
+        """The peak rate of the matrices inside the blocks."""
+        return self.muon_learning_rate if self.kind == "muon" else self.learning_rate
+
 
 # Coefficients of the quintic whose iteration drives all singular values towards 1, found by Keller
 # Jordan to maximise the slope at 0: it converges not to 1 but into about [0.7, 1.2], which serves

@@ -114,7 +114,7 @@ class StepRecord:
     tokens: int  # consumed since the beginning, over all ranks
     loss: float  # nats per counted target
     bits_per_byte: float | None  # None when the bytes of each token are not known
-    learning_rate: float  # multiplier of the peak rates
+    learning_rate: float  # of the matrices inside the blocks; the other rates move with it
     grad_norm: float  # before clipping, of the last step
     tokens_per_second: float  # since the last record, over all ranks
     memory_mb: float  # peak resident (CPU) or allocated (GPU) memory of this rank
@@ -249,7 +249,8 @@ def train(
         meter.add(float(totals[0]), counted, int(totals[1]))
         done = step + 1
         if done % config.log_every == 0 or done == steps:
-            record = meter.record(done, multiplier, grad_norm, device)
+            rate = multiplier * config.optim.matrix_rate
+            record = meter.record(done, rate, grad_norm, device)
             records.append(replace(record, skipped=guard.skipped, imbalance=imbalance))
             on_step(records[-1])
         if checkpoints is not None and (done % config.checkpoint_every == 0 or done == steps):
@@ -339,9 +340,7 @@ class _Meter:
         self._counted += counted
         self._bytes += bytes_
 
-    def record(
-        self, step: int, multiplier: float, grad_norm: float, device: torch.device
-    ) -> StepRecord:
+    def record(self, step: int, rate: float, grad_norm: float, device: torch.device) -> StepRecord:
         seconds = (time.perf_counter() - self._started) / (step - self._since)
         if device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(device) / 2**20
@@ -353,7 +352,7 @@ class _Meter:
             tokens=step * self.step_tokens,
             loss=self._nats / max(self._counted, 1),
             bits_per_byte=bits_per_byte(self._nats, self._bytes) if self._bytes else None,
-            learning_rate=multiplier,
+            learning_rate=rate,
             grad_norm=grad_norm,
             tokens_per_second=self.step_tokens / seconds,
             memory_mb=memory,

@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -224,8 +225,8 @@ def main() -> None:
             if row["j"] >= 0
         }
 
-    def judged(result: dict[str, object]) -> tuple[float, int]:
-        gone = {str(url).rpartition("/")[2] for url in result["removed"]}  # type: ignore[attr-defined]
+    def judged(result: dict[str, Any]) -> tuple[float, int]:
+        gone = {url.rpartition("/")[2] for url in result["removed"]}
         above = [pair for pair, j in truth.items() if j >= THRESHOLD + 0.05]
         below = [pair for pair, j in truth.items() if j <= THRESHOLD - 0.02]
         unplanted = gone - truth.keys()

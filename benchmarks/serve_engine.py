@@ -29,6 +29,7 @@ from benchmarks.llama_cpp import LlamaCpp
 from benchmarks.report import finish
 from model.config import ModelConfig
 from model.engine import Core, Sampling, generate_batch
+from model.engine.weights import Weights
 from model.huggingface import SpecialTokens, save_directory
 from model.transformer import Transformer
 
@@ -50,10 +51,12 @@ def prompts(count: int, length: int = PROMPT) -> list[list[int]]:
     return [[draw.randrange(3, CONFIG.vocab_size) for _ in range(length)] for _ in range(count)]
 
 
-def ours(model: Transformer, batch: int, new: int, weights: str = "float32") -> Callable[[], None]:
+def ours(
+    model: Transformer, batch: int, new: int, weights: Weights = "float32"
+) -> Callable[[], None]:
     core = Core(
         model, None, slots=batch, kv_tokens=max(2048, batch * 256), weights=weights, reuse=False
-    )  # type: ignore[arg-type]
+    )
     sampling = Sampling(max_tokens=new)
 
     def run() -> None:

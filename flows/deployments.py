@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefect import Flow, serve
-from prefect.deployments.runner import EntrypointType
+from prefect.deployments.runner import EntrypointType, RunnerDeployment
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from flows.corpus import corpus
@@ -89,19 +89,20 @@ def plan(name: str, values: dict[str, Any]) -> list[Planned]:
 def main() -> None:
     settings = Settings.load()
     settings.apply()
-    deployments = [
-        entry.flow.to_deployment(
+    deployments = []
+    for entry in FLOWS.values():
+        deployment = entry.flow.to_deployment(
             name=DEPLOYMENT,
             tags=list(entry.tags),
             description=entry.description,
             entrypoint_type=EntrypointType.MODULE_PATH,
             enforce_parameter_schema=True,
         )
-        for entry in FLOWS.values()
-    ]
-    for deployment in deployments:  # Prefect would send their defaults and so remove schedules
-        deployment.model_fields_set.difference_update(EDITABLE)  # type: ignore[union-attr]
-    serve(*deployments, limit=CONCURRENT_RUNS, pause_on_shutdown=False)  # type: ignore[arg-type]
+        assert isinstance(deployment, RunnerDeployment)  # a coroutine only inside an event loop
+        # Prefect would send their defaults and so remove schedules.
+        deployment.model_fields_set.difference_update(EDITABLE)
+        deployments.append(deployment)
+    serve(*deployments, limit=CONCURRENT_RUNS, pause_on_shutdown=False)
 
 
 if __name__ == "__main__":

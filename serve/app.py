@@ -15,6 +15,7 @@ from starlette.staticfiles import StaticFiles
 
 from serve import metrics
 from serve.cards import card, cards
+from serve.checking import decode_json, parse, validate
 from serve.completions import Completion
 from serve.embeddings import embed
 from serve.errors import ApiError, not_ready
@@ -29,9 +30,6 @@ from serve.protocol import (
     DetokenizeRequest,
     EmbeddingRequest,
     TokenizeRequest,
-    decode_json,
-    parse,
-    validate,
 )
 from serve.responses_api import ResponseRun, ResponsesRequest
 from serve.transport import EventStream, read_body, unless_disconnected

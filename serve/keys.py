@@ -140,5 +140,8 @@ class KeyRing:
         if before is not None:
             before.key = key
             return before
-        requests, tokens = key.requests_per_minute, key.tokens_per_minute
-        return Account(key, requests and Bucket(requests), tokens and Bucket(tokens))  # type: ignore[arg-type]
+        requests, tokens = (
+            Bucket(rate) if rate else None
+            for rate in (key.requests_per_minute, key.tokens_per_minute)
+        )
+        return Account(key, requests, tokens)

@@ -1,13 +1,15 @@
 """Prompts to token ids, with the endless ones refused before they cost anything."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec
 
 from model.chat import Tokenizer, encode_chat
 from model.engine import Engine
 from serve.errors import ApiError
 from serve.protocol import Message
 
+P = ParamSpec("P")
 LONG = 20_000  # characters from which on encoding is worth another thread
 
 
@@ -53,8 +55,10 @@ def _refuse_endless(characters: int, engine: Engine, param: str) -> None:
         )
 
 
-async def _encode(size, function, *arguments):  # type: ignore[no-untyped-def]
+async def _encode(
+    size: int, function: Callable[P, list[int]], *arguments: P.args, **named: P.kwargs
+) -> list[int]:
     """In another thread where it would hold up the others."""
     if size < LONG:
-        return function(*arguments)
-    return await asyncio.to_thread(function, *arguments)
+        return function(*arguments, **named)
+    return await asyncio.to_thread(function, *arguments, **named)

@@ -84,8 +84,9 @@ class ResponsesRequest(BaseModel):
 
     def chat(self) -> ChatRequest:
         """The same question as a chat completion."""
-        turns = [] if self.instructions is None else [("system", self.instructions)]
-        messages = [Message(role=role, content=text) for role, text in turns]  # type: ignore[arg-type]
+        messages = []
+        if self.instructions is not None:
+            messages.append(Message(role="system", content=self.instructions))
         if isinstance(self.input, str):
             messages.append(Message(role="user", content=self.input))
         else:

@@ -8,16 +8,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from serve.checking import NEUTRAL, WITHOUT_EFFECT, decode_json, parse
 from serve.errors import ApiError
 from serve.protocol import (
-    NEUTRAL,
-    WITHOUT_EFFECT,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
-    decode_json,
-    parse,
 )
 from serve.responses_api import ResponsesRequest
 

@@ -22,7 +22,7 @@ from tasks.runtime.progress import duration
 from tasks.runtime.rest import Refused, call
 from tasks.runtime.settings import Ports, Settings
 
-QUESTION = "What does the function textwrap.dedent do?"
+QUESTION = "What does shutil.copytree do?"
 SERVICES = ("prefect", "mlflow", "ray", "site", "worker", "serve", "watcher")
 MAIN_PORTS = ("prefect", "mlflow", "ray_dashboard", "site", "serve")
 

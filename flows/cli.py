@@ -7,7 +7,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +164,24 @@ def models(settings: Settings, arguments: argparse.Namespace) -> int:
         print(name)
         for version in registry.versions(name):
             aliases = ", ".join(version.aliases) or "-"
-            scores = "  ".join(f"{key} {value:.4g}" for key, value in version.scores.items())
-            print(f"  version {version.version:<4} {aliases:<24} {version.artifact}")
-            print(f"  {'':<12} {scores}")
+            artifact, _, fingerprint = version.artifact.partition("/")
+            print(f"  version {version.version:<4} {aliases:<24} {artifact}/{fingerprint[:12]}")
+            for score in with_intervals(version.scores):
+                print(f"  {'':<12} {score}")
     return 0
+
+
+def with_intervals(scores: Mapping[str, float]) -> list[str]:
+    """`name value [low, high]` for each score; NAME_low and NAME_high are ends of NAME's."""
+    lines = []
+    for name, value in scores.items():
+        stem, _, end = name.rpartition("_")
+        if end in ("low", "high") and stem in scores:
+            continue
+        low, high = (scores.get(f"{name}_{end}") for end in ("low", "high"))
+        span = f" [{low:.4g}, {high:.4g}]" if low is not None and high is not None else ""
+        lines.append(f"{name:<22} {value:.4g}{span}")
+    return lines
 
 
 def ask(settings: Settings, arguments: argparse.Namespace) -> int:

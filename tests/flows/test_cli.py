@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from killable_stack import KillableStack
 
-from flows.cli import main
+from flows.cli import main, with_intervals
 from tasks.runtime.settings import Settings
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -169,3 +169,11 @@ def test_ports_are_kept_for_later_commands(tmp_path: Path) -> None:
     with_ports(Settings.load(tmp_path), arguments).save()
     ports = Settings.load(tmp_path).ports
     assert (ports.prefect, ports.mlflow, ports.site) == (5300, 5400, 5302)
+
+
+def test_scores_are_listed_with_their_intervals() -> None:
+    scores = {"recall": 0.8361, "recall_low": 0.801, "recall_high": 0.866, "ratio_low": 2.0}
+    assert with_intervals(scores) == [
+        "recall                 0.8361 [0.801, 0.866]",
+        "ratio_low              2",
+    ]

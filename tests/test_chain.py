@@ -199,3 +199,14 @@ def test_a_form_with_an_unknown_key_is_refused(trained: Stack) -> None:
     done = trained.command("run", "pipeline", "--set", "tokenizer.vocab=1200")
     assert done.returncode != 0
     assert "vocab" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_missing_alias_names_those_there_are_and_leaves_the_served_model(trained: Stack) -> None:
+    before = trained.gristmill("models")
+    done = trained.command("run", "deploy", "--set", "version=staging", "--watch")
+    assert done.returncode == 1
+    told = done.stdout + done.stderr
+    assert "model 'gristmill' has no version or alias 'staging'; " in told
+    assert "Traceback" not in told
+    assert trained.gristmill("models") == before
+    assert trained.gristmill("ask", "What is abc?").strip()

@@ -49,7 +49,7 @@ def case(stage: str, number: int) -> tuple[str, list[str], tuple[float, float]]:
         case "extract":
             return "corpus", [f"corpus.extract.seconds_per_document={30 + number}"], (0.3, 3)
         case "deduplicate":
-            return "corpus", [f"corpus.deduplicate.threshold={0.7 + number / 1000}"], (0.3, 2)
+            return "corpus", [f"corpus.deduplicate.threshold={0.6 + number % 300 / 1000}"], (0.3, 2)
         case "pretrain":
             return "pretrain", ["pretrain.tokens=500000000", f"pretrain.seed={number}"], (1, 16)
         case "finetune":

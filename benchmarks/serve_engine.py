@@ -182,7 +182,7 @@ def main() -> None:
                 32 * new,
             )
         if importlib.util.find_spec("xllamacpp") and importlib.util.find_spec("gguf"):
-            contenders["llama_cpp_1"] = (of_llama_cpp(LlamaCpp(model), new), new)
+            contenders["llama_cpp_1"] = (of_llama_cpp(LlamaCpp.of(model), new), new)
         rates = measure(contenders, rounds)
 
     def ratio(one: str, other: str) -> float | None:

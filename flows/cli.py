@@ -171,6 +171,16 @@ def models(settings: Settings, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def export(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Write a registered version for other programs: Hugging Face's directory, or GGUF."""
+    if settings.mlflow.startswith("http"):
+        reachable(settings.mlflow, "MLflow")
+    from flows.export import export as write
+
+    print(write(settings, arguments))
+    return 0
+
+
 def with_intervals(scores: Mapping[str, float]) -> list[str]:
     """`name value [low, high]` for each score; NAME_low and NAME_high are ends of NAME's."""
     lines = []
@@ -359,6 +369,10 @@ def parser() -> argparse.ArgumentParser:
     add("cancel", cancel).add_argument("run", help="name or id of a run")
     add("plan", plan, parameters).add_argument("flow")
     add("models", models)
+    command = add("export", export)
+    command.add_argument("model", help="MODEL@VERSION: a number or an alias (default: champion)")
+    command.add_argument("--format", choices=("hf", "gguf"), default="hf")
+    command.add_argument("--out", type=Path, metavar="DIR", help="default: MODEL-VERSION-FORMAT")
     command = add("ask", ask)
     command.add_argument("question")
     command.add_argument("--model", help="which of the served models (default: the first)")

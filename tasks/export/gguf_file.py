@@ -1,0 +1,110 @@
+"""GGUF, the format of llama.cpp, written with its own Python library.
+
+Families without an entry in `ARCHITECTURES` are refused: llama.cpp may know them, but nothing here
+has compared the tokens. Weights stay float32; `llama-quantize` makes smaller files of this one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.chat import BYTE_TOKENS, CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer
+from model.config import ModelConfig
+from model.huggingface import FormatError, export_weights, family_of
+from model.transformer import Transformer
+
+# Hugging Face's model_type → llama.cpp's. Where llama.cpp calls both llama, it turns neighbouring
+# channels instead of the halves of a head.
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # llama.cpp's types of tokens
+
+
+def write_gguf(path: Path, model: Transformer, tokenizer: Tokenizer, name: str) -> None:
+    """The model and its tokenizer as one file. Raises FormatError for what llama.cpp lacks."""
+    writer = begin(path, model.config, name)
+    add_vocabulary(writer, tokenizer, model.config.vocab_size)
+    finish(writer, model)
+
+
+def begin(path: Path, config: ModelConfig, name: str) -> Any:
+    """A `gguf.GGUFWriter` that knows the model's sizes."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture(config))
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    # llama.cpp's llama has no window; below its width there is no difference.
+    writer.add_context_length(min(config.context, config.sliding_window or config.context))
+    writer.add_embedding_length(config.width)
+    writer.add_block_count(config.layers)
+    writer.add_feed_forward_length(config.mlp_size)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_count)
+    writer.add_key_length(config.head_size)
+    writer.add_value_length(config.head_size)
+    writer.add_rope_dimension_count(config.head_size)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    return writer
+
+
+def architecture(config: ModelConfig) -> str:
+    """What llama.cpp calls the model's family."""
+    family = family_of(config).model_type
+    if family not in ARCHITECTURES:
+        raise FormatError(
+            f"a {family} model is not written as GGUF, only {', '.join(ARCHITECTURES)} are; use "
+            f"--format hf"
+        )
+    return ARCHITECTURES[family]
+
+
+def add_vocabulary(writer: Any, tokenizer: Tokenizer, size: int) -> None:
+    """SentencePiece's pieces and scores; rows of the model beyond them are marked as unused."""
+    pieces = [tokenizer.piece(token).encode() for token in range(len(tokenizer))]
+    unused = size - len(pieces)
+    learned = len(pieces) - SPECIAL_TOKENS - BYTE_TOKENS
+    kinds = [UNKNOWN] + [CONTROL] * (SPECIAL_TOKENS - 1) + [BYTE] * BYTE_TOKENS + [NORMAL] * learned
+    scores = [tokenizer.score(token) for token in range(len(pieces))]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(pieces + [f"[unused {number}]".encode() for number in range(unused)])
+    writer.add_token_scores(scores + [0.0] * unused)
+    writer.add_token_types(kinds + [UNUSED] * unused)
+    writer.add_unk_token_id(tokenizer.unknown)
+    writer.add_bos_token_id(tokenizer.begin)
+    writer.add_eos_token_id(tokenizer.end_of_document)
+    writer.add_eot_token_id(tokenizer.end_of_turn)
+    writer.add_pad_token_id(tokenizer.pad)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def finish(writer: Any, model: Transformer) -> None:
+    """Add the weights and write the file."""
+    import gguf
+
+    config = model.config
+    kind = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[architecture(config)]
+    names = gguf.get_tensor_name_map(kind, config.layers)
+    neighbours = architecture(config) == "llama"
+    for name, tensor in export_weights(config, model.state_dict()).items():
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if neighbours and name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = _neighbours(tensor, config.head_size)
+        writer.add_tensor(target, tensor.detach().float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _neighbours(weight: torch.Tensor, head: int) -> torch.Tensor:
+    """The rows of each head from halves turned together to neighbours turned together."""
+    width = weight.shape[1]
+    return weight.view(-1, 2, head // 2, width).transpose(1, 2).reshape(weight.shape)

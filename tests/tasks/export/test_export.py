@@ -1,0 +1,214 @@
+"""An exported version: whole or not at all, with its card, and other programs say the same."""
+
+from __future__ import annotations
+
+import json
+import random
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flows.cli import main
+from model.chat import encode_chat
+from model.config import ModelConfig
+from model.engine import Sampling, generate_batch, load_model
+from model.huggingface import FormatError
+from model.tokenizer_files import tokenizer_files
+from model.transformer import Transformer
+from tasks.export.gguf_file import architecture, write_gguf
+from tasks.registry import models, tracking
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.settings import Settings
+from tasks.runtime.store import MANIFEST, Store
+from tests.tiny_models import model_directory, tokenizer, transformer
+
+# Blocks of Unicode: Latin, Greek and Cyrillic, Hebrew and Arabic, Devanagari, Thai, kana and CJK,
+# Hangul, symbols, emoji.
+SCRIPTS = (
+    *((0x20, 0x7F), (0xA0, 0x250), (0x370, 0x530), (0x590, 0x6FF), (0x900, 0x980)),
+    *((0xE00, 0xE5C), (0x3040, 0x3100), (0x4E00, 0x5000), (0xAC00, 0xAD00), (0x1F600, 0x1F650)),
+)
+QUESTION = [{"role": "user", "content": "What does json.dumps do?"}]
+
+
+def texts(count: int = 60) -> list[str]:
+    draw = random.Random(0)
+    drawn = []
+    for number in range(count):
+        low, high = SCRIPTS[number % len(SCRIPTS)]
+        letters = [chr(draw.randrange(low, high)) for _ in range(draw.randrange(1, 40))]
+        spaced = [draw.choice(("", " ", "  ", "\n", "\t")) + letter for letter in letters]
+        drawn.append("".join(spaced))
+    return [*drawn, "def f(x):\n\treturn 1_0", " a  b\n\n", "日本語 🎉\x00", json.dumps(QUESTION)]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for name, value in (
+        ("GRISTMILL_HOME", str(tmp_path)),
+        ("GRISTMILL_MLFLOW_URL", uri),
+        ("MLFLOW_TRACKING_URI", uri),
+        ("MLFLOW_REGISTRY_URI", uri),
+        ("PREFECT_HOME", str(tmp_path)),
+    ):
+        monkeypatch.setenv(name, value)
+    return tmp_path
+
+
+def commit(stage: str, files: dict[str, bytes], inputs: dict[str, str], **said: Any) -> Manifest:
+    mark = f"{stage}-of-the-export-tests"
+    directory = Store.open(Settings.load()).directory(stage, mark)
+    entries = tuple(directory.write_bytes(name, body) for name, body in files.items())
+    marks = {"fingerprint": mark, "content": mark, "created": "2026-11-22T12:00:00"}
+    manifest = Manifest(stage=stage, version=1, inputs=inputs, files=entries, **marks, **said)
+    directory.write_bytes(MANIFEST, manifest.model_dump_json().encode())
+    return manifest
+
+
+@pytest.fixture
+def registered(home: Path) -> models.Version:
+    """Version 1 of `tiny`, with what it was made from."""
+    folder = model_directory(home / "made", qk_norm=True)
+    for name, body in tokenizer_files(tokenizer(), context=128).items():
+        (folder / name).write_bytes(body)
+    gathered = {
+        "config": {"sources": [{"name": "notes", "licence": "CC BY 4.0"}, {"name": "mail"}]},
+        "counts": {"documents_notes": 1234, "documents_mail": 5},
+        "rules": {"too-short": 7},
+    }
+    source = commit("gather", {}, {}, **gathered)
+    sizes = ("train_documents", "train_bytes", "heldout_documents", "heldout_bytes")
+    corpus = commit(
+        "split", {}, {"documents": source.fingerprint}, counts=dict.fromkeys(sizes, 1100)
+    )
+    files = {path.name: path.read_bytes() for path in folder.iterdir()} | {"curve.parquet": b"x"}
+    counts = {"steps": 4, "tokens": 4096}
+    model = commit("pretrain", files, {"corpus": corpus.fingerprint}, counts=counts)
+    report = commit("evaluate", {}, {"model": model.fingerprint})
+    scores = {"bits_per_byte": 1.5, "bits_per_byte_low": 1.25, "bits_per_byte_high": 1.75}
+    scores |= {"unseen_exact": 0.002, "ppmd5_bits_per_byte": 1.6}
+    lineage = {"report": f"evaluate/{report.fingerprint}"}
+    run_id = tracking.open_run("pretrain", model.fingerprint, {}, {})
+    mark = f"pretrain/{model.fingerprint}"
+    version = models.register("tiny", run_id, folder, mark, scores, lineage)
+    models.set_alias("tiny", models.CHAMPION, version.version)
+    return version
+
+
+def test_a_version_leaves_as_a_directory_with_its_card(registered, home, capsys) -> None:
+    assert main(["export", "tiny@1", "--out", str(home / "out")]) == 0
+    assert capsys.readouterr().out.strip().endswith("out")
+    names = {path.name for path in (home / "out").iterdir()}
+    expected = {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json"}
+    expected |= {"tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "README.md"}
+    assert names == expected
+    card = (home / "out" / "README.md").read_text()
+    for said in (
+        "# tiny, version 1",
+        "| architecture | Qwen3ForCausalLM |",
+        "| pretrained on | 4,096 tokens in 4 steps |",
+        "Source `notes`: 1,234 documents. Licence: CC BY 4.0.",
+        "Source `mail`: 5 documents. Licence: not stated",
+        "| gather | too-short | 7 |",
+        "Left for training: 1,100 documents",
+        "| bits per byte of held-out documents | 1.5 | 1.25 to 1.75 |",
+        "| bits per byte of PPMd, order 5 | 1.6 |  |",
+        "Of facts it was never taught it answered 0.2% exactly",
+        "| evaluate | `evaluate-of-the-` |",
+    ):
+        assert said in card
+
+
+def test_what_cannot_be_exported_is_said_and_leaves_nothing(registered, home, capsys) -> None:
+    def told(*arguments: str) -> str:
+        assert main(["export", *arguments]) == 1
+        return capsys.readouterr().err
+
+    assert "has no version or alias '9'; it has: 1 (champion)" in told("tiny@9")
+    (home / "full").mkdir()
+    (home / "full" / "file").touch()
+    assert "exists and is not empty; give another directory" in told("tiny", "--out", "full")
+    store = Store.open(Settings.load())
+    weights = Path(store.directory(registered.stage, registered.fingerprint).path)
+    weights = weights / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + b"x")
+    assert "model.safetensors differs from its manifest" in told("tiny", "--out", "new")
+    assert not list(home.glob("*new*"))
+
+
+def test_a_family_that_llama_cpp_was_not_compared_with_is_refused() -> None:
+    flags = {"positions": "learned", "norm": "layer", "activation": "gelu_tanh"}
+    gpt2 = ModelConfig(gated_mlp=False, qkv_bias=True, linear_bias=True, **flags)
+    with pytest.raises(FormatError, match="a gpt2 model is not written as GGUF, only llama"):
+        architecture(gpt2)
+
+
+def ask(server: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return dict(json.load(answer))
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"kv_heads": 1, "head_dim": 16, "rope_theta": 5e5},
+        {"tied_embeddings": False},
+        {"sliding_window": 64, "kv_heads": 1, "tied_embeddings": False},
+        {"qkv_bias": True, "vocab_size": 530},
+        {"qk_norm": True, "head_dim": 48, "kv_heads": 1},
+    ],
+    ids=["llama", "llama-untied", "mistral", "qwen2-padded", "qwen3"],
+)
+def test_llama_cpp_says_the_same_tokens(tmp_path: Path, flags: dict[str, Any]) -> None:
+    from benchmarks.llama_cpp import LlamaCpp
+
+    model, names = transformer(seed=3, context=256, **flags), tokenizer()
+    write_gguf(tmp_path / "tiny.gguf", model, names, "tiny")
+    peer = LlamaCpp(tmp_path / "tiny.gguf", min(256, flags.get("sliding_window", 256))).server
+    for text in texts():
+        said = ask(peer, "/tokenize", {"content": text, "parse_special": False})
+        assert said["tokens"] == names.encode(text)
+    prompt = encode_chat(QUESTION, names)
+    template = ask(peer, "/apply-template", {"messages": QUESTION})["prompt"]
+    read = ask(peer, "/tokenize", {"content": template, "add_special": True, "parse_special": True})
+    assert read["tokens"] == prompt
+    greedy = Sampling(temperature=0.0, max_tokens=24)
+    (ours,) = generate_batch(model, names, [prompt], greedy)
+    options = {"temperature": 0, "top_k": 1, "n_predict": 24, "return_tokens": True}
+    theirs = ask(peer, "/completion", {"prompt": prompt, "cache_prompt": False, **options})
+    assert theirs["tokens"] == list(ours.tokens)[: len(theirs["tokens"])]
+    assert len(theirs["tokens"]) >= len(ours.tokens) - 1  # the end itself is not told
+
+
+@pytest.mark.peer
+def test_transformers_loads_what_was_exported(registered, home) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert main(["export", "tiny@champion", "--out", "out"]) == 0
+    names = AutoTokenizer.from_pretrained(home / "out")
+    for text in texts():
+        assert names(text, add_special_tokens=False)["input_ids"] == tokenizer().encode(text)
+        assert names.decode(tokenizer().encode(text)) == text
+    ids = names.apply_chat_template(
+        QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(home / "out")(ids).logits
+    ours: Transformer = load_model(home / "out").model
+    torch.testing.assert_close(theirs, ours(ids), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.peer
+def test_a_version_leaves_as_gguf(registered, home) -> None:
+    assert main(["export", "tiny", "--format", "gguf"]) == 0
+    found = {path.name for path in (home / "tiny-1-gguf").iterdir()}
+    assert found == {"tiny-1.gguf", "README.md"}
+    assert "llama-cli -m tiny-1.gguf" in (home / "tiny-1-gguf" / "README.md").read_text()

@@ -12,7 +12,7 @@ from lxml import etree
 from lxml import html as lxml_html
 
 from tasks.corpus.opt_out import meta_reserves
-from tasks.corpus.urls import canonical_url
+from tasks.corpus.urls import canonical_url, link_target
 
 MAX_LINKS = 10_000  # of one page
 MAX_SITEMAP_LINKS = 50_000  # sitemaps.org's own limit
@@ -97,19 +97,13 @@ def _resolve(hrefs: Iterable[str], base: str) -> tuple[tuple[str, ...], int]:
     found: dict[str, None] = {}
     invalid = 0
     for href in hrefs:
-        text = href.strip()
-        if not text or text.startswith("#"):
-            continue
-        scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", text)
-        if scheme and scheme.group(1).lower() not in ("http", "https"):
-            continue  # mailto:, javascript:, data: are no pages
-        address = _canonical(text, base)
-        if address:
-            found.setdefault(address)
-        else:
+        address = link_target(href, base)
+        if address is None:
             invalid += 1
-        if len(found) >= MAX_LINKS:
-            break
+        elif address:
+            found.setdefault(address)
+            if len(found) >= MAX_LINKS:
+                break
     return tuple(found), invalid
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import idna
@@ -29,6 +30,11 @@ _BINARY = re.compile(
     r"|tiff?|ttf|wasm|wav|web[mp]|whl|wmv|woff2?|xlsx?|xz|zip|zst)$",
     re.IGNORECASE,
 )
+# A path that is its own canonical spelling: no dot segments, nothing encoded, no parameters.
+_PLAIN_PATH = re.compile(r"/(?:[A-Za-z0-9_~-][A-Za-z0-9_.~-]*(?:/|\Z))*\Z")
+_BLANKS = "".join(map(chr, range(33)))  # stripped as browsers do (WHATWG URL, section 4.1)
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_REMEMBERED = 50_000  # links of late; the menu of a site stands on each of its pages
 
 
 def canonical_url(url: str, base: str | None = None) -> str:
@@ -39,7 +45,7 @@ def canonical_url(url: str, base: str | None = None) -> str:
     it can matter. Canonical addresses are fixed points. Raises ValueError with a reason for
     everything a crawler cannot ask for.
     """
-    text = re.sub(r"[\t\r\n]", "", url.strip("\x00\x01\x02\x03\x04\x05\x06\x07\x08 \t\r\n\f\v"))
+    text = re.sub(r"[\t\r\n]", "", url.strip(_BLANKS))
     parts = urlsplit(urljoin(base, text) if base else text)
     scheme = parts.scheme.lower()
     if scheme not in DEFAULT_PORTS:
@@ -58,6 +64,49 @@ def canonical_url(url: str, base: str | None = None) -> str:
     if len(result) > MAX_LENGTH:
         raise ValueError(f"the address has {len(result)} characters, more than {MAX_LENGTH}")
     return result
+
+
+def link_target(href: str, base: str) -> str | None:
+    """The canonical address a link on the page `base` leads to.
+
+    Empty for what leads to no page (a place on this one, mailto:, javascript:), None for what is
+    no address at all. Much quicker than `canonical_url` for the links most pages have.
+    """
+    text = href.strip().strip(_BLANKS).partition("#")[0].strip(_BLANKS)
+    if not text:
+        return ""
+    # A path is relative to the page's directory; a query alone, to its file name as well.
+    return _link_target(text, base if text[0] in "?;" else _directory(base))
+
+
+@lru_cache(maxsize=_REMEMBERED)
+def _link_target(text: str, base: str) -> str | None:
+    if _PLAIN_PATH.match(text) and len(text) < MAX_LENGTH // 2:
+        origin = _canonical_origin(base)
+        if origin is not None:
+            return origin + text
+    scheme = _SCHEME.match(text)
+    if scheme and scheme.group(1).lower() not in DEFAULT_PORTS:
+        return ""
+    try:
+        return canonical_url(text, base)
+    except ValueError:
+        return None
+
+
+@lru_cache(maxsize=1024)
+def _canonical_origin(base: str) -> str | None:
+    try:
+        return canonical_url("/", base)[:-1]
+    except ValueError:
+        return None
+
+
+@lru_cache(maxsize=1024)
+def _directory(base: str) -> str:
+    address = base.partition("#")[0].partition("?")[0]
+    head, slash, _ = address.rpartition("/")
+    return head + slash if slash and not head.endswith("/") else base
 
 
 def _host(hostname: str | None) -> str:

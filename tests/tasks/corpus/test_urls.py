@@ -1,10 +1,10 @@
 """URL canonicalisation, scope, traps and aliases."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus.urls import Aliases, Scope, canonical_url, trap_reason
+from tasks.corpus.urls import Aliases, Scope, canonical_url, link_target, trap_reason
 
 EQUIVALENT = [
     ("HTTP://Example.ORG", "http://example.org/"),
@@ -124,3 +124,32 @@ def test_aliases_are_inverse(path: str) -> None:
     assert aliases.place(f"embedded://stdlib{path}") == f"http://127.0.0.1:4202{path}"
     assert aliases.name(aliases.place(f"embedded://stdlib{path}")) == f"embedded://stdlib{path}"
     assert aliases.name(f"http://127.0.0.1:42021{path}") == f"http://127.0.0.1:42021{path}"
+
+
+HREF = st.one_of(
+    st.text(max_size=30),
+    st.text(alphabet="/.~?#;:%@ab0-_=&", max_size=20),
+    st.sampled_from([written for written, _ in EQUIVALENT]),
+)
+BLANKS = "".join(map(chr, range(33)))
+BASE = st.sampled_from(
+    [
+        *("http://example.org/", "http://example.org/a/b.html", "https://e.org:8443/x/?q=/y#z"),
+        *("http://EXAMPLE.org", "http://e.org/a//b/c", "http://[::1]:80/p", "http://a..b/x"),
+    ]
+)
+
+
+@settings(deadline=None, max_examples=400)
+@given(HREF, BASE)
+def test_the_quick_way_to_a_link_leads_where_the_long_one_does(href: str, base: str) -> None:
+    text = href.strip(BLANKS).partition("#")[0].strip(BLANKS)
+    assume(text == text.strip() and href.strip() == href.strip(BLANKS))  # links lose those as well
+    found = link_target(href, base)
+    try:
+        expected = canonical_url(text, base)
+    except ValueError:
+        assert not found
+        return
+    assert found == (expected if text else "")
+    assert link_target("mailto:a@b.org", base) == link_target("#part", base) == ""

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from flows import forget as forget_commands
 from flows import keys as key_commands
 from flows.doctor import examine, raise_open_files, report
 from flows.processes import mind_signals
@@ -368,6 +369,7 @@ def parser() -> argparse.ArgumentParser:
     add("watch", watch_run).add_argument("run", help="name or id of a run")
     add("cancel", cancel).add_argument("run", help="name or id of a run")
     add("plan", plan, parameters).add_argument("flow")
+    forget_commands.add_arguments(add("forget", forget_commands.forget))
     add("models", models)
     command = add("export", export)
     command.add_argument("model", help="MODEL@VERSION: a number or an alias (default: champion)")

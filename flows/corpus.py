@@ -17,6 +17,7 @@ from tasks.corpus.pii import PIIConfig, pii
 from tasks.corpus.quality import QualityConfig, quality
 from tasks.corpus.source_config import SourceConfig
 from tasks.corpus.split import SplitConfig, split
+from tasks.corpus.tombstoned import forget, standing_tombstones
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import StageConfig
 
@@ -66,9 +67,10 @@ def build_corpus(params: CorpusParams) -> Manifest:
     Sources are gathered after the pages of the seeds are extracted, and go the same way from there.
     """
     inputs: dict[str, Manifest] = {}
+    pages: dict[str, Manifest] = {}
     if params.seeds:
-        crawled = crawl(params.crawl_config())
-        inputs["crawled"] = extract(params.extract, crawl=crawled)
+        pages["crawl"] = crawl(params.crawl_config())
+        inputs["crawled"] = extract(params.extract, **pages)
     if params.sources:
         sources = GatherConfig(sources=params.sources, extract=params.extract)
         documents = gather(sources, **inputs)
@@ -78,6 +80,8 @@ def build_corpus(params: CorpusParams) -> Manifest:
     good = quality(params.quality, documents=identified)
     if params.pii.action != "keep":
         good = pii(params.pii, documents=good)
+    if (forgotten := standing_tombstones()) is not None:
+        good = forget(forgotten, documents=good, **pages)
     unique = deduplicate(params.deduplicate, documents=good)
     return split(params.split, documents=unique)
 

@@ -22,6 +22,7 @@ from tasks.corpus.frontier import DOCUMENT_STATES, Address, Frontier
 from tasks.corpus.guard import endpoint, private_seeds
 from tasks.corpus.pack import pack_segments
 from tasks.corpus.pages import PAGES
+from tasks.corpus.tombstoned import Forgotten
 from tasks.corpus.urls import Aliases, Scope, canonical_url, host_of
 from tasks.runtime.errors import UserError
 from tasks.runtime.progress import Progress, run_logger
@@ -52,7 +53,12 @@ def crawl(config: CrawlConfig, work: Workspace) -> Outcome:
                 function, items, label="crawl", num_cpus=0.5, progress=_Unsaid("crawl", 1, "tasks")
             )
 
-        return crawl_site(config, work, on_ray, settings.site, partitions=2 * session.cpus)
+        # Tombstones keep pages from being fetched but are not part of a crawl's identity: what was
+        # fetched before one was set, the forget stage leaves out.
+        forgotten = Forgotten.standing(settings).address
+        return crawl_site(
+            config, work, on_ray, settings.site, 2 * session.cpus, forgotten=forgotten
+        )
 
 
 class _Unsaid(Progress):
@@ -66,9 +72,16 @@ class _Unsaid(Progress):
 
 
 def crawl_site(
-    config: CrawlConfig, work: Workspace, run: Mapper, embedded: str, partitions: int
+    config: CrawlConfig,
+    work: Workspace,
+    run: Mapper,
+    embedded: str,
+    partitions: int,
+    forgotten: Callable[[str], object] = lambda url: None,
 ) -> Outcome:
     """The whole crawl; `run` decides where partitions are fetched, `embedded` where that site is.
+
+    An address of which `forgotten` says anything is never asked for.
 
     Raises UserError naming the seeds when not one page could be had.
     """
@@ -87,6 +100,7 @@ def crawl_site(
         config.max_redirects,
         config.round_seconds,
         earlier_pages(earlier_directory) if earlier_directory else None,
+        forgotten,
     )
     saved = Rounds(work)
     partitions = saved.restore(frontier, partitions)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -139,10 +139,12 @@ class Frontier:
         max_redirects: int,
         round_seconds: float,
         earlier: Mapping[str, Earlier] | None = None,
+        forgotten: Callable[[str], object] = lambda url: None,
     ) -> None:
         self.scope, self.max_pages, self.max_redirects = scope, max_pages, max_redirects
         self.round_seconds = round_seconds
         self.earlier = earlier or {}
+        self.forgotten = forgotten
         self.addresses: dict[str, Address] = {}
         self.hosts: dict[str, Host] = {}
         self.counts: Counter[str] = Counter()
@@ -187,7 +189,14 @@ class Frontier:
         left = self.max_pages - sum(a.is_document for a in self.addresses.values())
         if left <= 0:
             return []
-        queued = [a for a in self.addresses.values() if a.state == "queued"]
+        queued = []
+        for address in self.addresses.values():
+            if address.state != "queued":
+                continue
+            if self.forgotten(address.url):  # asked here: a tombstone may be younger than the crawl
+                address.state, address.reason = "skipped", "tombstoned"
+            else:
+                queued.append(address)
         queued.sort(key=lambda a: (a.kind != "sitemap", a.depth))  # stable: then by discovery
         chosen: dict[str, list[Request]] = {}
         for address in queued:

@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import struct
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -230,10 +231,15 @@ class Member:
 
     @property
     def kind(self) -> bytes:
+        return self.field(b"warc-type")
+
+    def field(self, name: bytes) -> bytes:
+        """A field of the record's head by its name in lower case, or empty."""
         head = self.data[: self.data.find(b"\r\n\r\n")]
         for line in head.split(b"\r\n"):
-            if line.lower().startswith(b"warc-type:"):
-                return line.partition(b":")[2].strip()
+            found, _, value = line.partition(b":")
+            if found.strip().lower() == name:
+                return value.strip()
         return b""
 
     @property
@@ -260,6 +266,30 @@ def members(data: bytes) -> Iterator[Member]:
         end = position - len(unpacker.unused_data)
         yield Member(offset, end - offset, b"".join(parts))
         offset = end
+
+
+def padding(length: int, text: str) -> bytes:
+    """A gzip member of exactly `length` bytes that holds one metadata record saying `text`.
+
+    It takes the place of erased records, so that the offsets of all others stay as they are. Its
+    data are stored, not compressed. Raises ValueError when there is no room for a record.
+    """
+    blocks = max(1, -(-(length - 18) // (5 + 0xFFFF)))
+    size = length - 18 - 5 * blocks
+    head = (
+        f"WARC/1.1\r\nWARC-Type: metadata\r\nWARC-Record-ID: {record_id()}\r\n"
+        f"WARC-Date: {warc_date()}\r\nContent-Length: {{:>10}}\r\n\r\n"
+    )
+    room = size - len(head.format(0)) - 4
+    if room < 0:
+        raise ValueError(f"{length} bytes are too few for a record")
+    block = text.encode()[:room].ljust(room)
+    record = head.format(room).encode() + block + b"\r\n\r\n"
+    data = bytearray(b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\xff")
+    for number in range(blocks):
+        part = record[number * 0xFFFF : (number + 1) * 0xFFFF]
+        data += struct.pack("<BHH", number == blocks - 1, len(part), len(part) ^ 0xFFFF) + part
+    return bytes(data + struct.pack("<II", zlib.crc32(record), len(record) & 0xFFFFFFFF))
 
 
 def mend(path: Path) -> int:

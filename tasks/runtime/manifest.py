@@ -19,6 +19,16 @@ class FileEntry(BaseModel):
     sha256: str
 
 
+class Erased(BaseModel):
+    """What was taken out of an artifact after it was made: the one exception to immutability."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    at: str = Field(description="UTC, ISO 8601")
+    tombstones: tuple[int, ...]
+    documents: int = Field(description="rows that named or held what was erased")
+
+
 class Manifest(BaseModel):
     """A committed artifact.
 
@@ -46,6 +56,10 @@ class Manifest(BaseModel):
     packages: dict[str, str] = Field(default_factory=dict)
     cost: dict[str, float] = Field(default_factory=dict, description="seconds")
     created: str = Field("", description="UTC, ISO 8601")
+    erased: tuple[Erased, ...] = Field(
+        (), description="erasures since; `files` are as they lie there now, `counts` as made"
+    )
+    not_replayable: str = Field("", description="why it could not be made again, or empty")
 
     def file(self, name: str) -> FileEntry:
         for entry in self.files:

@@ -301,7 +301,8 @@ class Stage(Generic[C]):
         mark = self.fingerprint(config, inputs)
         found = self.find(config, inputs)
         if found is not None:
-            planned.append(Planned(self.name, mark, "cached", f"made {found.created}"))
+            erased = f", {found.not_replayable}" if found.not_replayable else ""
+            planned.append(Planned(self.name, mark, "cached", f"made {found.created}{erased}"))
             return found
         planned.append(Planned(self.name, mark, "run", self._why(config, inputs)))
         return self._stub(config, mark, UNKNOWN if self.content_addressed else mark)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -189,6 +191,39 @@ class Store:
             if info.type == fs.FileType.Directory
         )
         return sorted((m for m in found if m), key=lambda m: (m.created, m.fingerprint))
+
+    def stages(self) -> list[str]:
+        """Names of all stages that have a directory, sorted."""
+        filesystem, root = open_filesystem(self.uri)
+        found = filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
+        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+
+    def unfinished(self, stage: str) -> list[str]:
+        """Fingerprints of a stage's directories without a manifest."""
+        filesystem, root = open_filesystem(self.uri)
+        selector = fs.FileSelector(f"{root}/{stage}", allow_not_found=True)
+        names = [
+            info.base_name
+            for info in filesystem.get_file_info(selector)
+            if info.type == fs.FileType.Directory
+        ]
+        return sorted(name for name in names if not self.directory(stage, name).has(MANIFEST))
+
+    def amend(self, manifest: Manifest, **changes: Any) -> Manifest:
+        """Write an artifact's manifest anew with `changes`; sizes and digests as they are now.
+
+        For erasures only: all else about an artifact never changes.
+        """
+        directory = self.of(manifest)
+        files = tuple(directory.entry(entry.name) for entry in manifest.files)
+        amended = manifest.model_copy(update={"files": files, **changes})
+        directory.write_bytes(MANIFEST, (amended.model_dump_json(indent=1) + "\n").encode())
+        self.forget_copies(manifest)
+        return amended
+
+    def forget_copies(self, manifest: Manifest) -> None:
+        """Remove this machine's copies of a remote artifact's files."""
+        shutil.rmtree(self.cache / manifest.stage / manifest.fingerprint, ignore_errors=True)
 
     def latest(self, stage: str) -> Manifest | None:
         manifests = self.all(stage)

@@ -43,6 +43,30 @@ api_keys = sa.Table(
     sa.Column("revoked", sa.Float, nullable=True),
 )
 
+tombstones = sa.Table(
+    "tombstones",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("kind", sa.String(10), nullable=False, comment="url, domain or digest"),
+    sa.Column("value", sa.Text, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("created", sa.Float, nullable=False, comment="seconds since the epoch"),
+    sa.Column("withdrawn", sa.Float, nullable=True),
+)
+
+erasures = sa.Table(
+    "erasures",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("stage", sa.String(100), nullable=False),
+    sa.Column("fingerprint", sa.String(64), nullable=False),
+    sa.Column("action", sa.String(20), nullable=False, comment="rewritten, deleted or marked"),
+    sa.Column("tombstones", sa.JSON, nullable=False, comment="ids"),
+    sa.Column("documents", sa.Integer, nullable=False),
+    sa.Column("begun", sa.Float, nullable=False, comment="seconds since the epoch"),
+    sa.Column("finished", sa.Float, nullable=True),
+)
+
 
 def database(url: str) -> sa.Engine:
     """An engine with the schema in place."""

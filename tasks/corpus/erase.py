@@ -1,0 +1,275 @@
+"""Erasing what is tombstoned from every artifact of the store.
+
+ - Tables lose the rows that name it by address, id or record; WARC files have its records
+   overwritten with padding, so that all other offsets stay; reports lose the lines that name it.
+ - What was made of those documents and holds their text in another form (DERIVED) is deleted.
+ - Everything else made of them (tokenizers, models) is marked as not replayable.
+
+Each artifact is noted in the state database before it is touched. An erasure that was killed is
+ended by the next one, which finds the rest by looking again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tasks.corpus import warc
+from tasks.corpus.tombstoned import Forgotten
+from tasks.runtime.errors import UserError
+from tasks.runtime.manifest import Erased, Manifest
+from tasks.runtime.settings import Settings
+from tasks.runtime.store import REPORT, Directory, Store
+from tasks.state.tombstones import Tombstones
+
+DERIVED = frozenset({"token-shards", "pairs", "evaluate", "corpus-report"})
+KEPT = ("documents-", "train-", "heldout-", "pages.parquet")  # what later stages read
+KEYS = ("url", "fetch_url", "id", "record_id", "digest", "host")
+TEXTS = ("reason", "source", "location", "canonical")  # may name the address in another's row
+ERASED = "(erased)"
+NOTE = "erased on request"
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of one artifact."""
+
+    stage: str
+    fingerprint: str
+    action: str  # rewritten, deleted, marked, or removed (one that was never finished)
+    documents: int
+
+
+@dataclass
+class _Found:
+    """What one artifact holds of what is to be erased."""
+
+    rows: dict[str, list[bool]] = field(default_factory=dict)  # table → which rows go
+    addresses: set[str] = field(default_factory=set)
+    records: set[str] = field(default_factory=set)
+
+    @property
+    def documents(self) -> int:
+        return sum(sum(gone) for name, gone in self.rows.items() if name.startswith(KEPT))
+
+
+def erase(
+    settings: Settings, forgotten: Forgotten, say: Callable[[Done], None] = lambda done: None
+) -> list[Done]:
+    """Erase what `forgotten` names from the store; returns what was done, artifact by artifact.
+
+    Raises UserError while a run is making something: it might be reading what goes.
+    """
+    state = Tombstones(settings.database_url)
+    if busy := state.at_work():
+        raise UserError(
+            f"{busy[0][:40]} is being made now; wait for that run or cancel it, then purge"
+        )
+    store = Store.open(settings)
+    artifacts = [manifest for stage in store.stages() for manifest in store.all(stage)]
+    artifacts.sort(key=lambda manifest: (manifest.created, manifest.fingerprint))
+    interrupted = {e.fingerprint for e in state.erased() if e.finished is None}
+    stones = tuple(stone.id for stone in forgotten.stones)
+    records = _records(store, forgotten, artifacts)
+    lost: set[str] = set()  # artifacts that lost documents, and those deleted for it
+    tainted: set[str] = set()
+    results: list[Done] = []
+
+    def note(manifest: Manifest, action: str, documents: int, act: Callable[[], object]) -> None:
+        noted = state.begin(manifest.stage, manifest.fingerprint, action, stones, documents)
+        act()
+        state.finish(noted)
+        results.append(Done(manifest.stage, manifest.fingerprint, action, documents))
+        say(results[-1])
+
+    for manifest in artifacts:
+        inputs = set(manifest.inputs.values())
+        found = _search(
+            store.of(manifest), list(manifest.names(suffix=".parquet")), forgotten, records
+        )
+        if found.rows or manifest.fingerprint in interrupted:
+            if found.documents or manifest.fingerprint in interrupted:
+                lost.add(manifest.fingerprint)
+            act = partial(_rewrite, store, manifest, forgotten, found, stones)
+            note(manifest, "rewritten", found.documents, act)
+        elif manifest.stage in DERIVED and inputs & lost:
+            lost.add(manifest.fingerprint)
+            note(manifest, "deleted", 0, store.of(manifest).remove)
+            store.forget_copies(manifest)
+        elif not _is_tabular(manifest) and inputs & (lost | tainted):
+            tainted.add(manifest.fingerprint)
+            if not manifest.not_replayable:
+                why = f"not replayable: {NOTE} from what it was made of"
+                note(manifest, "marked", 0, partial(store.amend, manifest, not_replayable=why))
+    for stage, fingerprint in _unfinished(store, forgotten, records):
+        store.directory(stage, fingerprint).remove()
+        shutil.rmtree(settings.home / "work" / f"{stage}-{fingerprint[:16]}", ignore_errors=True)
+        results.append(Done(stage, fingerprint, "removed", 0))
+        say(results[-1])
+    for erasure in state.erased():
+        if erasure.finished is None:
+            state.finish(erasure.id)
+    return results
+
+
+def _is_tabular(manifest: Manifest) -> bool:
+    """Whether an artifact's own rows say all that is to be known of it."""
+    return any(name.startswith(KEPT) for name in manifest.names(suffix=".parquet"))
+
+
+def _records(store: Store, forgotten: Forgotten, artifacts: list[Manifest]) -> set[str]:
+    """Ids of the records whose payload digest is tombstoned."""
+    found: set[str] = set()
+    if not any(stone.kind == "digest" for stone in forgotten.stones):
+        return found
+    for manifest in artifacts:
+        if "pages.parquet" in manifest.names():
+            table = store.of(manifest).read_table("pages.parquet", ["record_id", "digest"])
+            rows = zip(table["record_id"].to_pylist(), table["digest"].to_pylist(), strict=True)
+            found |= {record for record, digest in rows if forgotten.digest(digest)}
+    return found
+
+
+def _search(
+    directory: Directory, names: list[str], forgotten: Forgotten, records: set[str]
+) -> _Found:
+    """The rows of an artifact's tables that name what is to be erased; reads key columns only."""
+    found = _Found()
+    for name in names:
+        with directory.filesystem.open_input_file(directory.location(name)) as file:
+            parquet = pq.ParquetFile(file)
+            keys = [key for key in KEYS if key in parquet.schema_arrow.names]
+            if not {"url", "host"} & set(keys):
+                continue
+            rows = parquet.read(keys).to_pylist()
+        gone = [_is_forgotten(row, forgotten, records) for row in rows]
+        if any(gone):
+            found.rows[name] = gone
+            for row, goes in zip(rows, gone, strict=True):
+                if goes:
+                    found.addresses |= {row[key] for key in ("url", "fetch_url") if row.get(key)}
+                    found.records |= {row["record_id"]} if row.get("record_id") else set()
+    return found
+
+
+def _is_forgotten(row: dict[str, Any], forgotten: Forgotten, records: set[str]) -> bool:
+    if "host" in row and "url" not in row:
+        return forgotten.host(row["host"]) is not None
+    return (
+        forgotten.address(row["url"] or "") is not None
+        or forgotten.digest(row.get("id"), row.get("digest")) is not None
+        or row.get("record_id") in records
+    )
+
+
+def _rewrite(
+    store: Store, manifest: Manifest, forgotten: Forgotten, found: _Found, stones: tuple[int, ...]
+) -> None:
+    """Take the rows, records and lines out; WARC files first: the tables say what is in them."""
+    directory = store.of(manifest)
+    for name in manifest.names(suffix=".warc.gz"):
+        _blank(directory, name, forgotten, found)
+    for name, gone in found.rows.items():
+        table = directory.read_table(name)
+        kept = table.filter(pa.array([not goes for goes in gone], pa.bool_()))
+        directory.write_table(name, _unnamed(kept, found.addresses))
+    needles = [*found.addresses, *(s.value for s in forgotten.stones if s.kind == "domain")]
+    if directory.has(REPORT):
+        reports = json.loads(directory.read_bytes(REPORT))
+        for report in reports:
+            report["body"] = _without(report["body"], needles)
+        directory.write_bytes(REPORT, json.dumps(reports, indent=1).encode())
+    moment = datetime.now(UTC).isoformat(timespec="milliseconds")
+    erased = Erased(at=moment, tombstones=stones, documents=found.documents)
+    store.amend(
+        manifest,
+        erased=(*manifest.erased, erased),
+        not_replayable=f"not replayable: {NOTE} from it",
+    )
+
+
+def _unnamed(table: pa.Table, addresses: set[str]) -> pa.Table:
+    """The table with erased addresses gone from what other rows say of them."""
+    for column in TEXTS:
+        if column not in table.column_names:
+            continue
+        values = table[column].to_pylist()
+        mended = [_mask(value, addresses) if value else value for value in values]
+        if mended != values:
+            place = table.schema.get_field_index(column)
+            table = table.set_column(
+                place, table.schema.field(place), pa.array(mended, pa.string())
+            )
+    return table
+
+
+def _mask(value: str, addresses: set[str]) -> str:
+    words = value.split(" ")
+    return " ".join(ERASED if word in addresses else word for word in words)
+
+
+def _without(body: Any, needles: list[str]) -> Any:
+    """A report's body without the rows or sections that name what was erased."""
+    if isinstance(body, list):
+        return [row for row in body if not _names(json.dumps(row, ensure_ascii=False), needles)]
+    text = str(body)
+    sections = text.split("\n### ")
+    return "\n### ".join(part for part in sections if not _names(part, needles)) or ERASED
+
+
+def _names(text: str, needles: list[str]) -> bool:
+    return any(needle in text for needle in needles)
+
+
+def _blank(directory: Directory, name: str, forgotten: Forgotten, found: _Found) -> None:
+    """Overwrite the records of what is erased with padding of the same length."""
+    data = directory.read_bytes(name)
+    pieces, clean = [], 0
+    for start, stop in _runs(data, forgotten, found):
+        pieces += [data[clean:start], warc.padding(stop - start, NOTE)]
+        clean = stop
+    if pieces:
+        directory.write_bytes(name, b"".join([*pieces, data[clean:]]))
+
+
+def _runs(data: bytes, forgotten: Forgotten, found: _Found) -> Iterator[tuple[int, int]]:
+    """Ranges of neighbouring records that go."""
+    open_at = end = 0
+    for member in warc.members(data):
+        if not _is_about(member, forgotten, found):
+            continue
+        if end != member.offset:
+            if end > open_at:
+                yield open_at, end
+            open_at = member.offset
+        end = member.offset + member.length
+    if end > open_at:
+        yield open_at, end
+
+
+def _is_about(member: warc.Member, forgotten: Forgotten, found: _Found) -> bool:
+    if member.kind == b"warcinfo":
+        return False
+    ids = {member.field(name).decode() for name in (b"warc-record-id", b"warc-concurrent-to")}
+    if ids & found.records:
+        return True
+    target = member.field(b"warc-target-uri").decode("utf-8", "replace")
+    return target in found.addresses or forgotten.address(target) is not None
+
+
+def _unfinished(store: Store, forgotten: Forgotten, records: set[str]) -> Iterator[tuple[str, str]]:
+    """Half-made artifacts that hold some of it: a later run would take up their shards."""
+    for stage in store.stages():
+        for fingerprint in store.unfinished(stage):
+            directory = store.directory(stage, fingerprint)
+            tables = [name for name in directory.names() if name.endswith(".parquet")]
+            if _search(directory, tables, forgotten, records).rows:
+                yield stage, fingerprint

@@ -1,0 +1,201 @@
+"""Which documents are tombstoned, and the stage that leaves them out.
+
+The stage stands in the chain only where there are tombstones, before deduplication: a copy that a
+forgotten page had displaced comes back in its place. Its fingerprint holds a digest of all standing
+tombstones, so a new one re-runs this stage and, when a document is affected, what follows; never
+the crawl.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+
+from tasks.corpus.documents import (
+    REMOVED,
+    Removal,
+    Tally,
+    counts,
+    document_shards,
+    require_some,
+    selection_reports,
+)
+from tasks.corpus.sharding import run_shards
+from tasks.corpus.urls import canonical_url
+from tasks.runtime.errors import UserError
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.settings import Settings
+from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+from tasks.state.tombstones import Tombstone, Tombstones, digest_of
+
+RULE = "tombstoned"
+REMEDIES = {"": "withdraw a tombstone (gristmill forget --list) or crawl more pages"}
+_HEX = re.compile(r"[0-9a-f]{16}(?:[0-9a-f]{48})?")
+_PAYLOAD = re.compile(r"sha256:[A-Z2-7]{52}={0,4}")
+ID_DIGITS = 16
+
+
+def parse(what: str) -> tuple[str, str]:
+    """(kind, value) of what a person wants forgotten. Raises UserError when it is none of them.
+
+    An address is one with a scheme. A digest is a document's id, the SHA-256 of its text that the
+    id is the start of, or the payload digest of a WARC record. Else it is a domain.
+    """
+    text = what.strip()
+    if _HEX.fullmatch(text.lower()):
+        return "digest", text.lower()[:ID_DIGITS]
+    if _PAYLOAD.fullmatch(text):
+        return "digest", text.rstrip("=")
+    if "://" in text:
+        return "url", address_key(text)
+    try:
+        host = urlsplit(canonical_url(f"http://{text}/")).netloc
+    except ValueError:
+        host = ""
+    if "." not in host and not host.startswith("[") and not host.startswith("localhost"):
+        raise UserError(
+            f"{what!r} is no address (https://example.org/page), no domain (example.org) and no "
+            "digest (16 or 64 hex digits, or sha256:…); write it as one of them"
+        )
+    return "domain", host
+
+
+def address_key(url: str) -> str:
+    """What an address is known by: its canonical form without http or https."""
+    if not url.startswith(("http://", "https://")):
+        return url
+    with contextlib.suppress(ValueError):  # archives hold addresses that nobody could ask for
+        url = canonical_url(url)
+    return url.partition(":")[2]
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """A set of tombstones, ready to be asked about documents. Picklable."""
+
+    stones: tuple[Tombstone, ...]
+
+    @classmethod
+    def standing(cls, settings: Settings) -> Forgotten:
+        return cls(tuple(Tombstones(settings.database_url).standing()))
+
+    @cached_property
+    def _by_value(self) -> dict[str, dict[str, Tombstone]]:
+        kinds: dict[str, dict[str, Tombstone]] = {"url": {}, "domain": {}, "digest": {}}
+        for stone in self.stones:
+            kinds[stone.kind].setdefault(stone.value, stone)
+        return kinds
+
+    def address(self, url: str) -> Tombstone | None:
+        """The tombstone of this address or of its domain."""
+        known = self._by_value
+        if known["url"] and (found := known["url"].get(address_key(url))):
+            return found
+        return self.host(urlsplit(url).netloc) if known["domain"] else None
+
+    def host(self, netloc: str) -> Tombstone | None:
+        """The tombstone of this host (with or without port) or of a domain above it."""
+        domains = self._by_value["domain"]
+        name = netloc.rpartition("@")[2].lower()
+        bare = re.sub(r":\d+$", "", name)
+        labels = bare.split(".")
+        above = (".".join(labels[start:]) for start in range(len(labels)))
+        return next((domains[key] for key in (name, *above) if key in domains), None)
+
+    def digest(self, *digests: str | None) -> Tombstone | None:
+        """The tombstone of a document's id or of a page's payload digest."""
+        known = self._by_value["digest"]
+        return next((known[d.rstrip("=")] for d in digests if d and d.rstrip("=") in known), None)
+
+    def document(self, url: str, id: str) -> Tombstone | None:
+        return self.address(url) or self.digest(id)
+
+
+class ForgetConfig(StageConfig):
+    """Which tombstones stand: how many, and a digest over them."""
+
+    tombstones: int
+    digest: str
+
+    @classmethod
+    def of(cls, standing: Iterable[Tombstone]) -> ForgetConfig:
+        stones = list(standing)
+        return cls(tombstones=len(stones), digest=digest_of(stones))
+
+
+def standing_tombstones() -> ForgetConfig | None:
+    """The stage's configuration, or None where nothing is to be forgotten."""
+    stones = Tombstones(Settings.load().database_url).standing()
+    return ForgetConfig.of(stones) if stones else None
+
+
+@stage("forget", version=1)
+def forget(
+    config: ForgetConfig, work: Workspace, *, documents: Manifest, crawl: Manifest | None = None
+) -> Outcome:
+    """Leave out the documents that are tombstoned; `crawl` knows pages by their payload."""
+    forgotten = Forgotten.standing(Settings.load())
+    if digest_of(forgotten.stones) != config.digest:
+        raise UserError(
+            f"the tombstones are no longer the {config.tombstones} this run was started with; "
+            "run it again"
+        )
+    records = payload_records(forgotten, work, crawl) if crawl is not None else {}
+    items = [(forgotten, records, documents, name) for name in document_shards(documents)]
+    reports = run_shards(work, "forgotten", forget_shard, items, label="Forget")
+    tally = Tally.total(report["tally"] for report in reports)
+    require_some("forget", tally, REMEDIES, "documents")
+    gone = [key for report in reports for key in report["gone"]]
+    told = hashlib.sha256("\n".join([documents.content, *sorted(gone)]).encode())
+    return Outcome(
+        counts=counts(tally),
+        rules=tally.rules,
+        # Where nothing was left out, what follows has nothing to do again.
+        content=told.hexdigest() if gone else documents.content,
+        reports=selection_reports("forget", tally),
+    )
+
+
+def payload_records(forgotten: Forgotten, work: Workspace, crawl: Manifest) -> dict[str, Tombstone]:
+    """Record id → tombstone, for pages whose payload digest has one."""
+    if not any(stone.kind == "digest" for stone in forgotten.stones):
+        return {}
+    pages = work.store.of(crawl).read_table("pages.parquet", ["record_id", "digest"])
+    columns = zip(pages["record_id"].to_pylist(), pages["digest"].to_pylist(), strict=True)
+    return {id: stone for id, digest in columns if (stone := forgotten.digest(digest))}
+
+
+def forget_shard(
+    work: Workspace,
+    number: int,
+    forgotten: Forgotten,
+    records: dict[str, Tombstone],
+    documents: Manifest,
+    name: str,
+) -> dict[str, Any]:
+    """One shard without what is tombstoned; of that no text is kept, not even as rejected."""
+    table = work.store.of(documents).read_table(name)
+    tally, keep = Tally(), []
+    gone: list[dict[str, Any]] = []
+    for row in table.select(["id", "url", "record_id", "bytes"]).to_pylist():
+        stone = forgotten.document(row["url"], row["id"]) or records.get(row["record_id"])
+        keep.append(stone is None)
+        if stone is None:
+            tally.keep(row["bytes"])
+            continue
+        removal = Removal(RULE, f"tombstone {stone.id}, a {stone.kind}: {stone.reason}")
+        tally.remove(removal, row["url"], "")
+        blank = dict.fromkeys(table.column_names) | {"text": "", "title": ""}
+        gone.append(blank | row | {"rule": removal.rule, "reason": removal.reason})
+    schema = pa.schema([*table.schema.remove_metadata(), *REMOVED])
+    work.write_table(f"rejected-{number:05d}.parquet", pa.Table.from_pylist(gone, schema))
+    work.write_table(f"documents-{number:05d}.parquet", table.filter(pa.array(keep, pa.bool_())))
+    return {"tally": asdict(tally), "gone": [f"{row['id']} {row['url']}" for row in gone]}

@@ -1,0 +1,325 @@
+"""Takedown: what is forgotten is not in the next corpus, and after a purge in no earlier one."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from documents_of import rows, urls
+from fastwarc.warc import ArchiveIterator
+from hypothesis import given
+from hypothesis import strategies as st
+from inline_shards import InlineSession, run_inline
+from loopback_site import LoopbackSite, page
+from test_corpus_chain import THINGS, module
+
+from flows.corpus import CorpusParams, build_corpus
+from tasks.corpus import crawl as crawl_module
+from tasks.corpus import extract as extract_module
+from tasks.corpus.erase import Done, erase
+from tasks.corpus.pages import page_rows, read_pages
+from tasks.corpus.same_document import known_ids
+from tasks.corpus.tombstoned import Forgotten, parse
+from tasks.corpus.warc import members, padding
+from tasks.runtime.errors import UserError
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.settings import Settings
+from tasks.runtime.stage import Outcome, Planned, StageConfig, Workspace, planning, stage
+from tasks.runtime.store import Store
+from tasks.state.tombstones import Tombstone, Tombstones
+
+VICTIM = "/library/heaps.html"
+
+
+class Session(InlineSession):
+    cpus = 1
+
+    def map(self, function: Any, items: Any, **_: Any) -> Iterator[tuple[int, Any]]:
+        for index, item in enumerate(items):
+            yield index, function(*item)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackSite]:
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
+    run_inline(monkeypatch)
+    monkeypatch.setattr(crawl_module, "ray_session", lambda _: Session())
+    pages = {f"/library/{t}s.html": module(n, t) for n, t in enumerate(THINGS)}
+    pages["/library/copy.html"] = pages[VICTIM]
+    with LoopbackSite({"/": page(*pages)} | pages) as running:
+        yield running
+    for child in extract_module._children.values():
+        child.close()
+    extract_module._children.clear()
+
+
+def corpus(site: LoopbackSite, **more: Any) -> Manifest:
+    return build_corpus(params(site, **more))
+
+
+def params(site: LoopbackSite, **more: Any) -> CorpusParams:
+    return CorpusParams.model_validate(
+        {
+            "seeds": [f"{site.url}/"],
+            "crawl": {"delay": 0.0},
+            "split": {"seed": 0, "common_groups": 5},
+        }
+        | more
+    )
+
+
+def state() -> Tombstones:
+    return Tombstones(Settings.load().database_url)
+
+
+def bury(what: str) -> Tombstone:
+    return state().add(*parse(what), "the author asked")
+
+
+def purge() -> list[Done]:
+    settings = Settings.load()
+    return erase(settings, Forgotten.standing(settings))
+
+
+def everything(manifest: Manifest) -> list[str]:
+    return sorted([*urls(manifest, "train-"), *urls(manifest, "heldout-")])
+
+
+def planned(site: LoopbackSite, **more: Any) -> dict[str, Planned]:
+    with planning() as stages:
+        build_corpus(params(site, **more))
+    return {stage.stage: stage for stage in stages}
+
+
+def artifacts() -> list[Manifest]:
+    store = Store.open()
+    return [manifest for name in store.stages() for manifest in store.all(name)]
+
+
+def holders(needle: str) -> list[str]:
+    """Files of the store in which a text stands, whatever they are packed with."""
+    store, found = Store.open(), []
+    for path in sorted(Path(store.uri).rglob("*")):
+        if path.suffix == ".parquet":
+            text = json.dumps(pq.read_table(path).to_pylist(), default=str, ensure_ascii=False)
+        elif path.suffix == ".gz":
+            text = gzip.decompress(path.read_bytes()).decode("utf-8", "replace")
+        elif path.is_file():
+            text = path.read_text(errors="replace")
+        else:
+            continue
+        if needle in text:
+            found.append(str(path.relative_to(store.uri)))
+    return found
+
+
+def test_a_forgotten_page_is_not_in_the_next_corpus(site: LoopbackSite) -> None:
+    before = everything(corpus(site))
+    gone, copy = f"{site.url}{VICTIM}", f"{site.url}/library/copy.html"
+    assert (gone in before) != (copy in before)  # one of two copies
+    for url in (gone, copy):
+        bury(url)
+    plan = planned(site)
+    assert [name for name, stage in plan.items() if stage.status == "cached"] == [
+        *("crawl", "extract", "language", "quality")
+    ]
+    assert {plan[name].status for name in ("forget", "deduplicate", "split")} == {"run"}
+    asked = len(site.requests)
+    after = corpus(site)
+    assert len(site.requests) == asked
+    assert everything(after) == [url for url in before if url not in (gone, copy)]
+    [left_out] = Store.open().all("forget")
+    assert left_out.rules == {"tombstoned": 2}
+    rejected = rows(left_out, "rejected-")
+    assert {row["url"]: row["text"] for row in rejected} == {gone: "", copy: ""}
+    assert "the author asked" in rejected[0]["reason"]
+    # The copy alone would have come back in its place.
+    state().withdraw(2)
+    assert copy in everything(corpus(site))
+
+
+def test_a_tombstone_that_meets_nothing_reruns_nothing_else(site: LoopbackSite) -> None:
+    before = corpus(site)
+    bury("example.org")
+    assert planned(site)["forget"].status == "run"
+    assert corpus(site).fingerprint == before.fingerprint
+    bury("example.com")
+    assert "forget.tombstones 1 → 2" in planned(site)["forget"].why
+
+
+def test_a_crawl_never_asks_for_what_is_forgotten(site: LoopbackSite) -> None:
+    bury(f"{site.url}{VICTIM}")
+    corpus(site)
+    assert VICTIM not in site.paths
+    [crawled] = Store.open().all("crawl")
+    assert crawled.rules == {"tombstoned": 1}
+    bury(site.url.removeprefix("http://"))
+    with pytest.raises(UserError, match=r"no page at .*\(tombstoned\)"):
+        corpus(site, epoch=1)
+
+
+def test_a_purge_leaves_nothing_behind_and_all_else_whole(site: LoopbackSite) -> None:
+    before = everything(corpus(site))
+    telling = "search_heap"
+    assert len({name.split("/")[0] for name in holders(telling)}) >= 6
+    for path in (VICTIM, "/library/copy.html"):
+        bury(f"{site.url}{path}")
+    done = purge()
+    assert {result.stage for result in done} >= {"crawl", "extract", "quality", "deduplicate"}
+    assert holders(telling) == []
+    # Other pages' links to it are theirs, and stay.
+    linked = {name.rpartition("/")[2] for name in holders(VICTIM)}
+    assert linked == {"links.parquet", "00000.warc.gz"}
+    store = Store.open()
+    for manifest in artifacts():
+        store.verify(manifest)
+        assert manifest.erased[0].tombstones == (1, 2)
+        assert "erased on request" in manifest.not_replayable
+    [crawled] = store.all("crawl")
+    pages = {found.url for found in read_pages(store.of(crawled), page_rows(store.of(crawled)))}
+    assert f"{site.url}/library/trees.html" in pages and f"{site.url}{VICTIM}" not in pages
+    with open(store.of(crawled).location("warc/00000.warc.gz"), "rb") as stream:
+        assert len(list(ArchiveIterator(stream, parse_http=False, verify_digests=True))) > 30
+    assert [erasure.finished is not None for erasure in state().erased()] == [True] * len(done)
+    assert "erased on request" in planned(site)["crawl"].why
+    after = corpus(site)
+    assert set(before) - set(everything(after)) <= {
+        f"{site.url}{VICTIM}",
+        f"{site.url}/library/copy.html",
+    }
+    assert everything(after) and VICTIM not in "".join(everything(after))
+    assert purge() == []
+
+
+def test_a_killed_purge_is_ended_by_the_next(
+    site: LoopbackSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus(site)
+    bury(f"{site.url}{VICTIM}")
+    amend, calls = Store.amend, iter(range(100))
+
+    def dies(self: Store, manifest: Manifest, **changes: Any) -> Manifest:
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return amend(self, manifest, **changes)
+
+    monkeypatch.setattr(Store, "amend", dies)
+    with pytest.raises(KeyboardInterrupt):
+        purge()
+    monkeypatch.setattr(Store, "amend", amend)
+    purge()
+    assert VICTIM not in "".join(name for name in holders(VICTIM) if not name.startswith("crawl/"))
+    for manifest in artifacts():
+        Store.open().verify(manifest)
+    assert all(erasure.finished for erasure in state().erased())
+
+
+class EmptyConfig(StageConfig):
+    pass
+
+
+@stage("token-shards", version=99, retries=0)
+def tokens_of(config: EmptyConfig, work: Workspace, *, corpus: Manifest) -> Outcome:
+    work.write_bytes("tokens-00000.npy", b"the text in another form")
+    return Outcome()
+
+
+@stage("pretrain", version=99, retries=0)
+def model_of(config: EmptyConfig, work: Workspace, *, shards: Manifest) -> Outcome:
+    work.write_bytes("model.safetensors", b"weights")
+    return Outcome()
+
+
+def test_other_forms_of_the_text_are_deleted_and_models_marked(site: LoopbackSite) -> None:
+    made = corpus(site)
+    model = model_of(EmptyConfig(), shards=tokens_of(EmptyConfig(), corpus=made))
+    bury(everything(made)[0])
+    done = {result.stage: result.action for result in purge()}
+    assert (done["token-shards"], done["pretrain"]) == ("deleted", "marked")
+    store = Store.open()
+    assert store.all("token-shards") == []
+    [marked] = store.all("pretrain")
+    assert marked.fingerprint == model.fingerprint
+    assert "from what it was made of" in marked.not_replayable
+    store.verify(marked)
+
+
+def test_a_document_is_forgotten_by_any_of_its_digests(site: LoopbackSite) -> None:
+    made = corpus(site, pii={"action": "mask"})
+    document = rows(made, "train-")[0]
+    whole = document["id"]
+    ids = known_ids(Settings.load(), whole)
+    assert whole == ids[0]
+    [crawled] = Store.open().all("crawl")
+    pages = page_rows(Store.open().of(crawled)).to_pylist()
+    other = rows(made, "train-")[1]
+    payload = next(page["digest"] for page in pages if page["url"] == other["url"])
+    for one in ids:
+        bury(one)
+    bury(payload)
+    found = everything(corpus(site, pii={"action": "mask"}))
+    assert document["url"] not in found and other["url"] not in found
+    assert found
+    purge()
+    assert not {document["url"], other["url"]} & {
+        row["url"] for manifest in Store.open().all("extract") for row in rows(manifest)
+    }
+
+
+def test_a_purge_waits_for_nobody(site: LoopbackSite) -> None:
+    from tasks.state.leases import lease
+
+    with (
+        lease(Settings.load().database_url, "crawl/abc", patience=1),
+        pytest.raises(UserError, match="crawl/abc is being made now"),
+    ):
+        purge()
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "value"),
+    [
+        ("https://Example.org/a/../b?utm_source=x#c", "url", "//example.org/b"),
+        ("embedded://stdlib/library/json.html", "url", "embedded://stdlib/library/json.html"),
+        ("Example.ORG", "domain", "example.org"),
+        ("bücher.example", "domain", "xn--bcher-kva.example"),
+        ("0123456789abcdef", "digest", "0123456789abcdef"),
+        ("0123456789ABCDEF" * 4, "digest", "0123456789abcdef"),
+        ("sha256:" + "A" * 52 + "====", "digest", "sha256:" + "A" * 52),
+    ],
+)
+def test_what_is_meant_is_seen(what: str, kind: str, value: str) -> None:
+    assert parse(what) == (kind, value)
+
+
+@pytest.mark.parametrize("what", ["", "word", "a b.org", "sha256:short", "deadbeef"])
+def test_what_means_nothing_is_refused(what: str) -> None:
+    with pytest.raises(UserError, match="is no address"):
+        parse(what)
+
+
+def test_a_domain_covers_what_is_below_it_and_nothing_beside() -> None:
+    stones = (
+        Tombstone(1, "domain", "example.org", "", 0),
+        Tombstone(2, "url", "//e.net/p", "", 0),
+    )
+    forgotten = Forgotten(stones)
+    for url in ("http://example.org/", "https://a.b.example.org:8443/x", "http://EXAMPLE.org"):
+        assert forgotten.address(url) == stones[0]
+    for url in ("http://notexample.org/", "http://example.org.net/", "http://e.net/p/q", ""):
+        assert forgotten.address(url) is None
+    assert forgotten.address("https://e.net/x/../p#top") == stones[1]
+    assert forgotten.digest(None, "") is None
+
+
+@given(st.integers(220, 300_000))
+def test_padding_is_a_member_of_just_that_length(length: int) -> None:
+    made = padding(length, "gone")
+    assert len(made) == length
+    [member] = members(made)
+    assert member.length == length and member.kind == b"metadata"
+    assert member.block.rstrip() == b"gone"
+    assert len(member.block) == int(member.field(b"content-length"))

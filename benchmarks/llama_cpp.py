@@ -55,11 +55,7 @@ class LlamaCpp:
                 "top_k": 1,
                 "ignore_eos": True,
                 "cache_prompt": False,
-                "return_tokens": True,
             }
         )
-        if isinstance(answer, list):
-            answer = answer[0]
-        if answer.get("tokens"):
-            return list(answer["tokens"])
-        return [int(number) for number in str(answer["content"]).split()]
+        text = answer["choices"][0]["text"]
+        return [int(number) for number in str(text).split()]

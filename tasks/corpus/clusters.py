@@ -1,64 +1,59 @@
-"""Who is removed for whom, and who belongs together: two readings of the same verified pairs."""
+"""Who is removed for whom, and who belongs together: two readings of the same verified pairs.
+
+Both work on whole arrays in a few rounds; a document takes bytes there, not Python objects.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
+Rows = NDArray[np.int64]
+
 
 def keep_best(
-    count: int, rank: NDArray[np.int64], pairs: NDArray[np.int64], similarity: NDArray[np.float64]
-) -> dict[int, tuple[int, float]]:
-    """Rows to remove: row → (the kept row it duplicates, their similarity).
+    count: int, pairs: Rows, similarity: NDArray[np.float64], order: NDArray[np.uint64]
+) -> tuple[Rows, Rows]:
+    """Rows to remove, and for each the number of the pair that shows why: (R,), (R,).
 
-    Rows are taken from the best rank on; one is removed only for a verified pair with a row that
-    was kept. Nothing is removed by transitivity: where b resembles a and c but a does not resemble
-    c, and a is best, only b goes. `pairs` (P, 2) have all reached the threshold.
+    `pairs` (P, 2) have all reached the threshold, the better row first; `order` (P,) says how good
+    that one is, smaller is better. As if rows were taken from the best on, a row is removed only
+    for a pair with a row that was kept. Nothing is removed by transitivity: where b resembles a
+    and c but a does not resemble c, and a is best, only b goes. Of several kept rows the most
+    similar one is named, then the best.
     """
-    neighbours: dict[int, list[tuple[int, float]]] = {}
-    for (a, b), score in zip(pairs.tolist(), similarity.tolist(), strict=True):
-        neighbours.setdefault(a, []).append((b, score))
-        neighbours.setdefault(b, []).append((a, score))
-    removed: dict[int, tuple[int, float]] = {}
-    for row in sorted(neighbours, key=lambda row: int(rank[row])):
-        kept = [
-            (score, -int(rank[other]), other)
-            for other, score in neighbours[row]
-            if rank[other] < rank[row] and other not in removed
-        ]
-        if kept:
-            score, _, other = max(kept)
-            removed[row] = (other, score)
-    return removed
+    better, worse = pairs[:, 0], pairs[:, 1]
+    kept, gone = np.zeros(count, bool), np.zeros(count, bool)
+    better_left, worse_left = better, worse
+    while True:
+        waiting = np.zeros(count, bool)
+        waiting[worse_left] = True
+        kept |= ~waiting & ~gone  # no better row is left that might be kept
+        gone[worse_left[kept[better_left]]] = True
+        left = ~kept[better_left] & ~gone[better_left] & ~gone[worse_left]
+        if not left.any():
+            break
+        better_left, worse_left = better_left[left], worse_left[left]
+    shown = np.flatnonzero(gone[worse] & ~gone[better])
+    shown = shown[np.lexsort((order[shown], -similarity[shown], worse[shown]))]
+    rows, first = np.unique(worse[shown], return_index=True)
+    return rows, shown[first]
 
 
-class DisjointSets:
-    """Union by smallest member, with path halving: the root of a set is its smallest element."""
+def connected(count: int, pairs: Rows) -> Rows:
+    """For each row the smallest row it is connected with: (count,). `pairs` is (P, 2).
 
-    def __init__(self, count: int) -> None:
-        self._parent = list(range(count))
-
-    def find(self, item: int) -> int:
-        parent = self._parent
-        while parent[item] != item:
-            parent[item] = parent[parent[item]]
-            item = parent[item]
-        return item
-
-    def join(self, a: int, b: int) -> None:
-        a, b = self.find(a), self.find(b)
-        if a != b:
-            self._parent[max(a, b)] = min(a, b)
-
-    def roots(self) -> list[int]:
-        return [self.find(item) for item in range(len(self._parent))]
-
-
-def connected(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
-    """For each row the smallest row it is connected with."""
-    sets = DisjointSets(count)
-    for a, b in pairs:
-        sets.join(a, b)
-    return sets.roots()
+    Labels are hooked to smaller labels and paths then halved, until no pair has two labels.
+    """
+    labels = np.arange(count)
+    a, b = pairs[:, 0], pairs[:, 1]
+    while len(a):
+        of_a, of_b = labels[a], labels[b]
+        lower = np.minimum(of_a, of_b)
+        np.minimum.at(labels, of_a, lower)
+        np.minimum.at(labels, of_b, lower)
+        while (labels != labels[labels]).any():
+            labels = labels[labels]
+        apart = labels[a] != labels[b]
+        a, b = a[apart], b[apart]
+    return labels

@@ -120,7 +120,7 @@ def choose(
         keys = [("cluster", cluster)]
         keys += [(p.pattern, m.group(1) or "") for p in patterns if (m := p.search(url))]
         pairs += [(first.setdefault(key, row), row) for key in keys]
-    groups = connected(len(urls), pairs)
+    groups = connected(len(urls), np.array(pairs, np.int64).reshape(-1, 2)).tolist()
     key_of: dict[int, str] = {}
     size_of: dict[int, int] = {}
     for url, group, size in zip(urls, groups, sizes, strict=True):

@@ -108,7 +108,7 @@ GOLDEN: dict[str, tuple[int, str]] = {
     "extract": (1, "13eb20a4ad34c537"),
     "language": (1, "ad81d2bcb61e5cb6"),
     "quality": (1, "7a3a7a96b100338a"),
-    "deduplicate": (1, "bb1024f9c67198ec"),
+    "deduplicate": (2, "bb1024f9c67198ec"),
     "split": (1, "5b75c65a005bafe3"),
 }
 

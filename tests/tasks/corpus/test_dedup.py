@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,8 +15,13 @@ from shared_data import shared
 
 from tasks.corpus.clusters import connected, keep_best
 from tasks.corpus.dedup import DeduplicateConfig, deduplicate
+from tasks.corpus.documents import document_id
+from tasks.corpus.matching import jaccard_above
 from tasks.corpus.minhash import Bands, candidate_pairs, minima
-from tasks.corpus.shingles import Words, jaccard, normalise
+from tasks.corpus.shingles import normalise
+from tasks.corpus.signatures import order_of
+from tasks.corpus.word_hashes import words_of
+from tasks.runtime.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +31,8 @@ def home(tmp_path, monkeypatch):
 
 
 def similarity(a: str, b: str) -> float:
-    return jaccard(*(Words.of(normalise(text)).shingles(5) for text in (a, b)))
+    runs, bounds = words_of([a, b])[0].runs(5)
+    return jaccard_above(np.unique(runs[: bounds[1]]), np.unique(runs[bounds[1] :]), 0)
 
 
 def edited(words: list[str], changes: int, rng: random.Random) -> str:
@@ -98,25 +105,135 @@ def test_the_longest_of_near_duplicates_stays() -> None:
     assert manifest.rules == {"near-duplicate": 1}
 
 
+def gone_of(count: int, pairs: list, scores: list) -> dict[int, tuple[int, float]]:
+    """What keep_best says, as row → (kept row, similarity); row numbers are ranks."""
+    array, similarity = np.array(pairs, np.int64).reshape(-1, 2), np.array(scores, float)
+    rows, shown = keep_best(count, array, similarity, array[:, 0].astype(np.uint64))
+    return {
+        row: (int(array[pair, 0]), float(similarity[pair]))
+        for row, pair in zip(rows.tolist(), shown.tolist(), strict=True)
+    }
+
+
 def test_a_chain_is_not_removed_link_by_link() -> None:
-    pairs = np.array([[0, 1], [1, 2], [2, 3]])
-    removed = keep_best(4, np.arange(4), pairs, np.full(3, 0.9))
-    assert removed == {1: (0, 0.9), 3: (2, 0.9)}
-    assert connected(4, map(tuple, pairs.tolist())) == [0, 0, 0, 0]
+    pairs = [(0, 1), (1, 2), (2, 3)]
+    assert gone_of(4, pairs, [0.9] * 3) == {1: (0, 0.9), 3: (2, 0.9)}
+    assert connected(5, np.array(pairs)).tolist() == [0, 0, 0, 0, 4]
 
 
-@given(st.integers(2, 12), st.sets(st.tuples(st.integers(0, 11), st.integers(0, 11)), max_size=40))
-def test_whoever_goes_resembles_someone_who_stays(count: int, drawn: set) -> None:
-    found = sorted({(a, b) for a, b in drawn if a < b < count})
-    pairs = np.array(found, np.int64).reshape(-1, 2)
-    rank = np.array(random.Random(count).sample(range(count), count))
-    removed = keep_best(count, rank, pairs, np.ones(len(pairs)))
-    for row, (kept, _) in removed.items():
-        assert kept not in removed
-        assert (min(row, kept), max(row, kept)) in found
-        assert rank[kept] < rank[row]
-    for a, b in found:
-        assert a in removed or b in removed
+graphs = st.sets(st.tuples(st.integers(0, 11), st.integers(0, 11)), max_size=40)
+
+
+@given(graphs, st.randoms(use_true_random=False))
+def test_the_best_are_kept_as_if_taken_one_by_one(drawn: set, rng: random.Random) -> None:
+    pairs = sorted((a, b) for a, b in drawn if a < b)
+    scores = [rng.choice([0.8, 0.9, 1.0]) for _ in pairs]
+    expected: dict[int, tuple[int, float]] = {}
+    for row in range(12):
+        kept = [
+            (score, -a, a)
+            for (a, b), score in zip(pairs, scores, strict=True)
+            if b == row and a not in expected
+        ]
+        if kept:
+            score, _, a = max(kept)
+            expected[row] = (a, score)
+    assert gone_of(12, pairs, scores) == expected
+
+
+@given(graphs)
+def test_labels_are_the_smallest_of_what_is_connected(drawn: set) -> None:
+    graph = labels_by_walking(12, drawn)
+    assert connected(12, np.array(sorted(drawn), np.int64).reshape(-1, 2)).tolist() == graph
+
+
+def labels_by_walking(count: int, pairs: set) -> list[int]:
+    labels = list(range(count))
+    for _ in range(count):
+        for a, b in pairs:
+            labels[a] = labels[b] = min(labels[a], labels[b])
+    return labels
+
+
+def reference(texts: dict[str, str], threshold: float, cluster: float) -> tuple[dict, dict]:
+    """What must go and why, and each address's cluster: every pair compared in plain Python."""
+
+    def shingles(text: str) -> set:
+        words = re.findall(r"[^\W_]+", text.casefold())
+        return {tuple(words[i : i + 5]) for i in range(max(len(words) - 4, min(len(words), 1)))}
+
+    urls, sets = list(texts), [shingles(text) for text in texts.values()]
+    orders = order_of(urls, np.array([len(text.encode()) for text in texts.values()])).tolist()
+    plain = [normalise(text) for text in texts.values()]
+    best = sorted(range(len(urls)), key=lambda row: (orders[row], row))
+    gone: dict[str, str] = {}
+    alive = []
+    for row in best:
+        copied = next((other for other in alive if plain[other] == plain[row]), None)
+        if copied is None:
+            alive.append(row)
+        else:
+            gone[urls[row]] = f"same text as {urls[copied]}"
+    alike = {
+        (a, b): len(sets[a] & sets[b]) / len(sets[a] | sets[b])
+        for a in alive
+        for b in alive
+        if a != b and sets[a] | sets[b]
+    }
+    kept: list[int] = []
+    for row in alive:
+        found = [(alike.get((row, k), 0), -place, k) for place, k in enumerate(kept)]
+        score, _, other = max(found, default=(0, 0, 0))
+        if score >= threshold:
+            gone[urls[row]] = f"Jaccard similarity {score:.2f} with {urls[other]}"
+        else:
+            kept.append(row)
+    together = {pair for pair, score in alike.items() if score >= cluster}
+    labels = labels_by_walking(len(urls), together)
+    ids = [document_id(text) for text in texts.values()]
+    return gone, {url: ids[label] for url, label in zip(urls, labels, strict=True)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_partitions_decide_as_if_every_pair_had_been_compared(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(seed)
+    words = [f"w{n}" for n in range(400)]
+    texts: dict[str, str] = {"http://h/empty": "", "http://h/dots": "...", "http://h/few": "a b"}
+    for family in range(12):
+        base = rng.choices(words, k=rng.randint(4, 120))
+        for copy in range(rng.randint(1, 6)):
+            text = edited(base, rng.randint(0, len(base) // 20), rng)
+            if rng.random() < 0.3:
+                text = text.upper() + " ."
+            texts[f"http://h/{family}/{'latest/' * (copy == 1)}{'x' * rng.randint(1, 5)}{copy}"] = (
+                text
+            )
+    names = list(texts)
+    rng.shuffle(names)
+    texts = {name: texts[name] for name in names}
+    gone, clusters = reference(texts, 0.7, 0.4)
+    monkeypatch.setattr("tasks.corpus.dedup.SHARDS_PER_PARTITION", 1 + seed)
+    config = DeduplicateConfig(threshold=0.7, cluster_threshold=0.4, bands=128, rows=2)
+    manifest = deduplicate(config, documents=documents(texts))
+    removed = {row["url"]: row["reason"] for row in rows(manifest, "rejected-")}
+    assert removed == gone
+    assert len(removed) > 5
+    assert {row["url"]: row["cluster"] for row in rows(manifest)} == {
+        url: cluster for url, cluster in clusters.items() if url not in gone
+    }
+    listed = Store.open().of(manifest).read_table("clusters.parquet").to_pylist()
+    sizes = Counter(clusters[url] for url, reason in gone.items() if reason.startswith("Jacc"))
+    sizes.update(clusters[url] for url in texts if url not in gone)
+    for reason in gone.values():
+        if reason.startswith("same"):
+            sizes[clusters[reason.removeprefix("same text as ")]] += 1
+    expected = {cluster: size for cluster, size in sizes.items() if size > 1}
+    assert {row["cluster"]: row["documents"] for row in listed} == expected
+    assert sum(row["removed"] for row in listed) == len(gone)
+    assert all(len(row["urls"]) == row["documents"] for row in listed)
+    assert manifest.counts["clusters"] == len(sizes)
 
 
 @pytest.mark.parametrize("wanted", [0.3, 0.5, 0.7, 0.9])
@@ -128,12 +245,14 @@ def test_signatures_estimate_the_similarity(wanted: float) -> None:
         for size in (shared_count, 2000 - shared_count, 2000 - shared_count)
     )
     a, b = np.unique(np.r_[common, first]), np.unique(np.r_[common, second])
-    estimate = float(np.mean(minima(a, 2048) == minima(b, 2048)))
-    assert abs(estimate - jaccard(a, b)) < 0.05
+    folded = (np.concatenate([a, b]) >> np.uint64(32)).astype(np.uint32)
+    first, second = minima(folded, np.array([0, len(a), len(folded)]), 2048)
+    estimate = float(np.mean(first == second))
+    assert abs(estimate - jaccard_above(a, b, 0)) < 0.05
 
 
 def test_wide_buckets_cost_no_square_of_pairs() -> None:
-    pairs = candidate_pairs(np.zeros(1000, np.uint64), np.arange(1000), widest=8)
+    pairs = candidate_pairs(np.zeros(1000, np.uint64), np.arange(1000, dtype=np.uint64), widest=8)
     assert len(pairs) < 8 * 1000
     assert set(pairs[:, 0].tolist()) == set(range(8))
     assert set(pairs.ravel().tolist()) == set(range(1000))

@@ -1,10 +1,14 @@
 """Hashed spans are what plain Python says they are."""
 
+import random
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.corpus.shingles import Words, jaccard, normalise
+from tasks.corpus.matching import jaccard_above
+from tasks.corpus.shingles import Words, normalise
+from tasks.corpus.word_hashes import words_of
 
 texts = st.text(max_size=200)
 wordy = st.lists(st.sampled_from(["ab", "Ab", "b", "é", "c1", "日本", "x_y", "-"]), max_size=40)
@@ -23,15 +27,32 @@ def test_layout_and_case_make_no_difference(text: str, separator: str) -> None:
     assert normalise(separator.join(ascii_words)) == normalise(" ".join(ascii_words).upper())
 
 
-@given(wordy, st.integers(1, 6))
-def test_grams_are_equal_exactly_where_the_words_are(words: list[str], n: int) -> None:
-    normalised = normalise(" ".join(words))
-    tokens = normalised.split()
-    expected = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    hashes = Words.of(normalised).grams(n).tolist()
-    assert len(hashes) == len(expected)
-    assert len(set(hashes)) == len(set(expected))
-    assert len(set(zip(hashes, expected, strict=True))) == len(set(expected))
+@given(st.lists(wordy.map(" ".join) | texts, max_size=6), st.integers(1, 6))
+def test_runs_are_equal_exactly_where_the_words_are(several: list[str], n: int) -> None:
+    words, plain = words_of(several)
+    assert plain == [normalise(text).encode("utf-8", "replace") for text in several]
+    runs, bounds = words.runs(n)
+    assert len(bounds) == len(several) + 1
+    expected = []
+    for text, a, b in zip(plain, bounds, bounds[1:], strict=False):
+        tokens = text.decode().split()
+        of_text = [tuple(tokens[i : i + n]) for i in range(max(len(tokens) - n + 1, 1))]
+        expected += of_text if tokens else []
+        assert b - a == (len(of_text) if tokens else 0)
+    assert len(runs) == len(expected)
+    assert len(set(runs.tolist())) == len(set(expected))
+    assert len(set(zip(runs.tolist(), expected, strict=True))) == len(set(expected))
+
+
+def test_words_hash_alike_wherever_blocks_are_cut() -> None:
+    rng = random.Random(0)
+    vocabulary = [rng.choice("abcdé") * rng.randint(1, 9) + str(n) for n in range(50)]
+    text = " ".join(rng.choices(vocabulary, k=60_000))  # some blocks long
+    hashes = words_of(["a few words", text, "x" * 300_000 + " tail"])[0]
+    assert hashes.bounds.tolist() == [0, 3, 60_003, 60_005]
+    words = ["a", "few", "words", *text.split(), "x" * 300_000, "tail"]
+    assert len(set(zip(words, hashes.hashes.tolist(), strict=True))) == len(set(words))
+    assert len(set(hashes.hashes.tolist())) == len(set(words))
 
 
 @given(wordy, st.integers(1, 12))
@@ -46,10 +67,8 @@ def test_windows_begin_at_words_and_hash_their_bytes(words: list[str], size: int
 
 
 def test_the_same_words_hash_alike_in_every_text() -> None:
-    a, b = Words.of("one two three four"), Words.of("zero one two three four five")
-    assert set(a.grams(3).tolist()) < set(b.grams(3).tolist())
-    assert len(Words.of("two words").shingles(5)) == 1
-    assert len(Words.of("").shingles(5)) == 0
+    runs, bounds = words_of(["one two three four", "zero one two three four five"])[0].runs(3)
+    assert set(runs[: bounds[1]].tolist()) < set(runs[bounds[1] :].tolist())
 
 
 def test_scripts_without_blanks_have_words_too() -> None:
@@ -58,6 +77,7 @@ def test_scripts_without_blanks_have_words_too() -> None:
 
 @given(st.sets(st.integers(0, 50)), st.sets(st.integers(0, 50)))
 def test_jaccard_is_that_of_sets(a: set[int], b: set[int]) -> None:
-    arrays = [np.array(sorted(s), np.uint64) for s in (a, b)]
+    arrays = [np.array(sorted(s), np.uint32) for s in (a, b)]
     expected = len(a & b) / len(a | b) if a | b else 1.0
-    assert jaccard(*arrays) == expected
+    assert jaccard_above(*arrays, 0.0) == expected
+    assert jaccard_above(*arrays, 0.5) == expected or expected < 0.5

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from flows.hooks import HOOKS
 from tasks.corpus.crawl import EMBEDDED, CrawlConfig, CrawlOptions, crawl
 from tasks.corpus.dedup import DeduplicateConfig, deduplicate
+from tasks.corpus.earlier import earlier_corpora
 from tasks.corpus.extract import ExtractConfig, extract
 from tasks.corpus.gather import GatherConfig, gather
 from tasks.corpus.language import LanguageConfig, language
@@ -82,7 +83,8 @@ def build_corpus(params: CorpusParams) -> Manifest:
         good = pii(params.pii, documents=good)
     if (forgotten := standing_tombstones()) is not None:
         good = forget(forgotten, documents=good, **pages)
-    unique = deduplicate(params.deduplicate, documents=good)
+    earlier = earlier_corpora(params.deduplicate, good)
+    unique = deduplicate(params.deduplicate, documents=good, **earlier)
     return split(params.split, documents=unique)
 
 

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from tasks.corpus.buckets import cut_by, write_parts
 from tasks.corpus.clusters import connected, keep_best
-from tasks.corpus.matching import RESEMBLING, WANTED, copies_of, read_names, shard_of
-from tasks.corpus.signatures import Sources
+from tasks.corpus.matching import RESEMBLING, copies_in
+from tasks.corpus.signatures import Sources, shard_of
 from tasks.runtime.stage import Workspace
 
 GONE = np.dtype([("row", "<u8"), ("kept", "<u8"), ("similarity", "<f8")])
@@ -46,9 +46,7 @@ class Decisions:
 
 
 def decide(work: Workspace, sources: Sources, partitions: int, threshold: float) -> Decisions:
-    """Decide and write, a part for each shard: `_gone`, `_belongs`; and `_wanted`, whose names
-    the readers of those need.
-    """
+    """Decide, and write for each shard its part of `_gone` and `_belongs`."""
     own = sources.current.shards
     parts = [work.read_bytes(f"_resembling-{shard:05d}") for shard in range(own)]
     pairs = np.frombuffer(b"".join(parts), RESEMBLING)
@@ -73,7 +71,6 @@ def decide(work: Workspace, sources: Sources, partitions: int, threshold: float)
     write_parts(work, "_belongs", cut_by(belongs, shard_of(belongs["row"]), own))
 
     largest = _largest(work, partitions, own, belongs, gone["row"])
-    _write_wanted(work, sources, gone, belongs, largest)
     joined = int((belongs["row"] != belongs["root"]).sum())
     return Decisions(int(alike.sum()), joined, largest)
 
@@ -87,7 +84,8 @@ def _largest(
 ) -> tuple[Cluster, ...]:
     """The largest clusters of more than one document, exact copies with the one they copy."""
     counted = [
-        np.unique(c["kept"], return_counts=True) for c in copies_of(work, partitions, shards)
+        np.unique(copies_in(work, partition)["kept"], return_counts=True)
+        for partition in range(partitions)
     ]
     kept = np.concatenate([np.zeros(0, np.uint64), *(rows for rows, _ in counted)])
     copies = np.concatenate([np.zeros(0, np.int64), *(count for _, count in counted)])
@@ -108,7 +106,8 @@ def _largest(
     for number in top.tolist():
         shown[number] += members[index == number][:MEMBERS].tolist()
     wanted = members[np.isin(index, top)]
-    for block in copies_of(work, partitions, shards):
+    for partition in range(partitions):
+        block = copies_in(work, partition)
         block = block[np.isin(block["kept"], wanted)]
         owners = index[np.searchsorted(members, block["kept"])]
         for row, number in zip(block["row"].tolist(), owners.tolist(), strict=True):
@@ -124,26 +123,10 @@ def _largest(
     )
 
 
-def _write_wanted(
-    work: Workspace,
-    sources: Sources,
-    gone: NDArray[np.void],
-    belongs: NDArray[np.void],
-    largest: tuple[Cluster, ...],
-) -> None:
-    listed = [row for cluster in largest for row in (cluster.root, *cluster.rows)]
-    wanted = np.zeros(len(gone) + len(belongs) + len(listed), WANTED)
-    wanted["row"] = np.concatenate([gone["kept"], belongs["root"], np.array(listed, np.uint64)])
-    readers = [shard_of(gone["row"]), shard_of(belongs["row"])]
-    readers.append(np.full(len(listed), sources.current.shards))
-    wanted["reader"] = np.concatenate(readers)
-    write_parts(work, "_wanted", cut_by(wanted, shard_of(wanted["row"]), sources.shards))
-
-
-def write_clusters(work: Workspace, decisions: Decisions, shards: int) -> pa.Table:
+def write_clusters(work: Workspace, decisions: Decisions, sources: Sources) -> pa.Table:
     """`clusters.parquet`: the largest clusters, with addresses."""
     rows = [row for cluster in decisions.largest for row in (cluster.root, *cluster.rows)]
-    told = read_names(work, np.array(rows, np.uint64), shards, shards + 1)
+    told = sources.names(np.array(rows, np.uint64))
     table = pa.Table.from_pylist(
         [
             {

@@ -5,7 +5,7 @@ Rounds, each a shard function on Ray that sees its part only:
     match         a range of keys          → exact copies, candidate pairs      (matching)
     verify        candidates of a shard    → pairs that resemble, exact Jaccard (matching)
     decide        the driver               → who goes, who belongs together     (decisions)
-    names, select a shard of documents     → what stays and what went, and why
+    select        a shard of documents     → what stays and what went, and why
 
 Nothing needs the whole corpus in one process. A match task holds the keys of about four shards, a
 verify task the shingle sets of two. The driver alone sees all pairs that resemble: about 80 bytes
@@ -13,8 +13,8 @@ for each of them while it decides, nothing for a document that resembles no othe
 or addresses.
 
 Which copy stays: the longest text, in steps of a tenth; among equals the address that does not look
-like a copy's (`/latest/`, `/print/`, a query, …), then the shorter one, then the smaller digest of
-the address. A document of an earlier corpus always stays.
+like a copy's (`/latest/`, `/print/`, a query, …), then the shorter one, then alphabetical order. A
+document of an earlier corpus always stays.
 """
 
 from __future__ import annotations
@@ -37,23 +37,22 @@ from tasks.corpus.documents import (
     selection_reports,
     write_selection,
 )
-from tasks.corpus.matching import (
-    COPY,
-    match_partition,
-    name_shard,
-    read_names,
-    read_rows,
-    verify_shard,
-)
+from tasks.corpus.matching import copies_for, match_partition, verify_shard
 from tasks.corpus.minhash import Bands
 from tasks.corpus.sharding import run_shards
 from tasks.corpus.signatures import SHARD, SignatureConfig, Signed, Sources, sign_shard
+from tasks.runtime.fingerprint import place
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
 
 SHARDS_PER_PARTITION = 4  # whose keys a match task holds: about 4 KB a document
 LARGEST_SHOWN = 10
-REMEDIES = {"": "crawl more pages"}
+_KNOWN = "all of it was known; name fewer corpora in deduplicate.against, or none"
+REMEDIES = {
+    "": "crawl more pages",
+    "earlier-exact-duplicate": _KNOWN,
+    "earlier-near-duplicate": _KNOWN,
+}
 
 
 class DeduplicateConfig(StageConfig):
@@ -69,6 +68,10 @@ class DeduplicateConfig(StageConfig):
     """Bands of a MinHash signature; more find more pairs."""
     rows: int = Field(4, ge=1, le=16)
     """Rows of a band; fewer find less similar pairs, and more that must be looked at in vain."""
+    against: tuple[str, ...] = place((), max_length=20)
+    """Earlier corpora whose documents, and what resembles them, are not taken again: fingerprints
+    of deduplicate artifacts, or `previous` for the corpus made before this one with all that it
+    was itself compared with."""
 
     @model_validator(mode="after")
     def finds_what_it_promises(self) -> DeduplicateConfig:
@@ -90,8 +93,13 @@ class DeduplicateConfig(StageConfig):
 
 
 @stage("deduplicate", version=2)
-def deduplicate(config: DeduplicateConfig, work: Workspace, *, documents: Manifest) -> Outcome:
-    """Remove exact and near duplicates and say which documents belong together."""
+def deduplicate(
+    config: DeduplicateConfig, work: Workspace, *, documents: Manifest, **earlier: Manifest
+) -> Outcome:
+    """Remove exact and near duplicates and say which documents belong together.
+
+    `earlier` are signatures of other corpora (`earlier.earlier_corpora`), whose documents stay.
+    """
     names = document_shards(documents)
     signing = config.signatures()
     signed = run_shards(
@@ -101,7 +109,15 @@ def deduplicate(config: DeduplicateConfig, work: Workspace, *, documents: Manife
         [(signing, "_", documents, name) for name in names],
         label="Signatures",
     )
-    sources = Sources(Signed(work, len(names), "_"))
+    known = tuple(
+        Signed(
+            work.store.of(manifest),
+            manifest.counts["shards"],
+            label=manifest.inputs["documents"][:12],
+        )
+        for _, manifest in sorted(earlier.items())
+    )
+    sources = Sources(Signed(work, len(names), "_"), known)
     partitions = ranges(-(-sources.shards // SHARDS_PER_PARTITION))
     matched = run_shards(
         work,
@@ -120,22 +136,18 @@ def deduplicate(config: DeduplicateConfig, work: Workspace, *, documents: Manife
     )
     decisions = decide(work, sources, partitions, config.threshold)
 
-    where = work.store.of(documents)
-    readers = len(names) + 1  # the last one is the list of the largest clusters
-    asked = [(partitions, sources.shards, readers, where, name) for name in names]
-    run_shards(work, "named", name_shard, asked, label="Names")
     tally = Tally.total(
         run_shards(
             work,
             "selected",
             select_shard,
-            [(documents, name, partitions, len(names)) for name in names],
+            [(documents, name, partitions, sources) for name in names],
             label="Deduplicate",
         )
     )
     require_some("deduplicate", tally, REMEDIES, "documents")
     copies = sum(report["copies"] for report in matched)
-    clusters = write_clusters(work, decisions, len(names))
+    clusters = write_clusters(work, decisions, sources)
     return Outcome(
         counts=counts(tally) | {"clusters": sum(signed) - copies - decisions.joined},
         rules=tally.rules,
@@ -162,26 +174,34 @@ def _clusters_report(clusters: pa.Table, config: DeduplicateConfig) -> Report:
 
 
 def select_shard(
-    work: Workspace, number: int, documents: Manifest, name: str, partitions: int, shards: int
+    work: Workspace, number: int, documents: Manifest, name: str, partitions: int, sources: Sources
 ) -> dict[str, Any]:
     """One shard divided into what stays and what went, by what the rounds before have decided."""
     table = work.store.of(documents).read_table(name)
-    copies = read_rows(work, "copies", partitions, number, shards, COPY)
-    gone = np.frombuffer(read_part(work, "_gone", number, shards), GONE)
-    belongs = np.frombuffer(read_part(work, "_belongs", number, shards), BELONGS)
-    others = np.concatenate([copies["kept"], gone["kept"], belongs["root"]])
-    told = read_names(work, others, number, shards + 1)
+    copies = copies_for(work, partitions, number)
+    gone = np.frombuffer(read_part(work, "_gone", number), GONE)
+    belongs = np.frombuffer(read_part(work, "_belongs", number), BELONGS)
+    told = sources.names(np.concatenate([copies["kept"], gone["kept"], belongs["root"]]))
     first = number << int(SHARD)
     removals: list[Removal | None] = [None] * table.num_rows
     for row, kept in zip(copies["row"].tolist(), copies["kept"].tolist(), strict=True):
-        removals[row - first] = Removal("exact-duplicate", f"same text as {told[kept][1]}")
+        removals[row - first] = _removal("exact-duplicate", "same text as", told, kept, sources)
     for row, kept, score in zip(
         gone["row"].tolist(), gone["kept"].tolist(), gone["similarity"].tolist(), strict=True
     ):
-        reason = f"Jaccard similarity {score:.2f} with {told[kept][1]}"
-        removals[row - first] = Removal("near-duplicate", reason)
+        seen = f"Jaccard similarity {score:.2f} with"
+        removals[row - first] = _removal("near-duplicate", seen, told, kept, sources)
     clusters = table["id"].to_pylist()
     for row, root in zip(belongs["row"].tolist(), belongs["root"].tolist(), strict=True):
         clusters[row - first] = told[root][0]
     table = table.append_column("cluster", pa.array(clusters, pa.string()))
     return asdict(write_selection(work, number, table, removals))
+
+
+def _removal(
+    rule: str, seen: str, told: dict[int, tuple[str, str]], kept: int, sources: Sources
+) -> Removal:
+    corpus = sources.label(kept)
+    if corpus:
+        return Removal(f"earlier-{rule}", f"{seen} {told[kept][1]} of corpus {corpus}")
+    return Removal(rule, f"{seen} {told[kept][1]}")

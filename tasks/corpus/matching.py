@@ -3,42 +3,34 @@ more than its part.
 
     match_partition   a range of digests and band keys of all shards → copies, candidate pairs
     verify_shard      candidates whose worse document stands in one shard → pairs that resemble
-    name_shard        ids and addresses of documents of one shard that others have to name
+
+Of documents of equal rank the one whose address comes first is the better one. Addresses are looked
+up only where that decides something, so they need no room in any key.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.corpus.buckets import cut_by, read_part, read_range, write_parts
+from tasks.corpus.buckets import cut_by, read_all, read_part, read_range, write_parts
 from tasks.corpus.minhash import Folded, candidate_pairs
-from tasks.corpus.signatures import ENTRY, SHARD, Sources
+from tasks.corpus.signatures import ENTRY, SHARD, Sources, place_of, shard_of
 from tasks.runtime.stage import Workspace
-from tasks.runtime.store import Directory
 
 COPY = np.dtype([("row", "<u8"), ("kept", "<u8")])
-PAIR = np.dtype([("better", "<u8"), ("worse", "<u8"), ("order", "<u8")])  # order of the better one
+PAIR = np.dtype([("better", "<u8"), ("worse", "<u8"), ("order", "<u4"), ("tied", "?")])
+# `order` is that of the better one; `tied`: the other has the same.
 RESEMBLING = np.dtype([*PAIR.descr, ("similarity", "<f8")])
-WANTED = np.dtype([("row", "<u8"), ("reader", "<u8")])
-
-Names = dict[int, tuple[str, str]]  # row → id, address
 
 
 def match_partition(work: Workspace, number: int, count: int, sources: Sources) -> dict[str, int]:
-    """Range `number` of `count` ranges of keys: `_copies-`, `_pairs-` and `_wanted-NNNNN`."""
+    """Range `number` of `count` ranges of keys: `_copies-NNNNN` and `_pairs-NNNNN`."""
     own = sources.current.shards
-    copies = exact_copies(_entries(sources, "digests", number, count))
+    copies = exact_copies(_entries(sources, "digests", number, count), sources)
     copies = copies[shard_of(copies["row"]) < own]  # an earlier corpus stays as it is
     write_parts(work, f"_copies-{number:05d}", cut_by(copies, shard_of(copies["row"]), own))
-    wanted = np.zeros(len(copies), WANTED)
-    wanted["row"], wanted["reader"] = copies["kept"], shard_of(copies["row"])
-    parts = cut_by(wanted, shard_of(copies["kept"]), sources.shards)
-    write_parts(work, f"_wanted-{number:05d}", parts)
-    pairs = near_candidates(_entries(sources, "keys", number, count))
+    pairs = near_candidates(_entries(sources, "keys", number, count), sources)
     pairs = pairs[shard_of(pairs["worse"]) < own]
     write_parts(work, f"_pairs-{number:05d}", cut_by(pairs, shard_of(pairs["worse"]), own))
     return {"copies": len(copies), "pairs": len(pairs)}
@@ -58,22 +50,19 @@ def _entries(sources: Sources, kind: str, number: int, count: int) -> NDArray[np
     return np.concatenate(parts)
 
 
-def exact_copies(entries: NDArray[np.void]) -> NDArray[np.void]:
+def exact_copies(entries: NDArray[np.void], sources: Sources) -> NDArray[np.void]:
     """Documents whose normalised text another, better one has too, with that one: COPY."""
-    entries = _shared(entries)
-    entries = _sorted(entries, "key", "digest", "order", "row")
+    entries = _best_first(_shared(entries), sources)
     first = _first_of(entries, "key", "digest")
-    group = np.cumsum(first) - 1
     copies = np.zeros(int((~first).sum()), COPY)
     copies["row"] = entries["row"][~first]
-    copies["kept"] = entries["row"][first][group[~first]]
+    copies["kept"] = entries["row"][first][np.cumsum(first)[~first] - 1]
     return copies
 
 
-def near_candidates(entries: NDArray[np.void]) -> NDArray[np.void]:
+def near_candidates(entries: NDArray[np.void], sources: Sources) -> NDArray[np.void]:
     """Pairs that share a band key, each once, the better first: PAIR. Exact copies count as one."""
-    entries = _shared(entries)
-    entries = _sorted(entries, "key", "digest", "order", "row")
+    entries = _best_first(_shared(entries), sources)
     entries = _shared(entries[_first_of(entries, "key", "digest")])
     entries = entries[np.argsort(entries["row"], kind="stable")]  # rows break ties of ranks
     found = candidate_pairs(entries["key"], entries["order"])
@@ -85,7 +74,26 @@ def near_candidates(entries: NDArray[np.void]) -> NDArray[np.void]:
     pairs["better"] = entries["row"][found[place, 0]]
     pairs["worse"] = entries["row"][found[place, 1]]
     pairs["order"] = entries["order"][found[place, 0]]
+    pairs["tied"] = entries["order"][found[place, 1]] == pairs["order"]
     return pairs
+
+
+def _best_first(entries: NDArray[np.void], sources: Sources) -> NDArray[np.void]:
+    """Sorted by key and digest, in each such group by rank, address and row."""
+    entries = _sorted(entries, "key", "digest", "order", "row")
+    same = ~_first_of(entries, "key", "digest", "order")
+    tied = same.copy()
+    tied[:-1] |= same[1:]
+    names = sources.names(entries["row"][tied])
+    by_address = sorted(names, key=lambda row: (names[row][1], row))
+    rows = np.array(sorted(names), np.uint64)
+    place = np.zeros(len(rows), np.int64)
+    place[np.searchsorted(rows, np.array(by_address, np.uint64))] = np.arange(len(rows))
+    keyed = np.zeros(len(entries), np.int64)
+    keyed[tied] = place[np.searchsorted(rows, entries["row"][tied])]
+    fields = (keyed, *(entries[field] for field in ("order", "digest", "key")))
+    ordered: NDArray[np.void] = entries[np.lexsort(fields)]
+    return ordered
 
 
 def _shared(entries: NDArray[np.void]) -> NDArray[np.void]:
@@ -122,10 +130,7 @@ def verify_shard(
     Only pairs that reach the threshold are written; returns how many there were to look at. In
     memory: the sets wanted of this shard, and of one other shard at a time.
     """
-    parts = [
-        read_part(work, f"_pairs-{part:05d}", number, sources.current.shards)
-        for part in range(partitions)
-    ]
+    parts = [read_part(work, f"_pairs-{part:05d}", number) for part in range(partitions)]
     pairs = _distinct(np.frombuffer(b"".join(parts), PAIR), "better", "worse")
     similarity = np.zeros(len(pairs))
     if len(pairs):
@@ -148,18 +153,29 @@ def verify_shard(
     for field in PAIR.names or ():
         resembling[field] = pairs[field][reached]
     resembling["similarity"] = similarity[reached]
+    _settle_ties(resembling, sources)
     work.write_bytes(f"_resembling-{number:05d}", resembling.tobytes())
     return len(pairs)
 
 
+def _settle_ties(pairs: NDArray[np.void], sources: Sources) -> None:
+    """Turn pairs of equal rank so that the better one, by its address, comes first."""
+    tied = np.flatnonzero(pairs["tied"])
+    ends = [pairs[end][tied] for end in ("better", "worse")]
+    names = sources.names(np.concatenate(ends))
+    for place, better, worse in zip(tied.tolist(), *(rows.tolist() for rows in ends), strict=True):
+        if (names[worse][1], worse) < (names[better][1], better):
+            pairs["better"][place], pairs["worse"][place] = worse, better
+
+
 class _Sets:
-    """The sets of some documents of one shard, by their places."""
+    """The sets of some documents of one shard, sorted, by their places."""
 
     def __init__(self, sources: Sources, shard: int, places: NDArray[np.int64]) -> None:
         wanted = np.unique(places)
-        reader = sources.sets(shard)
-        self._sets = dict(zip(wanted.tolist(), reader.read(wanted), strict=True))
-        reader.close()
+        with sources.open("sets", shard) as parts:
+            sets = [np.unique(np.frombuffer(part, "<u4")) for part in parts.read(wanted)]
+        self._sets = dict(zip(wanted.tolist(), sets, strict=True))
 
     def __getitem__(self, place: int) -> Folded:
         return self._sets[place]
@@ -176,59 +192,12 @@ def jaccard_above(a: Folded, b: Folded, threshold: float) -> float:
     return shared / (len(both) - shared) if len(both) else 1.0
 
 
-def name_shard(
-    work: Workspace,
-    number: int,
-    partitions: int,
-    shards: int,
-    readers: int,
-    documents: Directory,
-    name: str,
-) -> int:
-    """Ids and addresses of documents of one shard, a part for each reader: `_names-NNNNN`."""
-    parts = [read_part(work, f"_wanted-{part:05d}", number, shards) for part in range(partitions)]
-    parts.append(read_part(work, "_wanted", number, shards))
-    wanted = _distinct(np.frombuffer(b"".join(parts), WANTED), "reader", "row")
-    told: list[Names] = [{} for _ in range(readers)]
-    if len(wanted):
-        table = documents.read_table(name, ["id", "url"]).take(place_of(wanted["row"]))
-        ids, urls = table["id"].to_pylist(), table["url"].to_pylist()
-        for row, reader, one, url in zip(
-            wanted["row"].tolist(), wanted["reader"].tolist(), ids, urls, strict=True
-        ):
-            told[reader][row] = (one, url)
-    whole = [json.dumps(list(names.items())).encode() if names else b"" for names in told]
-    write_parts(work, f"_names-{number:05d}", whole)
-    return len(wanted)
+def copies_for(work: Workspace, partitions: int, shard: int) -> NDArray[np.void]:
+    """The exact copies that stand in one shard."""
+    parts = [read_part(work, f"_copies-{number:05d}", shard) for number in range(partitions)]
+    return np.frombuffer(b"".join(parts), COPY)
 
 
-def read_names(work: Workspace, rows: NDArray[np.uint64], reader: int, readers: int) -> Names:
-    """What `name_shard` wrote for a reader of these rows."""
-    names: Names = {}
-    for shard in np.unique(shard_of(rows)).tolist():
-        told = read_part(work, f"_names-{shard:05d}", reader, readers)
-        names.update({row: (one, url) for row, (one, url) in json.loads(told or b"[]")})
-    return names
-
-
-def read_rows(
-    work: Workspace, kind: str, files: int, part: int, parts: int, dtype: np.dtype[np.void]
-) -> NDArray[np.void]:
-    """One part of every numbered file of a kind."""
-    found = [read_part(work, f"_{kind}-{number:05d}", part, parts) for number in range(files)]
-    return np.frombuffer(b"".join(found), dtype)
-
-
-def copies_of(work: Workspace, partitions: int, shards: int) -> Iterator[NDArray[np.void]]:
-    """All exact copies, one partition after another."""
-    for number in range(partitions):
-        parts = [read_part(work, f"_copies-{number:05d}", shard, shards) for shard in range(shards)]
-        yield np.frombuffer(b"".join(parts), COPY)
-
-
-def shard_of(rows: NDArray[np.uint64]) -> NDArray[np.int64]:
-    return (rows >> SHARD).astype(np.int64)
-
-
-def place_of(rows: NDArray[np.uint64]) -> NDArray[np.int64]:
-    return (rows & np.uint64(0xFFFFFFFF)).astype(np.int64)
+def copies_in(work: Workspace, partition: int) -> NDArray[np.void]:
+    """The exact copies found in one range of digests; all copies of a document are in the same."""
+    return np.frombuffer(read_all(work, f"_copies-{partition:05d}"), COPY)

@@ -1,16 +1,18 @@
 """What deduplication knows of a document: digest, rank, band keys and the set of its shingles.
 
-For each shard of documents three files, whoever writes them (the deduplicate stage as scratch, the
+For each shard of documents four files, whoever writes them (the deduplicate stage as scratch, the
 signatures stage as an artifact of an earlier corpus):
     digests-NNNNN   an ENTRY for each document, sorted by the digest of its normalised text
     keys-NNNNN      an ENTRY for each document and band, sorted by the band's key
-    sets-NNNNN      its shingles of 32 bits, in the order of the text, and where each set begins
-That is 32 bytes for each band (1 KB a document at 32) and 4 bytes a word.
+    sets-NNNNN      a part for each document: its shingles of 32 bits, in the order of the text
+    names-NNNNN     a part for each document: its id and address
+That is 28 bytes for each band (0.9 KB a document at 32) and 4 bytes a word.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from tasks.corpus.buckets import write_sorted
+from tasks.corpus.buckets import Parts, write_parts, write_sorted
 from tasks.corpus.documents import document_shards
-from tasks.corpus.minhash import Bands, Folded
+from tasks.corpus.minhash import Bands
 from tasks.corpus.sharding import run_shards
 from tasks.corpus.word_hashes import words_of
 from tasks.runtime.manifest import Manifest
@@ -30,7 +32,7 @@ from tasks.runtime.store import Directory
 
 # `row` is shard << 32 | place in the shard; `digest` the second half of the text's, whose first
 # half is the key of the digests' file; `order` the rank, smaller is better.
-ENTRY = np.dtype([("key", "<u8"), ("digest", "<u8"), ("order", "<u8"), ("row", "<u8")])
+ENTRY = np.dtype([("key", "<u8"), ("digest", "<u8"), ("row", "<u8"), ("order", "<u4")])
 SHARD = np.uint64(32)
 LENGTH_STEP = 1.1  # a few words more do not make a mirror the better copy
 _COPY = re.compile(
@@ -38,7 +40,6 @@ _COPY = re.compile(
     r"(?:[/._-]|$)|\?",
     re.IGNORECASE,
 )
-_COUNT = np.dtype("<u8")
 
 
 class SignatureConfig(StageConfig):
@@ -59,6 +60,7 @@ class Signed:
     where: Directory
     shards: int
     prefix: str = ""  # "_" where they are scratch
+    label: str = ""  # of an earlier corpus, as people are told
 
     def name(self, kind: str, number: int) -> str:
         return f"{self.prefix}{kind}-{number:05d}"
@@ -82,12 +84,37 @@ class Sources:
             yield signed, start
             start += signed.shards
 
-    def sets(self, shard: int) -> ShingleSets:
-        """A reader of the sets of one shard."""
+    def open(self, kind: str, shard: int) -> Parts:
+        """A reader of the sets or names of one shard."""
         for signed, start in self.corpora():
             if shard < start + signed.shards:
-                return ShingleSets(signed.where, signed.name("sets", shard - start))
+                return Parts(signed.where, signed.name(kind, shard - start))
         raise IndexError(f"shard {shard} is beyond the last corpus")
+
+    def label(self, row: int) -> str:
+        """What the earlier corpus of a document is called; empty for the current one."""
+        shard = row >> int(SHARD)
+        return next(s.label for s, start in self.corpora() if shard < start + s.shards)
+
+    def names(self, rows: NDArray[np.uint64]) -> dict[int, tuple[str, str]]:
+        """Row → (id, address) of these documents."""
+        found: dict[int, tuple[str, str]] = {}
+        rows = np.unique(rows)
+        for shard in np.unique(shard_of(rows)).tolist():
+            wanted = rows[shard_of(rows) == shard]
+            with self.open("names", shard) as parts:
+                for row, name in zip(wanted.tolist(), parts.read(place_of(wanted)), strict=True):
+                    one, _, url = name.decode("utf-8", "surrogatepass").partition("\n")
+                    found[row] = (one, url)
+        return found
+
+
+def shard_of(rows: NDArray[np.uint64]) -> NDArray[np.int64]:
+    return (rows >> SHARD).astype(np.int64)
+
+
+def place_of(rows: NDArray[np.uint64]) -> NDArray[np.int64]:
+    return (rows & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
 @stage("signatures", version=1)
@@ -107,73 +134,38 @@ def sign_shard(
     documents: Manifest,
     name: str,
 ) -> int:
-    """Write the three files of one shard; returns how many documents it has."""
-    table = work.store.of(documents).read_table(name, ["url", "text", "bytes"])
+    """Write the four files of one shard; returns how many documents it has."""
+    table = work.store.of(documents).read_table(name, ["id", "url", "text", "bytes"])
+    ids, urls = table["id"].to_pylist(), table["url"].to_pylist()
     words, plain = words_of(table["text"].to_pylist())
     shingles, bounds = words.runs(config.shingle_words)
     halves = b"".join(hashlib.sha256(text).digest()[:16] for text in plain)
     digests = np.frombuffer(halves, "<u8").reshape(-1, 2)
     entries = np.zeros(len(plain), ENTRY)
     entries["key"], entries["digest"] = digests[:, 0], digests[:, 1]
-    entries["order"] = order_of(table["url"].to_pylist(), table["bytes"].to_numpy())
+    entries["order"] = order_of(urls, table["bytes"].to_numpy())
     entries["row"] = (np.uint64(number) << SHARD) + np.arange(len(plain), dtype=np.uint64)
     signed = Signed(work, 0, prefix)
     write_sorted(work, signed.name("digests", number), entries)
     banded = np.repeat(entries, config.bands)
     banded["key"] = Bands(config.bands, config.rows).keys(shingles, bounds).ravel()
     write_sorted(work, signed.name("keys", number), banded)
-    write_sets(work, signed.name("sets", number), shingles, bounds)
+    shingled = memoryview(shingles.astype("<u4").tobytes())
+    edges = itertools.pairwise((bounds * 4).tolist())
+    write_parts(work, signed.name("sets", number), [shingled[a:b] for a, b in edges])
+    named = [f"{one}\n{url}" for one, url in zip(ids, urls, strict=True)]
+    encoded = [name.encode("utf-8", "surrogatepass") for name in named]
+    write_parts(work, signed.name("names", number), encoded)
     return len(plain)
 
 
-def order_of(urls: Sequence[str], sizes: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Ranks by the rule of the best copy, smaller is better.
+def order_of(urls: Sequence[str], sizes: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """Ranks by the rule of the best copy, smaller is better; equal ones go by the address.
 
-    Longer text in steps of a tenth (9 bits); an address that does not look like a copy's (1); a
-    shorter one (12); the digest of the address (42), so that ranks need no look at other documents.
+    Longer text in steps of a tenth (9 bits), an address that does not look like a copy's (1), a
+    shorter one (12).
     """
-    steps = (np.log(sizes.astype(np.float64) + 1) / np.log(LENGTH_STEP)).astype(np.uint64)
-    copies = np.array([bool(_COPY.search(url)) for url in urls], np.uint64)
-    lengths = np.array([min(len(url), 0xFFF) for url in urls], np.uint64)
-    digests = b"".join(hashlib.sha256(url.encode("utf-8", "replace")).digest()[:8] for url in urls)
-    last = np.frombuffer(digests, "<u8") >> np.uint64(22)
-    first = (np.uint64(511) - steps) << np.uint64(55)
-    return first | copies << np.uint64(54) | lengths << np.uint64(42) | last
-
-
-def write_sets(
-    directory: Directory, name: str, shingles: Folded, bounds: NDArray[np.int64]
-) -> None:
-    """How many sets there are, their bounds (D + 1,) and all shingles."""
-    head = np.array([len(bounds) - 1, *bounds], _COUNT)
-    directory.write_bytes(name, head.tobytes() + shingles.astype("<u4").tobytes())
-
-
-class ShingleSets:
-    """The sets of one shard, as a reader of the few that are asked for."""
-
-    def __init__(self, directory: Directory, name: str) -> None:
-        self._file = directory.filesystem.open_input_file(directory.location(name))
-        size = _COUNT.itemsize
-        count = int(np.frombuffer(self._file.read_at(size, 0), _COUNT)[0])
-        self._bounds = np.frombuffer(self._file.read_at((count + 1) * size, size), _COUNT)
-        self._start = (count + 2) * size
-
-    def read(self, places: NDArray[np.int64]) -> list[Folded]:
-        """Sorted sets of the documents at these places (sorted), one after another.
-
-        Where more than an eighth is wanted the file is read whole, else set by set.
-        """
-        edges = np.column_stack([self._bounds[places], self._bounds[places + 1]]).astype(np.int64)
-        wanted = int((edges[:, 1] - edges[:, 0]).sum())
-        if wanted * 8 > int(self._bounds[-1]):
-            data = self._file.read_at(int(self._bounds[-1]) * 4, self._start)
-            whole = np.frombuffer(data, "<u4")
-            return [np.unique(whole[a:b]) for a, b in edges.tolist()]
-        return [
-            np.unique(np.frombuffer(self._file.read_at((b - a) * 4, self._start + a * 4), "<u4"))
-            for a, b in edges.tolist()
-        ]
-
-    def close(self) -> None:
-        self._file.close()
+    steps = (np.log(sizes.astype(np.float64) + 1) / np.log(LENGTH_STEP)).astype(np.uint32)
+    copies = np.array([bool(_COPY.search(url)) for url in urls], np.uint32)
+    lengths = np.array([min(len(url), 0xFFF) for url in urls], np.uint32)
+    return (np.uint32(511) - steps) << np.uint32(13) | copies << np.uint32(12) | lengths

@@ -165,7 +165,7 @@ def reference(texts: dict[str, str], threshold: float, cluster: float) -> tuple[
     urls, sets = list(texts), [shingles(text) for text in texts.values()]
     orders = order_of(urls, np.array([len(text.encode()) for text in texts.values()])).tolist()
     plain = [normalise(text) for text in texts.values()]
-    best = sorted(range(len(urls)), key=lambda row: (orders[row], row))
+    best = sorted(range(len(urls)), key=lambda row: (orders[row], urls[row], row))
     gone: dict[str, str] = {}
     alive = []
     for row in best:

@@ -23,9 +23,9 @@ class KVCache:
     ) -> None:
         shape = (config.layers, 2, config.kv_count, pages * PAGE, config.head_size)
         self.data = _zeros(shape, dtype, device)
-        self.layers = list(self.data)
-        self.keys = [layer[0][None] for layer in self.layers]  # (1, H_kv, tokens, D)
-        self.values = [layer[1][None] for layer in self.layers]
+        self.layers = list(self.data.flatten(1, 2))  # (2 H_kv, tokens, D)
+        self.keys = [layer[0][None] for layer in self.data]  # (1, H_kv, tokens, D)
+        self.values = [layer[1][None] for layer in self.data]
 
     @torch.inference_mode()
     def copy(self, copies: Sequence[Copy]) -> None:

@@ -2,8 +2,9 @@
 
 The weights are `model.transformer.Transformer`'s; what differs is the dispatch. At a few million
 parameters a decode step spends more time starting operations than computing, so query, key and
-value are one matrix product, gate and up another, keys and values are written in one scatter, and
-masks and angles are made once a step instead of once a layer. Prompts being read and answers being
+value are one matrix product, gate and up another, the norms' weights are multiplied into them,
+rotation happens in place, keys and values are written in one scatter, and masks and angles are made
+once a step instead of once a layer. Prompts being read and answers being
 written go through the matrices together; only attention is computed sequence by sequence, each over
 a view of its own keys: no padding, no mask, and no influence on the neighbours.
 `tests/model/test_engine.py` holds it equal to the plain forward.
@@ -27,13 +28,16 @@ from model.transformer import Block, Transformer
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One block's matrices, those that read the same input stacked along their outputs."""
+    """One block's matrices, those that read the same input stacked along their outputs.
 
-    input_norm: Tensor
+    Matrices behind a norm carry its weight: W · (g ∘ x / rms(x)) = (W ∘ g) · x / rms(x), so that of
+    the norm one number for each row is left.
+    """
+
     qkv: Matrix  # C -> (H + 2 H_kv) D
+    qkv_bias: Tensor | None
     qk_norm: Tensor | None  # (H + H_kv, D): the query norm's weight, then the key norm's
     output: Matrix
-    mlp_norm: Tensor
     gate_up: Matrix  # C -> 2 M
     down: Matrix
 
@@ -45,19 +49,20 @@ class LayerWeights:
         assert mlp.gate_proj is not None  # `ModelConfig.beyond_llama` kept others out
         dtype = activation_dtype(weights)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        bias = torch.cat([p.bias for p in projections]) if config.qkv_bias else None
+        bias = torch.cat([p.bias for p in projections]).to(dtype) if config.qkv_bias else None
         qk_norm = None
         if attention.q_norm is not None and attention.k_norm is not None:
             query = attention.q_norm.weight.expand(config.heads, -1)
             key = attention.k_norm.weight.expand(config.kv_count, -1)
             qk_norm = torch.cat((query, key)).to(dtype)
+        qkv = torch.cat([p.weight for p in projections]) * block.input_layernorm.weight
+        gate_up = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
         return cls(
-            block.input_layernorm.weight.to(dtype),
-            matrix(torch.cat([p.weight for p in projections]), weights, bias),
+            matrix(qkv, weights),
+            bias,
             qk_norm,
             matrix(attention.o_proj.weight, weights),
-            block.post_attention_layernorm.weight.to(dtype),
-            matrix(torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)), weights),
+            matrix(gate_up * block.post_attention_layernorm.weight, weights),
             matrix(mlp.down_proj.weight, weights),
         )
 
@@ -119,7 +124,11 @@ class Runner:
         self.norm = model.model.norm.weight.to(dtype)
         self.layers = [LayerWeights.of(block, config, weights) for block in model.model.layers]
         self.cos = model.rope_cos.to(dtype)
-        self.sin = model.rope_sin.to(dtype)
+        # The first half's sign is rotate-half's, so that turning needs no negation.
+        sign = torch.ones_like(model.rope_sin[:1])
+        sign[:, : config.head_size // 2] = -1
+        self.sin = (model.rope_sin * sign).to(dtype)
+        self.eps = torch.full((1, 1), config.norm_eps, device=self.device)
         self.cache = KVCache(config, pages, dtype, self.device)
 
     @torch.inference_mode()
@@ -138,7 +147,7 @@ class Runner:
         x = F.embedding(tokens, self.embedding)
         for index, layer in enumerate(self.layers):
             q, pair = self._qkv(layer, x, cos, sin)
-            self.cache.layers[index].index_copy_(2, places, pair)
+            self.cache.layers[index].index_copy_(1, places, pair)
             keys, values = self.cache.keys[index], self.cache.values[index]
             parts = q.split(lengths)
             y = [v.attend(part, keys, values) for v, part in zip(views, parts, strict=True)]
@@ -168,23 +177,27 @@ class Runner:
     def _qkv(
         self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """x (T, C) -> rotated queries (T, H, D); keys and values (2, H_kv, T, D) for the cache."""
-        heads, kv_heads, size = self.config.heads, self.config.kv_count, self.config.head_size
-        normed = F.rms_norm(x, x.shape[-1:], layer.input_norm, self.config.norm_eps)
-        qkv = layer.qkv(normed).view(x.shape[0], -1, size)
-        qk = qkv[:, : heads + kv_heads]
+        """x (T, C) -> rotated queries (T, H, D); keys and values (2 H_kv, T, D) for the cache."""
+        heads, size = self.config.heads, self.config.head_size
+        rotated = heads + self.config.kv_count
+        qkv = layer.qkv(x).mul_(self._inverse_rms(x))
+        if layer.qkv_bias is not None:
+            qkv += layer.qkv_bias
+        qkv = qkv.view(x.shape[0], -1, size)
+        qk = qkv[:, :rotated]
         if layer.qk_norm is not None:
-            qk = F.rms_norm(qk, (size,), None, self.config.norm_eps) * layer.qk_norm
-        half = size // 2
-        turned = torch.cat((-qk[..., half:], qk[..., :half]), dim=-1)
-        qk = torch.addcmul(qk * cos, turned, sin)
-        pair = torch.stack((qk[:, heads:], qkv[:, heads + kv_heads :])).transpose(1, 2)
-        return qk[:, :heads].contiguous(), pair
+            qk.copy_(F.rms_norm(qk, (size,), None, self.config.norm_eps) * layer.qk_norm)
+        turned = qk.roll(size // 2, -1)
+        qk.mul_(cos).addcmul_(turned, sin)
+        return qkv[:, :heads], qkv[:, heads:].transpose(0, 1)
+
+    def _inverse_rms(self, x: Tensor) -> Tensor:
+        """(T, C) -> (T, 1) in float32."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return torch.addcmul(self.eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
     def _finish_block(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> Tensor:
-        """Output projection, feed-forward, both residual additions; overwrites x (T, C)."""
-        x += layer.output(attended)
-        normed = F.rms_norm(x, x.shape[-1:], layer.mlp_norm, self.config.norm_eps)
-        gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-        x += layer.down(F.silu(gate) * up)
-        return x
+        """Output projection, feed-forward, both residual additions; may overwrite x (T, C)."""
+        x = layer.output.add_to(x, attended)
+        gate, up = layer.gate_up(x).mul_(self._inverse_rms(x)).chunk(2, dim=-1)
+        return layer.down.add_to(x, F.silu(gate).mul_(up))

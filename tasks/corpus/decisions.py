@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,25 +13,28 @@ from tasks.corpus.buckets import cut_by, write_parts
 from tasks.corpus.clusters import connected, keep_best
 from tasks.corpus.matching import RESEMBLING, copies_in
 from tasks.corpus.signatures import Sources, shard_of
-from tasks.runtime.stage import Workspace
+from tasks.runtime.stage import Report, Workspace
 
 GONE = np.dtype([("row", "<u8"), ("kept", "<u8"), ("similarity", "<f8")])
 BELONGS = np.dtype([("row", "<u8"), ("root", "<u8")])
 CLUSTERS = pa.schema(
     [
         ("cluster", pa.string()),  # as the documents' column of that name
-        ("documents", pa.int64()),  # of this corpus, those removed too
+        ("documents", pa.int64()),  # of this corpus in it, those removed too
         ("removed", pa.int64()),
-        ("urls", pa.list_(pa.string())),  # of some, in the order of the corpus
+        ("id", pa.string()),  # one of them a row, in the order of the corpus
+        ("url", pa.string()),
     ]
 )
 LARGEST = 100  # clusters in `clusters.parquet`
-MEMBERS = 20  # addresses of one
+MEMBERS = 20  # rows of one
+LARGEST_SHOWN = 10  # on the run page
+ADDRESSES = 3
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """One of the largest clusters; `rows` are some of its documents, the root first."""
+    """One of the largest clusters; `rows` are some of its documents."""
 
     root: int
     documents: int
@@ -123,21 +127,35 @@ def _largest(
     )
 
 
-def write_clusters(work: Workspace, decisions: Decisions, sources: Sources) -> pa.Table:
-    """`clusters.parquet`: the largest clusters, with addresses."""
+def write_clusters(work: Workspace, decisions: Decisions, sources: Sources) -> None:
+    """`clusters.parquet`: the largest clusters, largest first, a row for each document."""
     rows = [row for cluster in decisions.largest for row in (cluster.root, *cluster.rows)]
     told = sources.names(np.array(rows, np.uint64))
-    table = pa.Table.from_pylist(
-        [
-            {
-                "cluster": told[cluster.root][0],
-                "documents": cluster.documents,
-                "removed": cluster.removed,
-                "urls": [told[row][1] for row in cluster.rows],
-            }
-            for cluster in decisions.largest
-        ],
-        CLUSTERS,
-    )
-    work.write_table("clusters.parquet", table)
-    return table
+    members = [
+        {
+            "cluster": told[cluster.root][0],
+            "documents": cluster.documents,
+            "removed": cluster.removed,
+            "id": told[row][0],
+            "url": told[row][1],
+        }
+        for cluster in decisions.largest
+        for row in cluster.rows
+    ]
+    work.write_table("clusters.parquet", pa.Table.from_pylist(members, CLUSTERS))
+
+
+def clusters_report(work: Workspace, threshold: float) -> Report:
+    """The largest clusters, with addresses, for the run page."""
+    largest: dict[str, dict[str, Any]] = {}
+    for member in work.read_table("clusters.parquet").to_pylist():
+        row = largest.setdefault(member["cluster"], member | {"urls": []})
+        row["urls"].append(member["url"])
+    rows = [
+        {key: row[key] for key in ("documents", "removed")}
+        | {"for example": "  ".join(row["urls"][:ADDRESSES])}
+        for row in list(largest.values())[:LARGEST_SHOWN]
+    ]
+    title = f"Largest clusters of documents that resemble each other by {threshold:g} or more"
+    none = {"documents": 0, "removed": 0, "for example": "none"}
+    return Report("clusters", "table", rows or [none], title)

@@ -27,7 +27,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from tasks.corpus.buckets import ranges, read_part
-from tasks.corpus.decisions import BELONGS, GONE, decide, write_clusters
+from tasks.corpus.decisions import BELONGS, GONE, clusters_report, decide, write_clusters
 from tasks.corpus.documents import (
     Removal,
     Tally,
@@ -43,10 +43,9 @@ from tasks.corpus.sharding import run_shards
 from tasks.corpus.signatures import SHARD, SignatureConfig, Signed, Sources, sign_shard
 from tasks.runtime.fingerprint import place
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
 
 SHARDS_PER_PARTITION = 4  # whose keys a match task holds: about 4 KB a document
-LARGEST_SHOWN = 10
 _KNOWN = "all of it was known; name fewer corpora in deduplicate.against, or none"
 REMEDIES = {
     "": "crawl more pages",
@@ -147,30 +146,16 @@ def deduplicate(
     )
     require_some("deduplicate", tally, REMEDIES, "documents")
     copies = sum(report["copies"] for report in matched)
-    clusters = write_clusters(work, decisions, sources)
+    write_clusters(work, decisions, sources)
     return Outcome(
         counts=counts(tally) | {"clusters": sum(signed) - copies - decisions.joined},
         rules=tally.rules,
         metrics={"candidate_pairs": sum(looked_at), "pairs_verified": decisions.pairs},
         reports=(
             *selection_reports("deduplicate", tally),
-            _clusters_report(clusters, config),
+            clusters_report(work, config.cluster_threshold),
         ),
     )
-
-
-def _clusters_report(clusters: pa.Table, config: DeduplicateConfig) -> Report:
-    rows = [
-        {
-            "documents": cluster["documents"],
-            "removed": cluster["removed"],
-            "for example": "  ".join(cluster["urls"][:3]),
-        }
-        for cluster in clusters.slice(0, LARGEST_SHOWN).to_pylist()
-    ]
-    title = f"Largest clusters of documents that resemble by {config.cluster_threshold:g} or more"
-    none = {"documents": 0, "removed": 0, "for example": "none"}
-    return Report("clusters", "table", rows or [none], title)
 
 
 def select_shard(

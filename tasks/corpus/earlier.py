@@ -7,6 +7,8 @@ corpus made before there was any such wish serves as well as one made after.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tasks.corpus.dedup import DeduplicateConfig, deduplicate
 from tasks.corpus.signatures import signatures
 from tasks.runtime.errors import UserError
@@ -41,23 +43,41 @@ def earlier_corpora(config: DeduplicateConfig, documents: Manifest) -> dict[str,
 
 
 def _before(documents: Manifest) -> list[Manifest]:
-    """The newest corpus of other documents, and those it was compared with.
+    """The newest corpus of other material, and those it was compared with.
 
-    Newest before the first corpus of these documents: what a run means by `previous` does not
-    change when it is repeated.
+    Newest before the first corpus of this material: what a run means by `previous` changes neither
+    when it is repeated nor when a filter is set otherwise.
     """
     store = Store.open()
+    known = {m.fingerprint: m for stage in store.stages() for m in store.all(stage)}
     corpora = store.all(deduplicate.name)
-    own = [c for c in corpora if c.input_contents.get("documents") == documents.content]
-    others = [c for c in corpora if c not in own and (not own or c.created < own[0].created)]
+    material = _material(documents, known)
+    own: list[Manifest] = []
+    others: list[Manifest] = []
+    for corpus in corpora:
+        made_of = known.get(corpus.inputs["documents"])
+        same = made_of is not None and _material(made_of, known) == material
+        (own if same else others).append(corpus)
+    others = [corpus for corpus in others if not own or corpus.created < own[0].created]
     if not others:
         return []
     newest = others[-1]
     compared = [
-        store.find(signatures.name, fingerprint)
+        known[fingerprint].inputs["documents"]
         for key, fingerprint in newest.inputs.items()
-        if key.startswith("earlier_")
+        if key.startswith("earlier_") and fingerprint in known
     ]
-    named = [signed.inputs["documents"] for signed in compared if signed is not None]
-    before = [corpus for corpus in corpora if corpus.fingerprint in named]
-    return [newest, *before]
+    return [newest, *(corpus for corpus in corpora if corpus.fingerprint in compared)]
+
+
+def _material(documents: Manifest, known: Mapping[str, Manifest]) -> frozenset[str]:
+    """What documents were made of in the end: contents of crawls, digests of sources."""
+    found: set[str] = set()
+    waiting = [documents]
+    while waiting:
+        manifest = waiting.pop()
+        found.update(manifest.config.get("digests", ()))  # of a gather stage
+        waiting += [known[f] for f in manifest.inputs.values() if f in known]
+        if not manifest.inputs and "digests" not in manifest.config:
+            found.add(manifest.content)
+    return frozenset(found)

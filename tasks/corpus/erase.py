@@ -30,7 +30,7 @@ from tasks.runtime.settings import Settings
 from tasks.runtime.store import REPORT, Directory, Store
 from tasks.state.tombstones import Tombstones
 
-DERIVED = frozenset({"token-shards", "pairs", "evaluate", "corpus-report"})
+DERIVED = frozenset({"signatures", "token-shards", "pairs", "evaluate", "corpus-report"})
 KEPT = ("documents-", "train-", "heldout-", "pages.parquet")  # what later stages read
 KEYS = ("url", "fetch_url", "id", "record_id", "digest", "host")
 TEXTS = ("reason", "source", "location", "canonical")  # may name the address in another's row

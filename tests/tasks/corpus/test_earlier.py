@@ -8,6 +8,7 @@ from inline_shards import run_inline
 
 from tasks.corpus.dedup import DeduplicateConfig, deduplicate
 from tasks.corpus.earlier import earlier_corpora
+from tasks.corpus.pii import PIIConfig, pii
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import planning
@@ -67,6 +68,16 @@ def test_previous_means_all_that_came_before_and_the_same_when_repeated() -> Non
     with planning() as planned:
         corpus(SECOND, "previous")
     assert {plan.status for plan in planned} == {"cached"}
+
+
+def test_another_filter_over_the_same_pages_is_no_later_corpus() -> None:
+    corpus(FIRST)
+    given = documents(SECOND)
+    masked = pii(PIIConfig(), documents=given)
+    config = DeduplicateConfig(against=("previous",))
+    corpus(SECOND, "previous")
+    again = deduplicate(config, documents=masked, **earlier_corpora(config, masked))
+    assert urls(again) == ["http://h/7", "http://h/8"]
 
 
 def test_a_corpus_is_not_compared_with_itself() -> None:

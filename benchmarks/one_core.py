@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -35,12 +37,39 @@ class InlineSession:
             yield index, function(*item)
 
 
+class OneWorkerSession(InlineSession):
+    """The same with shard functions in a process of their own, as on Ray, so that the memory of
+    driver and worker can be told apart.
+    """
+
+    _pool: ClassVar[ProcessPoolExecutor | None] = None
+
+    @classmethod
+    def pool(cls) -> ProcessPoolExecutor:
+        if cls._pool is None:
+            cls._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        return cls._pool
+
+    def map(
+        self, function: Callable[..., Any], items: Iterable[tuple[Any, ...]], **_: Any
+    ) -> Iterator[tuple[int, Any]]:
+        for index, item in enumerate(items):
+            yield index, self.pool().submit(function, *item).result()
+
+    @classmethod
+    def peak_mb(cls) -> float:
+        """The most memory the worker has held."""
+        return cls.pool().submit(peak_mb).result()
+
+
 @contextlib.contextmanager
-def one_core(home: Path) -> Iterator[None]:
-    """Inside, stages write below `home` and their shard functions run in this process."""
+def one_core(home: Path, session: type[InlineSession] = InlineSession) -> Iterator[None]:
+    """Inside, stages write below `home` and their shard functions run in this process, or where
+    `session` says.
+    """
     with (
         mock.patch.dict(os.environ, {"GRISTMILL_HOME": str(home)}),
-        mock.patch("tasks.corpus.sharding.ray_session", InlineSession),
+        mock.patch("tasks.corpus.sharding.ray_session", session),
     ):
         yield
 

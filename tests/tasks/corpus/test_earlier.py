@@ -73,7 +73,7 @@ def test_previous_means_all_that_came_before_and_the_same_when_repeated() -> Non
 def test_another_filter_over_the_same_pages_is_no_later_corpus() -> None:
     corpus(FIRST)
     given = documents(SECOND)
-    masked = pii(PIIConfig(), documents=given)
+    masked = pii(PIIConfig(action="mask"), documents=given)
     config = DeduplicateConfig(against=("previous",))
     corpus(SECOND, "previous")
     again = deduplicate(config, documents=masked, **earlier_corpora(config, masked))

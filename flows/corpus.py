@@ -16,6 +16,7 @@ from tasks.corpus.gather import GatherConfig, gather
 from tasks.corpus.language import LanguageConfig, language
 from tasks.corpus.pii import PIIConfig, pii
 from tasks.corpus.quality import QualityConfig, quality
+from tasks.corpus.report import ReportConfig, report_corpus
 from tasks.corpus.source_config import SourceConfig
 from tasks.corpus.split import SplitConfig, split
 from tasks.corpus.tombstoned import forget, standing_tombstones
@@ -46,6 +47,7 @@ class CorpusParams(StageConfig):
     pii: PIIConfig = PIIConfig()
     deduplicate: DeduplicateConfig = DeduplicateConfig()
     split: SplitConfig = SplitConfig()
+    report: ReportConfig = ReportConfig()
 
     @model_validator(mode="after")
     def _has_something_to_read(self) -> Self:
@@ -91,4 +93,5 @@ def build_corpus(params: CorpusParams) -> Manifest:
 @flow(name="corpus", **HOOKS)
 def corpus(corpus: CorpusParams = CorpusParams()) -> None:
     """Crawl, extract, filter, deduplicate and split a corpus."""
-    build_corpus(corpus)
+    documents = build_corpus(corpus)
+    report_corpus(corpus.report, corpus=documents)

@@ -8,6 +8,7 @@ from prefect import flow
 
 from flows.corpus import CorpusParams, build_corpus
 from flows.hooks import HOOKS
+from tasks.corpus.report import report_corpus
 from tasks.runtime.manifest import Manifest
 from tasks.tokenizer.shards import ShardsConfig, write_token_shards
 from tasks.tokenizer.train import TokenizerConfig, train_tokenizer
@@ -27,6 +28,7 @@ def train_base(corpus: CorpusParams, tokenizer: TokenizerConfig, model: Pretrain
     documents = build_corpus(corpus)
     trained = train_tokenizer(tokenizer, corpus=documents)
     tokens = write_token_shards(ShardsConfig(), corpus=documents, tokenizer=trained)
+    report_corpus(corpus.report, corpus=documents, tokens=tokens)
     return Base(documents, trained, pretrain(model, shards=tokens, tokenizer=trained))
 
 

@@ -6,6 +6,7 @@ from prefect import flow
 
 from flows.corpus import CorpusParams, build_corpus
 from flows.hooks import HOOKS
+from tasks.corpus.report import report_corpus
 from tasks.tokenizer.shards import ShardsConfig, write_token_shards
 from tasks.tokenizer.train import TokenizerConfig, train_tokenizer
 
@@ -18,4 +19,5 @@ def tokenizer(
     """Train a tokenizer on the corpus and write the corpus as token shards."""
     documents = build_corpus(corpus)
     trained = train_tokenizer(tokenizer, corpus=documents)
-    write_token_shards(ShardsConfig(), corpus=documents, tokenizer=trained)
+    tokens = write_token_shards(ShardsConfig(), corpus=documents, tokenizer=trained)
+    report_corpus(corpus.report, corpus=documents, tokens=tokens)

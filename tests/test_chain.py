@@ -21,6 +21,7 @@ STAGES = [
     "split",
     "tokenizer",
     "token-shards",
+    "corpus-report",
     "pretrain",
     "pairs",
     "finetune",

@@ -76,8 +76,9 @@ def _host_rows(frontier: Frontier, limit: int = 200) -> list[dict[str, Any]]:
             {
                 "host": host.host,
                 "fetched": sum(a.is_document for a in own),
-                "failed": sum(a.state == "error" for a in own),
-                "denied": sum(a.state == "denied" for a in own),
+                "failed": _by_reason(own, "error"),
+                "denied": _by_reason(own, "denied"),
+                "skipped": _by_reason(own, "skipped"),
                 "requests": host.requests,
                 "bytes": host.bytes,
                 "delay, s": host.delay,
@@ -86,6 +87,12 @@ def _host_rows(frontier: Frontier, limit: int = 200) -> list[dict[str, Any]]:
             }
         )
     return sorted(rows, key=lambda row: -row["fetched"])[:limit]
+
+
+def _by_reason(addresses: Iterable[Address], state: str) -> str:
+    """`12 timeout, 3 HTTP 404`: so many addresses in this state for each reason."""
+    reasons = Counter(a.reason or state for a in addresses if a.state == state)
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
 
 
 def _rule_rows(addresses: list[Address], examples: int = 2) -> list[dict[str, Any]]:

@@ -225,6 +225,21 @@ class Store:
         """Remove this machine's copies of a remote artifact's files."""
         shutil.rmtree(self.cache / manifest.stage / manifest.fingerprint, ignore_errors=True)
 
+    def lineage(self, manifest: Manifest) -> list[Manifest]:
+        """An artifact and all it was made from, as far as they are still there, oldest first."""
+        stages = self.stages()
+        found = {manifest.fingerprint: manifest}
+        todo = list(manifest.inputs.values())
+        while todo:
+            mark = todo.pop()
+            if mark in found:
+                continue
+            made = next((m for stage in stages if (m := self.find(stage, mark))), None)
+            if made is not None:
+                found[mark] = made
+                todo += made.inputs.values()
+        return sorted(found.values(), key=lambda m: (m.created, m.fingerprint))
+
     def latest(self, stage: str) -> Manifest | None:
         manifests = self.all(stage)
         return manifests[-1] if manifests else None

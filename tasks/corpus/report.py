@@ -1,0 +1,369 @@
+"""The corpus report: what there is, what was removed and why, where it came from.
+
+A stage of its own after the split: it reads the manifests of the whole chain, their reports and
+columns of their tables, and writes one HTML page that needs nothing else (`report.html`). With
+token shards it also counts tokens by source.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from tasks.corpus.arrays import read_array
+from tasks.corpus.report_page import render
+from tasks.corpus.sharding import run_shards
+from tasks.corpus.tracked_report import track
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.store import REPORT, Store
+
+PAGE = "report.html"
+COLUMNS = ("url", "language", "bytes", "date", "fetched_at", "warc")
+HOSTS_PER_SHARD = 2000  # a shard of the open web has as many hosts as pages; the rest is summed
+OTHERS = "(others)"
+EXCERPT = 240  # characters of a rejected document
+NOT_STATED = "(not stated)"
+
+
+class ReportConfig(StageConfig):
+    """What the report shows."""
+
+    examples: int = Field(3, ge=0, le=20, description="Removed documents shown for each rule.")
+    clusters: int = Field(12, ge=0, le=100, description="Largest clusters of duplicates shown.")
+
+
+@dataclass
+class Amount:
+    """Documents, bytes and words of a group of documents; tokens where they are known."""
+
+    documents: int = 0
+    bytes: int = 0
+    words: int = 0
+    tokens: int = 0
+
+    def add(self, other: Amount) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass
+class Composition:
+    """What documents there are, by several groupings. Adds up over shards."""
+
+    total: Amount = field(default_factory=Amount)
+    groups: dict[str, dict[str, Amount]] = field(default_factory=dict)
+    lengths: dict[int, int] = field(default_factory=dict)  # binary logarithm of bytes → documents
+    dates: list[str] = field(default_factory=list)  # first and last of the pages' own dates
+    fetched: list[str] = field(default_factory=list)
+
+    def add(self, other: Composition) -> None:
+        self.total.add(other.total)
+        for bin, count in other.lengths.items():
+            self.lengths[bin] = self.lengths.get(bin, 0) + count
+        for kind, groups in other.groups.items():
+            mine = self.groups.setdefault(kind, {})
+            for name, amount in groups.items():
+                mine.setdefault(name, Amount()).add(amount)
+        for name in ("dates", "fetched"):
+            known = sorted([*getattr(self, name), *getattr(other, name)])
+            setattr(self, name, [known[0], known[-1]] if known else [])
+
+    @classmethod
+    def of_json(cls, body: dict[str, Any]) -> Composition:
+        groups = {
+            kind: {name: Amount(**amount) for name, amount in found.items()}
+            for kind, found in body["groups"].items()
+        }
+        lengths = {int(bin): count for bin, count in body["lengths"].items()}
+        return cls(Amount(**body["total"]), groups, lengths, body["dates"], body["fetched"])
+
+
+@stage("corpus-report", version=1)
+def report_corpus(
+    config: ReportConfig, work: Workspace, *, corpus: Manifest, tokens: Manifest | None = None
+) -> Outcome:
+    """Tell what the corpus holds, what was removed, and where it came from."""
+    chain = work.store.lineage(corpus)
+    parts = [
+        (corpus, name, tokens, f"{prefix}tokens-{number:05d}.documents.npy")
+        for split, prefix in (("train-", ""), ("heldout-", "heldout-"))
+        for number, name in enumerate(corpus.names(split, ".parquet"))
+    ]
+    whole = Composition()
+    for told in run_shards(work, "composition", describe_shard, parts, label="Corpus report"):
+        whole.add(Composition.of_json(told))
+    rejects = [
+        (config.examples, made, name)
+        for made in chain
+        for name in made.names("rejected-", ".parquet")
+    ]
+    removed = run_shards(work, "removed", examples_shard, rejects, label="Removals")
+    examples: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for (_, made, _), found in zip(rejects, removed, strict=True):
+        for rule, some in found.items():
+            mine = examples.setdefault((made.stage, rule), [])
+            mine += some[: config.examples - len(mine)]
+    body = page_of(config, work.store, chain, corpus, whole, examples)
+    html = render(body)
+    work.write_bytes(PAGE, html.encode())
+    numbers = {name: value for name, value in asdict(whole.total).items() if value}
+    link = track(work, {"corpus": corpus}, numbers, html)
+    place = f"`{work.location(PAGE)}`"
+    funnel = [{k: row[k] for k in ("stage", "seen", "kept", "removed")} for row in body["funnel"]]
+    reports = [
+        Report("corpus-funnel", "table", funnel, "Documents from stage to stage"),
+        Report(
+            "corpus-report",
+            "markdown",
+            f"The report is one HTML page: {f'[open it]({link}), ' if link else ''}{place}",
+            "The corpus report",
+        ),
+    ]
+    return Outcome(counts=numbers, reports=tuple(reports))
+
+
+def describe_shard(
+    work: Workspace, number: int, corpus: Manifest, name: str, tokens: Manifest | None, starts: str
+) -> dict[str, Any]:
+    """The composition of one shard of the corpus, as JSON."""
+    directory = work.store.of(corpus)
+    table = directory.read_table(name, [*COLUMNS, "text"])
+    words = pc.count_substring_regex(table["text"], r"\S+").to_pylist()
+    counted = _token_counts(work.store, tokens, starts, table.num_rows)
+    found = Composition()
+    rows = table.select(list(COLUMNS)).to_pylist()
+    for row, word_count, token_count in zip(rows, words, counted, strict=True):
+        amount = Amount(1, row["bytes"], word_count, token_count)
+        found.total.add(amount)
+        bin = max(row["bytes"], 1).bit_length() - 1
+        found.lengths[bin] = found.lengths.get(bin, 0) + 1
+        for kind, group in (
+            ("source", source_of(row["warc"])),
+            ("language", row["language"] or NOT_STATED),
+            ("host", urlsplit(row["url"]).netloc or NOT_STATED),
+            ("split", name.partition("-")[0]),
+        ):
+            found.groups.setdefault(kind, {}).setdefault(group, Amount()).add(amount)
+    hosts = found.groups.get("host", {})
+    for host in sorted(hosts, key=lambda host: -hosts[host].bytes)[HOSTS_PER_SHARD:]:
+        hosts.setdefault(OTHERS, Amount()).add(hosts.pop(host))
+    for attribute, column in (("dates", "date"), ("fetched", "fetched_at")):
+        stated = [row[column][:10] for row in rows if row[column]]
+        setattr(found, attribute, [min(stated), max(stated)] if stated else [])
+    return asdict(found)
+
+
+def source_of(warc: str) -> str:
+    """Which source a document came from: `name:file` of a gathered one, a file of the crawl."""
+    name, colon, _ = (warc or "").partition(":")
+    return name if colon else "seeds"
+
+
+def _token_counts(store: Store, tokens: Manifest | None, name: str, rows: int) -> list[int]:
+    """Tokens of each document of a shard; zeros where there are no token shards."""
+    if tokens is None or name not in tokens.names():
+        return [0] * rows
+    directory = store.of(tokens)
+    starts = read_array(directory, name)
+    end = len(read_array(directory, name.replace(".documents.npy", ".npy")))
+    return np.diff([*starts.tolist(), end]).tolist()
+
+
+def examples_shard(
+    work: Workspace, number: int, limit: int, made: Manifest, name: str
+) -> dict[str, list[dict[str, str]]]:
+    """The first removed documents of each rule in one table of rejected ones."""
+    table = work.store.of(made).read_table(name, ["url", "rule", "reason", "text"])
+    found: dict[str, list[dict[str, str]]] = {}
+    for rule in pc.unique(table["rule"]).to_pylist():
+        some = table.filter(pc.equal(table["rule"], rule)).slice(0, limit).to_pylist()
+        found[rule] = [
+            {
+                "url": row["url"] or "",
+                "reason": row["reason"],
+                "text": (row["text"] or "")[:EXCERPT],
+            }
+            for row in some
+        ]
+    return found
+
+
+def page_of(
+    config: ReportConfig,
+    store: Store,
+    chain: list[Manifest],
+    corpus: Manifest,
+    whole: Composition,
+    examples: dict[tuple[str, str], list[dict[str, str]]],
+) -> dict[str, Any]:
+    """Everything the page shows, as plain values."""
+    licences = {
+        source["name"]: source.get("licence", "")
+        for made in chain
+        for source in made.config.get("sources", ())
+    }
+    return {
+        "corpus": corpus.fingerprint,
+        "created": corpus.created,
+        "total": asdict(whole.total),
+        "split": _rows(whole, "split"),
+        "funnel": [_funnel_row(store, made, examples) for made in chain],
+        "lengths": sorted(whole.lengths.items()),
+        "language": _rows(whole, "language"),
+        "host": _rows(whole, "host"),
+        "source": [
+            row | {"licence": licences.get(row["name"], "")} for row in _rows(whole, "source")
+        ],
+        "clusters": _clusters(store, chain, config.clusters),
+        "crawl": [row for made in chain for row in _table(store, made, "crawl-hosts")],
+        "datasheet": _datasheet(chain, whole, licences),
+        "chain": [
+            {
+                "stage": made.stage,
+                "artifact": made.fingerprint[:12],
+                "made": made.created[:19].replace("T", " "),
+                "code": made.code,
+                "seconds": made.cost.get("wall_seconds", 0.0),
+                "note": made.not_replayable,
+            }
+            for made in chain
+        ],
+    }
+
+
+def _rows(whole: Composition, kind: str) -> list[dict[str, Any]]:
+    groups = whole.groups.get(kind, {})
+    ordered = sorted(groups, key=lambda name: (-groups[name].bytes, name))
+    return [{"name": name} | asdict(groups[name]) for name in ordered]
+
+
+def _funnel_row(
+    store: Store, made: Manifest, examples: dict[tuple[str, str], list[dict[str, str]]]
+) -> dict[str, Any]:
+    removed = sum(made.rules.values())
+    kept = made.counts.get("pages" if made.stage == "crawl" else "documents", 0)
+    told = _table(store, made, "crawl-rules") if made.stage == "crawl" else []
+    addresses = {row["reason"]: row["such as"] for row in told}
+    rules = [
+        {
+            "rule": rule,
+            "removed": count,
+            "examples": examples.get((made.stage, rule))
+            or [{"url": url, "reason": "", "text": ""} for url in addresses.get(rule, ())],
+        }
+        for rule, count in sorted(made.rules.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    return {
+        "stage": made.stage,
+        "seen": kept + removed,
+        "kept": kept,
+        "removed": removed,
+        "rules": rules,
+        "metrics": {name: value for name, value in made.metrics.items() if value not in (None, 0)},
+    }
+
+
+def _table(store: Store, made: Manifest, key: str) -> list[dict[str, Any]]:
+    """A table among an artifact's own reports."""
+    if REPORT not in made.names():
+        return []
+    reports = json.loads(store.of(made).read_bytes(REPORT))
+    return next((r["body"] for r in reports if r["key"] == key and r["kind"] == "table"), [])
+
+
+def _clusters(store: Store, chain: list[Manifest], limit: int) -> list[dict[str, Any]]:
+    """The largest groups of similar documents, those removed as duplicates included."""
+    made = next((m for m in chain if m.stage == "deduplicate"), None)
+    if made is None:
+        return []
+    sizes: Counter[str] = Counter()
+    kept: Counter[str] = Counter()
+    for prefix, counters in (("documents-", (sizes, kept)), ("rejected-", (sizes,))):
+        for column in _clusters_of(store, made, prefix):
+            for counter in counters:
+                counter.update(column)
+    largest = [cluster for cluster, size in sizes.most_common(limit) if size > 1]
+    shown: dict[str, list[str]] = {cluster: [] for cluster in largest}
+    for table in store.tables(made, "documents-", ["cluster", "url"]):
+        wanted = table.filter(pc.is_in(table["cluster"], value_set=pa.array(largest, pa.string())))
+        for row in wanted.to_pylist():
+            if len(shown[row["cluster"]]) < 3:
+                shown[row["cluster"]].append(row["url"])
+    return [
+        {"documents": sizes[c], "kept": kept[c], "such as": ", ".join(shown[c])} for c in largest
+    ]
+
+
+def _clusters_of(store: Store, made: Manifest, prefix: str) -> Iterable[list[str]]:
+    for table in store.tables(made, prefix, ["cluster"]):
+        yield table["cluster"].to_pylist()
+
+
+def _datasheet(
+    chain: list[Manifest], whole: Composition, licences: dict[str, str]
+) -> list[tuple[str, str]]:
+    """Facts by name, after Gebru et al., Datasheets for Datasets (arXiv:1803.09010)."""
+    by_stage = {made.stage: made for made in chain}
+    facts: list[tuple[str, str]] = []
+
+    def tell(name: str, value: object) -> None:
+        if value not in ("", None, (), []):
+            facts.append((name, str(value)))
+
+    crawled = by_stage.get("crawl")
+    if crawled is not None:
+        config = crawled.config
+        tell("Seeds", ", ".join(config.get("seeds", ())))
+        tell("Collected by", _agent(config))
+        tell("Epoch of the crawl", config.get("epoch"))
+        tell("Robots rules and crawl delays", "honoured (RFC 9309)")
+        honours = config.get("honour_opt_outs")
+        tell("Opt-outs of text mining", "honoured" if honours else "not honoured")
+        rules = crawled.rules
+        tell("Left out by robots.txt", _total(rules, "robots.txt"))
+        tell("Left out by an opt-out", _total(rules, "opts out"))
+        tell("Left out by noindex", rules.get("noindex", 0))
+    tell("Sources", ", ".join(f"{n} (licence: {t or 'not stated'})" for n, t in licences.items()))
+    extracted = by_stage.get("extract")
+    if extracted is not None:
+        tell("Pages that reserve text mining", extracted.rules.get("opt-out", 0))
+    tell("Fetched", " to ".join(dict.fromkeys(whole.fetched)))
+    tell("The pages' own dates", " to ".join(dict.fromkeys(whole.dates)))
+    personal = by_stage.get("pii")
+    if personal is None:
+        tell("Personal data", "not looked for (pii.action=keep)")
+    else:
+        tell("Personal data", f"pii.action={personal.config.get('action')}, {personal.metrics}")
+    forgotten = by_stage.get("forget")
+    tell("Tombstones that stood", forgotten.config.get("tombstones") if forgotten else 0)
+    tell("Documents left out for them", forgotten.rules.get("tombstoned", 0) if forgotten else 0)
+    erased = [made.stage for made in chain if made.erased]
+    tell("Erased afterwards from", ", ".join(erased))
+    tell("Held out of all training", f"{_share(whole)} of the text, by groups of similar pages")
+    removed = sum(sum(made.rules.values()) for made in chain if made.stage != "crawl")
+    tell("Documents removed by all rules", f"{removed:,}")
+    return facts
+
+
+def _agent(config: dict[str, Any]) -> str:
+    contact = config.get("contact") or "no contact given"
+    return f"{config.get('user_agent', '')}, {contact}"
+
+
+def _total(rules: dict[str, int], start: str) -> int:
+    return sum(count for rule, count in rules.items() if rule.startswith(start))
+
+
+def _share(whole: Composition) -> str:
+    held = whole.groups.get("split", {}).get("heldout", Amount()).bytes
+    return f"{100 * held / max(whole.total.bytes, 1):.1f} %"

@@ -1,0 +1,134 @@
+"""The corpus report: its numbers are those of the tables, and the page needs nothing else."""
+
+import html
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from documents_of import rows
+from inline_shards import InlineSession, run_inline
+from loopback_site import LoopbackSite, page
+from test_corpus_chain import THINGS, module
+
+from flows.corpus import CorpusParams, build_corpus
+from tasks.corpus import crawl as crawl_module
+from tasks.corpus import extract as extract_module
+from tasks.corpus.arrays import write_array
+from tasks.corpus.report import ReportConfig, report_corpus, source_of
+from tasks.corpus.report_page import render
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+from tasks.runtime.store import Store
+
+NOUNS = [
+    f"{thing}{end}" for thing in ("mill", "house", "garden", "boat") for end in ("", "s", "er")
+]
+
+
+class Session(InlineSession):
+    cpus = 1
+
+    def map(self, function: Any, items: Any, **_: Any) -> Iterator[tuple[int, Any]]:
+        for index, item in enumerate(items):
+            yield index, function(*item)
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manifest]:
+    """The corpus of a small site and a folder."""
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("GRISTMILL_MLFLOW_URL", "http://127.0.0.1:9")
+    run_inline(monkeypatch)
+    monkeypatch.setattr(crawl_module, "ray_session", lambda _: Session())
+    folder = tmp_path / "home" / "sources"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        chance = random.Random(number)
+        lines = [
+            f"The {' '.join(chance.sample(NOUNS, 6))} of the town and its {noun} were seen there."
+            for noun in NOUNS
+        ]
+        (folder / f"{number}.txt").write_text(f"Notes <b>{number}</b>.\n\n" + "\n".join(lines))
+    pages = {f"/library/{t}s.html": module(n, t) for n, t in enumerate(THINGS)}
+    pages["/copy.html"] = pages["/library/trees.html"]
+    pages["/short<x>.html"] = page(text="Short.")
+    with LoopbackSite({"/": page(*pages, "/missing")} | pages) as site:
+        yield build_corpus(
+            CorpusParams.model_validate(
+                {
+                    "seeds": [f"{site.url}/"],
+                    "crawl": {"delay": 0.0, "contact": "me@example.org"},
+                    "sources": [{"name": "notes", "path": str(folder), "licence": "CC0-1.0"}],
+                    "quality": {"max_top_grams": 9, "max_duplicate_grams": 9},
+                    "split": {"seed": 0, "common_groups": 5},
+                }
+            )
+        )
+    for child in extract_module._children.values():
+        child.close()
+    extract_module._children.clear()
+
+
+def page_of(manifest: Manifest) -> str:
+    return Store.open().of(manifest).read_bytes("report.html").decode()
+
+
+class TokensConfig(StageConfig):
+    pass
+
+
+@stage("token-shards", version=98, retries=0)
+def shards_of(config: TokensConfig, work: Workspace, *, corpus: Manifest) -> Outcome:
+    """Three tokens a document, as the stage lays them out."""
+    for split, output in (("train-", "tokens"), ("heldout-", "heldout-tokens")):
+        for number, name in enumerate(corpus.names(split, ".parquet")):
+            count = work.store.of(corpus).read_table(name, ["id"]).num_rows
+            write_array(work, f"{output}-{number:05d}.npy", np.zeros(3 * count, np.uint16))
+            starts = np.arange(0, 3 * count, 3)
+            write_array(work, f"{output}-{number:05d}.documents.npy", starts)
+    return Outcome()
+
+
+def test_the_report_counts_what_the_tables_hold(made: Manifest) -> None:
+    tokens = shards_of(TokensConfig(), corpus=made)
+    report = report_corpus(ReportConfig(), corpus=made, tokens=tokens)
+    documents = [row for part in ("train-", "heldout-") for row in rows(made, part)]
+    assert report.counts == {
+        "documents": len(documents),
+        "bytes": sum(row["bytes"] for row in documents),
+        "words": sum(len(row["text"].split()) for row in documents),
+        "tokens": 3 * len(documents),
+    }
+    text = html.unescape(re.sub(r"<[^>]+>", " ", page_of(report)))
+    notes = [row for row in documents if source_of(row["warc"]) == "notes"]
+    size = f"{sum(row['bytes'] for row in notes):,}"
+    assert len(notes) == 3
+    assert re.search(rf"notes\s+3\s+{size}\s+[\d,]+\s+9\s+CC0-1.0", text)
+    for told in ("exact-duplicate", "HTTP 404", "me@example.org", "licence: CC0-1.0"):
+        assert told in text
+    for name in ("crawl", "extract", "gather", "language", "quality", "deduplicate", "split"):
+        assert name in text
+
+
+def test_the_page_stands_alone_and_says_nothing_unescaped(made: Manifest) -> None:
+    body = page_of(report_corpus(ReportConfig(), corpus=made))
+    assert not re.search(r"<(?:script|link|img|iframe)|(?:src|href)=|@import|url\(", body)
+    assert "default-src 'none'" in body
+    assert "short<x>" not in body and "<b>0</b>" not in body
+    assert "prefers-color-scheme: dark" in body
+    assert body.count("<svg") == 4
+    opened = re.findall(r"<(details|table|tr|div|svg|td|pre|code)\b", body)
+    closed = re.findall(r"</(details|table|tr|div|svg|td|pre|code)>", body)
+    assert sorted(opened) == sorted(closed)
+
+
+def test_without_documents_or_hosts_there_is_still_a_page() -> None:
+    nothing = {"documents": 0, "bytes": 0, "words": 0, "tokens": 0}
+    lists = ("split", "funnel", "lengths", "language", "host", "source", "clusters", "crawl")
+    empty: dict[str, Any] = {name: [] for name in lists}
+    body = {"corpus": "0" * 64, "created": "", "total": nothing, "datasheet": [], "chain": []}
+    assert "Corpus report" in render(empty | body)

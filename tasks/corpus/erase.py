@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from html import unescape
 from typing import Any
 
 import pyarrow as pa
@@ -24,13 +25,15 @@ import pyarrow.parquet as pq
 
 from tasks.corpus import warc
 from tasks.corpus.tombstoned import Forgotten
+from tasks.corpus.tracked_report import untrack
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Erased, Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import REPORT, Directory, Store
 from tasks.state.tombstones import Tombstones
 
-DERIVED = frozenset({"signatures", "token-shards", "pairs", "evaluate", "corpus-report"})
+DERIVED = frozenset({"signatures", "token-shards", "pairs", "evaluate"})
+PAGE = "report.html"  # of a corpus report, which quotes what any stage removed
 KEPT = ("documents-", "train-", "heldout-", "pages.parquet")  # what later stages read
 KEYS = ("url", "fetch_url", "id", "record_id", "digest", "host")
 TEXTS = ("reason", "source", "location", "canonical")  # may name the address in another's row
@@ -81,6 +84,7 @@ def erase(
     records = _records(store, forgotten, artifacts)
     lost: set[str] = set()  # artifacts that lost documents, and those deleted for it
     tainted: set[str] = set()
+    addresses: set[str] = set()
     results: list[Done] = []
 
     def note(manifest: Manifest, action: str, documents: int, act: Callable[[], object]) -> None:
@@ -95,6 +99,7 @@ def erase(
         found = _search(
             store.of(manifest), list(manifest.names(suffix=".parquet")), forgotten, records
         )
+        addresses |= found.addresses
         if found.rows or manifest.fingerprint in interrupted:
             if found.documents or manifest.fingerprint in interrupted:
                 lost.add(manifest.fingerprint)
@@ -104,6 +109,8 @@ def erase(
             lost.add(manifest.fingerprint)
             note(manifest, "deleted", 0, store.of(manifest).remove)
             store.forget_copies(manifest)
+        elif PAGE in manifest.names() and (inputs & lost or _quotes(store, manifest, addresses)):
+            note(manifest, "deleted", 0, partial(_drop_report, store, manifest))
         elif not _is_tabular(manifest) and inputs & (lost | tainted):
             tainted.add(manifest.fingerprint)
             if not manifest.not_replayable:
@@ -123,6 +130,17 @@ def erase(
 def _is_tabular(manifest: Manifest) -> bool:
     """Whether an artifact's own rows say all that is to be known of it."""
     return any(name.startswith(KEPT) for name in manifest.names(suffix=".parquet"))
+
+
+def _drop_report(store: Store, manifest: Manifest) -> None:
+    if manifest.metrics.get("mlflow"):
+        untrack(manifest.fingerprint)
+    store.of(manifest).remove()
+
+
+def _quotes(store: Store, manifest: Manifest, addresses: set[str]) -> bool:
+    page = unescape(store.of(manifest).read_bytes(PAGE).decode())
+    return _names(page, [*addresses])
 
 
 def _records(store: Store, forgotten: Forgotten, artifacts: list[Manifest]) -> set[str]:

@@ -8,14 +8,11 @@ token shards it also counts tokens by source.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
@@ -31,6 +28,8 @@ PAGE = "report.html"
 COLUMNS = ("url", "language", "bytes", "date", "fetched_at", "warc")
 HOSTS_PER_SHARD = 2000  # a shard of the open web has as many hosts as pages; the rest is summed
 OTHERS = "(others)"
+CLUSTERS_TABLE = "clusters.parquet"
+ADDRESSES = 3  # of a cluster
 EXCERPT = 240  # characters of a rejected document
 NOT_STATED = "(not stated)"
 
@@ -129,7 +128,7 @@ def report_corpus(
             "The corpus report",
         ),
     ]
-    return Outcome(counts=numbers, reports=tuple(reports))
+    return Outcome(counts=numbers, metrics={"mlflow": link}, reports=tuple(reports))
 
 
 def describe_shard(
@@ -284,29 +283,16 @@ def _table(store: Store, made: Manifest, key: str) -> list[dict[str, Any]]:
 def _clusters(store: Store, chain: list[Manifest], limit: int) -> list[dict[str, Any]]:
     """The largest groups of similar documents, those removed as duplicates included."""
     made = next((m for m in chain if m.stage == "deduplicate"), None)
-    if made is None:
+    if made is None or CLUSTERS_TABLE not in made.names():
         return []
-    sizes: Counter[str] = Counter()
-    kept: Counter[str] = Counter()
-    for prefix, counters in (("documents-", (sizes, kept)), ("rejected-", (sizes,))):
-        for column in _clusters_of(store, made, prefix):
-            for counter in counters:
-                counter.update(column)
-    largest = [cluster for cluster, size in sizes.most_common(limit) if size > 1]
-    shown: dict[str, list[str]] = {cluster: [] for cluster in largest}
-    for table in store.tables(made, "documents-", ["cluster", "url"]):
-        wanted = table.filter(pc.is_in(table["cluster"], value_set=pa.array(largest, pa.string())))
-        for row in wanted.to_pylist():
-            if len(shown[row["cluster"]]) < 3:
-                shown[row["cluster"]].append(row["url"])
-    return [
-        {"documents": sizes[c], "kept": kept[c], "such as": ", ".join(shown[c])} for c in largest
-    ]
-
-
-def _clusters_of(store: Store, made: Manifest, prefix: str) -> Iterable[list[str]]:
-    for table in store.tables(made, prefix, ["cluster"]):
-        yield table["cluster"].to_pylist()
+    shown: dict[str, dict[str, Any]] = {}
+    for member in store.of(made).read_table(CLUSTERS_TABLE).to_pylist():
+        numbers = {name: member[name] for name in ("documents", "removed")}
+        row = shown.setdefault(member["cluster"], numbers | {"such as": []})
+        if len(row["such as"]) < ADDRESSES:
+            row["such as"].append(member["url"])
+    rows = list(shown.values())[:limit]
+    return [row | {"such as": ", ".join(row["such as"])} for row in rows]
 
 
 def _datasheet(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tasks.runtime.errors import Unavailable
+from tasks.runtime.errors import Unavailable, UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.progress import run_logger
 from tasks.runtime.rest import Refused, call
@@ -20,9 +20,7 @@ def track(
     A corpus is worth having without MLflow, so this never fails a stage.
     """
     settings = Settings.load()
-    try:
-        call(f"{settings.mlflow}/health", timeout=2)
-    except (OSError, Refused):
+    if not _answers(settings):
         run_logger().info(f"MLflow does not answer at {settings.mlflow}: the report is not there")
         return ""
     from tasks.registry import tracking  # seconds to import
@@ -36,3 +34,27 @@ def track(
         run_logger().warning(str(error))
         return ""
     return f"{settings.mlflow}/#/experiments/{experiment}/runs/{run}/artifacts/report.html"
+
+
+def untrack(fingerprint: str) -> None:
+    """Replace a report's page in MLflow; raises UserError when MLflow cannot be asked."""
+    settings = Settings.load()
+    if not _answers(settings):
+        raise UserError(
+            f"the corpus report {fingerprint[:12]} quotes what is to be erased and may be in "
+            f"MLflow, which does not answer at {settings.mlflow}; start it: gristmill up"
+        )
+    from tasks.registry import tracking
+
+    mlflow = tracking.client()
+    tag = f"tags.`gristmill.fingerprint` = '{fingerprint}'"
+    for run in mlflow.search_runs([tracking.experiment_id(mlflow)], tag):
+        tracking.log_text(run.info.run_id, "erased on request\n", "report.html")
+
+
+def _answers(settings: Settings) -> bool:
+    try:
+        call(f"{settings.mlflow}/health", timeout=2)
+    except (OSError, Refused):
+        return False
+    return True

@@ -21,6 +21,7 @@ from tasks.corpus import crawl as crawl_module
 from tasks.corpus import extract as extract_module
 from tasks.corpus.erase import Done, erase
 from tasks.corpus.pages import page_rows, read_pages
+from tasks.corpus.report import ReportConfig, report_corpus
 from tasks.corpus.same_document import known_ids
 from tasks.corpus.tombstoned import Forgotten, parse
 from tasks.corpus.warc import members, padding
@@ -45,6 +46,7 @@ class Session(InlineSession):
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackSite]:
     monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("GRISTMILL_MLFLOW_URL", "http://127.0.0.1:9")
     run_inline(monkeypatch)
     monkeypatch.setattr(crawl_module, "ray_session", lambda _: Session())
     pages = {f"/library/{t}s.html": module(n, t) for n, t in enumerate(THINGS)}
@@ -192,6 +194,18 @@ def test_a_purge_leaves_nothing_behind_and_all_else_whole(site: LoopbackSite) ->
     }
     assert everything(after) and VICTIM not in "".join(everything(after))
     assert purge() == []
+
+
+def test_a_report_that_quotes_what_is_purged_goes_too(site: LoopbackSite) -> None:
+    site.pages["/library/short.html"] = page(text="Ten words are far too few to be kept here.")
+    site.pages["/"] += '<a href="/library/short.html">short</a>'
+    made = corpus(site)
+    report_corpus(ReportConfig(), corpus=made)
+    bury(f"{site.url}/library/short.html")  # removed for its length; the split never had it
+    done = {result.stage: result.action for result in purge()}
+    assert done["corpus-report"] == "deleted" and "split" not in done
+    again = report_corpus(ReportConfig(), corpus=made)
+    assert "Ten words" not in Store.open().of(again).read_bytes("report.html").decode()
 
 
 def test_a_killed_purge_is_ended_by_the_next(

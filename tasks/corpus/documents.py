@@ -29,6 +29,7 @@ DOCUMENTS = pa.schema(
         ("language", pa.string()),  # ISO 639-1 or "und"; what the page says, then what it is
         ("language_score", pa.float64()),  # 0 until the language stage has looked
         ("date", pa.string()),  # the page's own date, ISO 8601, or empty
+        ("licence", pa.string()),  # what page or source says of it: an address, words, or empty
         ("fetched_at", pa.string()),
         ("bytes", pa.int64()),  # of `text` as UTF-8
         ("html_bytes", pa.int64()),

@@ -27,7 +27,7 @@ from tasks.corpus.documents import (
 )
 from tasks.corpus.killable import ChildDied, ChildTimeout, KillableChild
 from tasks.corpus.opt_out import headers_reserve
-from tasks.corpus.page_text import PDF_TYPE, PLAIN_TYPES
+from tasks.corpus.page_text import PDF_TYPE, PLAIN_TYPES, Extractor
 from tasks.corpus.pages import page_rows
 from tasks.corpus.records import DamagedRecord, Fetched, read_record, scan
 from tasks.corpus.sharding import run_shards
@@ -37,6 +37,7 @@ from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
 PAGES = "pages.parquet"
 HTML_TYPES = ("text/html", "application/xhtml+xml")
 EXCERPT = 2000  # characters of a rejected page's HTML that are kept for inspection
+FROM_PAGE = ("title", "text", "language", "date", "licence")
 REMEDIES = {
     "": "check the seeds and the crawl's report of failures",
     "status": "check that the seeds answer with 200",
@@ -53,6 +54,9 @@ REMEDIES = {
 class ExtractConfig(StageConfig):
     """How text is taken out of pages."""
 
+    extractor: Extractor = "trafilatura"
+    """trafilatura finds the text best (F1 .969 on 91 article pages); resiliparse is several times
+    faster (F1 .93) and meant for crawls of millions."""
     seconds_per_document: float = Field(20.0, gt=0)
     """A page that takes longer is given up (rule time-limit)."""
     megabytes_per_document: int = Field(2048, ge=512)
@@ -65,7 +69,7 @@ class ExtractConfig(StageConfig):
     """HTML in one shard: the grain of parallelism and of resuming."""
 
 
-@stage("extract", version=1)
+@stage("extract", version=2)
 def extract(config: ExtractConfig, work: Workspace, *, crawl: Manifest) -> Outcome:
     """Take the text out of every crawled page."""
     damaged = 0
@@ -150,7 +154,7 @@ def extract_shard(
     child = page_child(config)
     honour = config.honour_opt_outs
     for row, found in _fetched(work, crawl, rows.to_pylist(), largest, honour):
-        document: dict[str, Any] = dict.fromkeys(("title", "text", "language", "date"), "") | {
+        document: dict[str, Any] = dict.fromkeys(FROM_PAGE, "") | {
             "url": row["url"],
             "language_score": 0.0,
             "fetched_at": row["fetched_at"],
@@ -235,7 +239,11 @@ def read_into(
     honour_opt_outs: bool,
 ) -> Removal | None:
     """Fill `document` from the child's answer, or say why the page is removed."""
-    head = {"content_type": found.headers.get("content-type", ""), "url": document["url"]}
+    head = {
+        "content_type": found.headers.get("content-type", ""),
+        "url": document["url"],
+        "extractor": child.arguments[0],
+    }
     excerpt = found.body[: 2 * EXCERPT].decode("utf-8", "replace")[:EXCERPT]
     document["text"] = excerpt.replace("\x00", "")
     try:
@@ -258,18 +266,18 @@ def read_into(
         return Removal("opt-out", f"reserved from text mining ({answer['reserved']})")
     if not answer["text"]:
         return Removal("no-text", "no text found in the page")
-    for name in ("title", "text", "language", "date"):
+    for name in FROM_PAGE:
         # Lone surrogates cannot be written as UTF-8.
         document[name] = answer[name].encode("utf-8", "replace").decode()
     return None
 
 
-_children: dict[tuple[float, int], KillableChild] = {}
+_children: dict[tuple[float, int, str], KillableChild] = {}
 
 
 def page_child(config: ExtractConfig) -> KillableChild:
     """This process's child, kept from shard to shard: its imports take half a second."""
-    key = (config.seconds_per_document, config.megabytes_per_document)
+    key = (config.seconds_per_document, config.megabytes_per_document, config.extractor)
     if key not in _children:
         _children[key] = KillableChild("tasks.corpus.page_text", *key)
     return _children[key]

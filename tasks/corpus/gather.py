@@ -58,7 +58,7 @@ class GatherConfig(StageConfig):
         return self.model_copy(update={"digests": digests})
 
 
-@stage("gather", version=1)
+@stage("gather", version=2)
 def gather(config: GatherConfig, work: Workspace, *, crawled: Manifest | None = None) -> Outcome:
     """Read the corpus's sources into documents; `crawled` are those of its seeds."""
     items: list[tuple[Any, ...]] = []
@@ -118,7 +118,7 @@ def gather_shard(
     largest = int(config.extract.largest_page_megabytes * 2**20)
     for path, name in files:
         for about, content in rows_of(config.sources[index], Path(path), name, largest):
-            document = _document(about)
+            document = _document({"licence": config.sources[index].licence} | about)
             removal = _fill(config.extract, document, content, tally)
             size = len(document["text"].encode("utf-8", "replace"))
             document |= {"id": document_id(document["text"]), "bytes": size}
@@ -168,7 +168,7 @@ def _fill(
     if removal := removed_by_head(content, config.honour_opt_outs):
         return removal
     document["html_bytes"] = len(content.body)
-    stated = {name: document[name] for name in ("title", "date")}
+    stated = {name: document[name] for name in ("title", "date", "licence")}
     removal = read_into(page_child(config), document, content, tally, config.honour_opt_outs)
     document |= {name: value for name, value in stated.items() if value}
     return removal

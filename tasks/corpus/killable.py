@@ -39,10 +39,20 @@ class ChildDied(Exception):
 class KillableChild:
     """The parent's side. Not for use by several threads."""
 
-    def __init__(self, module: str, seconds: float, megabytes: int, requests: int = 2000) -> None:
-        """`requests` bounds what a leak can add up to: after so many the child is replaced."""
+    def __init__(
+        self,
+        module: str,
+        seconds: float,
+        megabytes: int,
+        *arguments: str,
+        requests: int = 2000,
+    ) -> None:
+        """`arguments` follow the limits on the child's command line.
+
+        `requests` bounds what a leak can add up to: after so many the child is replaced.
+        """
         self.module, self.seconds, self.megabytes = module, seconds, megabytes
-        self.requests = requests
+        self.arguments, self.requests = arguments, requests
         self._process: subprocess.Popen[bytes] | None = None
         self._answered = 0
 
@@ -74,7 +84,10 @@ class KillableChild:
     def _start(self) -> subprocess.Popen[bytes]:
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", self.module, str(self.seconds), str(self.megabytes)],
+            [
+                *(sys.executable, "-m", self.module, str(self.seconds), str(self.megabytes)),
+                *self.arguments,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

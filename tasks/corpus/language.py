@@ -6,8 +6,8 @@ keywords are no evidence of English, and a page that is all code has no language
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
-from functools import cache
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +22,7 @@ from tasks.corpus.documents import (
     selection_reports,
     write_selection,
 )
+from tasks.corpus.language_id import identifier
 from tasks.corpus.reading import Reading
 from tasks.corpus.sharding import run_shards
 from tasks.runtime.manifest import Manifest
@@ -29,6 +30,7 @@ from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
 
 SAMPLE_WORDS = 400  # more of them do not change the answer
 UNDETERMINED = "und"  # ISO 639-2
+_CODE = re.compile(r"[_(={<\\]|://")
 
 
 class LanguageConfig(StageConfig):
@@ -44,7 +46,7 @@ class LanguageConfig(StageConfig):
     @field_validator("languages")
     @classmethod
     def known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = sorted(set(value) - set(_identifier().labels))
+        unknown = sorted(set(value) - set(identifier().labels))
         if unknown:
             raise ValueError(
                 f"languages {unknown} are not known; give ISO 639-1 codes such as 'en' or 'de'"
@@ -110,16 +112,14 @@ def language_shard(
 def identify(reading: Reading, least_words: int = 1) -> tuple[str, float]:
     """(ISO 639-1 code, probability) of the prose; (`und`, 0) when there is too little of it."""
     words = reading.prose_words[:SAMPLE_WORDS]
-    sample = " ".join(word for word in words if not _is_code(word))
+    plain = words
+    if _CODE.search(" ".join(words)):
+        plain = [word for word in words if not _CODE.search(word)]
     # Unspaced scripts put a sentence into one "word".
-    if sum(max(len(word) // 12, 1) for word in sample.split()) < least_words:
+    if sum(len(word) // 12 - 1 for word in plain if len(word) > 23) + len(plain) < least_words:
         return UNDETERMINED, 0.0
-    code, score = _identifier().classify(sample)
+    code, score = identifier().classify(" ".join(plain))
     return str(code), round(float(score), 4)
-
-
-def _is_code(word: str) -> bool:
-    return any(mark in word for mark in ("_", "(", "()", "=", "://", "{", "<", "\\"))
 
 
 def _judge(config: LanguageConfig, code: str, score: float) -> Removal | None:
@@ -131,9 +131,3 @@ def _judge(config: LanguageConfig, code: str, score: float) -> Removal | None:
         return Removal("language-other", f"is {code} ({score:.2f})")
     return None
 
-
-@cache
-def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -1,4 +1,8 @@
-"""One document read once for all rules: its lines, its prose apart from its code."""
+"""One document read once for all rules: its lines, its prose apart from its code.
+
+What is wanted of every word is done by the regular expressions of C over the whole text, line ends
+and all; a Python step for every word made these rules as slow as extraction itself.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,15 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
+from tasks.corpus.shingles import Words, count_names, normalise
+
 _FENCE = re.compile(r"^\s*(`{3,}|~{3,})")
 _HEADING = re.compile(r"^#{1,6} ")
-_BULLET = re.compile(r"^\s*(?:[-*+•‣▶●]|\d{1,3}[.)])\s+")
+_BULLET = re.compile(r"^[^\S\n]*(?:[-*+•‣▶●]|\d{1,3}[.)])[^\S\n]+", re.MULTILINE)
 _CODE_SPAN = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)")
-_WORD = re.compile(r"\S+")
-_NAME = re.compile(r"[^\W_]+")
-_LEFT_OVER = re.compile(r"[,.;:()\[\]'\"!?]+")
+_CALL_OR_PATH = re.compile(r"\w\(|\w\.\w")
+_LEFT_OVER = ",.;:()[]'\"!?"
+TECHNICAL = 0.1
 
 
 @dataclass(frozen=True)
@@ -29,30 +35,47 @@ class Reading:
         lines, prose, code = [], [], []
         fence = ""
         for line in text.split("\n"):
-            if not line.strip():
+            begin = line.lstrip()[:1]
+            if not begin:
                 continue
-            mark = _FENCE.match(line)
+            mark = _FENCE.match(line) if begin in "`~" else None
             if mark and (not fence or line.strip() == fence):
                 fence = "" if fence else mark.group(1)
                 continue
             lines.append(line)
             if fence:
                 code.append(line)
-            elif not _HEADING.match(line):
+            elif begin != "#" or not _HEADING.match(line):
                 prose.append(line)
         return cls(text, tuple(lines), tuple(prose), tuple(code))
 
     @cached_property
-    def names(self) -> list[str]:
+    def word_count(self) -> int:
         """Runs of letters and digits, code and all: a signature counts by the names in it."""
-        return _NAME.findall(self.text)
+        return count_names(self.text)
+
+    @cached_property
+    def prose_text(self) -> str:
+        return "\n".join(self.prose)
 
     @cached_property
     def prose_words(self) -> list[str]:
         """Words of the prose without code spans, the commas between those, and bullets."""
-        plain = (_BULLET.sub("", _CODE_SPAN.sub(" ", line)) for line in self.prose)
-        words = (word for line in plain for word in _WORD.findall(line))
-        return [word for word in words if not _LEFT_OVER.fullmatch(word)]
+        plain = self.prose_text
+        if "`" in plain:
+            plain = _CODE_SPAN.sub(" ", plain)
+        words = _BULLET.sub("", plain).split()
+        return [word for word in words if word.strip(_LEFT_OVER)]
+
+    @cached_property
+    def plain_text(self) -> str:
+        """`prose_words` with a blank between each and the next."""
+        return " ".join(self.prose_words)
+
+    @cached_property
+    def words(self) -> Words:
+        """`plain_text` normalised and hashed, for rules about phrases."""
+        return Words.of(normalise(self.plain_text))
 
     @cached_property
     def paragraphs(self) -> list[str]:
@@ -62,18 +85,20 @@ class Reading:
     def code_share(self) -> float:
         """Share of the characters that are fenced code, code spans or headings made of code."""
         total = sum(map(len, self.lines))
-        spans = sum(len(m.group()) for line in self.prose for m in _CODE_SPAN.finditer(line))
+        spans = 0
+        if "`" in self.prose_text:
+            spans = sum(len(m.group()) for m in _CODE_SPAN.finditer(self.prose_text))
         signatures = sum(
             len(line)
             for line in self.lines
-            if _HEADING.match(line) and re.search(r"\w\(|\w\.\w", line)
+            if line[0] == "#" and _HEADING.match(line) and _CALL_OR_PATH.search(line)
         )
         return (sum(map(len, self.code)) + spans + signatures) / max(total, 1)
 
-    @property
+    @cached_property
     def is_technical(self) -> bool:
         """A tenth of it is code: rules made for articles would throw documentation away."""
-        return self.code_share >= 0.1
+        return self.code_share >= TECHNICAL
 
     @cached_property
     def bullet_lines(self) -> int:

@@ -21,7 +21,19 @@ _BASE = np.uint64(0x9E3779B97F4A7C15 | 1)
 _INVERSE = np.uint64(pow(int(_BASE), -1, 1 << 64))
 _SEPARATORS = re.compile(r"[\W_]+")
 # Scripts written without blanks: each character is a word, else a whole sentence would be one.
-_UNSPACED = re.compile("([\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])")
+_UNSPACED_RANGES = (
+    (0x0E00, 0x0EFF),
+    (0x1000, 0x109F),
+    (0x3040, 0x30FF),
+    (0x3400, 0x9FFF),
+    (0xF900, 0xFAFF),
+)
+_UNSPACED = re.compile(
+    "([" + "".join(f"{chr(first)}-{chr(last)}" for first, last in _UNSPACED_RANGES) + "])"
+)
+_NAMES = re.compile(r"[^\W_]+")
+_BASIC = 0x10000
+_SEPARATING, _ALONE = 0, 2  # what is 1 stands in a word
 _BLANK = 0x20
 _ASCII = "".join(chr(code).lower() if chr(code).isalnum() else " " for code in range(128))
 
@@ -30,8 +42,41 @@ def normalise(text: str) -> str:
     """Lower case, letters and digits only, one blank between words. Idempotent."""
     if text.isascii():
         return " ".join(text.translate(_ASCII).split())
-    spaced = _UNSPACED.sub(r" \1 ", text.casefold())
-    return _SEPARATORS.sub(" ", spaced).strip()
+    folded = text.casefold()
+    codes = code_points(folded)
+    kinds = _kinds().take(codes, mode="clip")
+    if (kinds == _ALONE).any():
+        return _SEPARATORS.sub(" ", _UNSPACED.sub(r" \1 ", folded)).strip()
+    words = np.where(kinds == _SEPARATING, np.uint32(_BLANK), codes).tobytes()
+    return " ".join(words.decode("utf-32-le", "surrogatepass").split())
+
+
+def code_points(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+@cache
+def _kinds() -> NDArray[np.uint8]:
+    """For code points of the basic plane: separates words, stands in one, or is one.
+
+    The entry after them stands for all others: rare enough to be looked at one by one.
+    """
+    kinds = np.fromiter(map(str.isalnum, map(chr, range(_BASIC + 1))), np.uint8, _BASIC + 1)
+    for first, last in _UNSPACED_RANGES:
+        kinds[first : last + 1] *= _ALONE
+    kinds[_BASIC] = _ALONE
+    return kinds
+
+
+def count_names(text: str) -> int:
+    """Runs of letters and digits in a text."""
+    if text.isascii():
+        return len(text.translate(_ASCII).split())
+    codes = code_points(text)
+    if int(codes.max()) >= _BASIC:
+        return len(_NAMES.findall(text))
+    inside = _kinds()[codes] != _SEPARATING
+    return int(inside[0]) + int(np.count_nonzero(inside[1:] & ~inside[:-1]))
 
 
 def mix(values: Hashes) -> Hashes:

@@ -15,7 +15,7 @@ def alphabetic_share(reading: Reading) -> float | None:
     words = reading.prose_words
     if reading.is_technical or len(words) < LEAST_WORDS:
         return None
-    return sum(any(map(str.isalpha, word)) for word in words) / len(words)
+    return sum(word.isalpha() or any(map(str.isalpha, word)) for word in words) / len(words)
 
 
 ALPHABETIC = Rule("alphabetic_words", alphabetic_share, low="min_alphabetic_words")

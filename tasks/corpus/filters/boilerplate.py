@@ -15,6 +15,13 @@ _NOTICES = re.compile(
     r"|privacy policy|cookie policy|uses? cookies|use of cookies|all rights reserved",
     re.IGNORECASE,
 )
+# The expression needs one of these; it is slow, and most pages have none.
+_HINTS = ("javascript", "terms of", "policy", "cookies", "rights reserved")
+
+
+def _is_hinted(text: str) -> bool:
+    folded = text.casefold()
+    return any(word in folded for word in _HINTS)
 
 
 def lorem_ipsum(reading: Reading) -> float:
@@ -24,7 +31,10 @@ def lorem_ipsum(reading: Reading) -> float:
 def notice_share(reading: Reading) -> float | None:
     if not reading.prose:
         return None
-    return sum(bool(_NOTICES.search(line)) for line in reading.prose) / len(reading.prose)
+    if not _is_hinted(reading.prose_text):
+        return 0.0
+    notices = sum(_is_hinted(line) and bool(_NOTICES.search(line)) for line in reading.prose)
+    return notices / len(reading.prose)
 
 
 LOREM_IPSUM = Rule("lorem_ipsum", lorem_ipsum, high="max_lorem_ipsum")

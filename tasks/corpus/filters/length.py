@@ -9,7 +9,7 @@ from tasks.corpus.reading import Reading
 
 
 def word_count(reading: Reading) -> float:
-    return len(reading.names)
+    return reading.word_count
 
 
 WORDS = Rule("words", word_count, low="min_words", high="max_words")

@@ -14,11 +14,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tasks.corpus.filters.rule import Rule
 from tasks.corpus.reading import Reading
-from tasks.corpus.shingles import Words, normalise
+from tasks.corpus.shingles import Hashes, Words
 
+Places = NDArray[np.int64]
 LEAST_WORDS = 50
 SUBSTANTIAL = 40  # characters
 TECHNICAL_ALLOWANCE = 3
@@ -56,7 +58,23 @@ def duplicate_paragraphs(reading: Reading) -> float | None:
 def _words(reading: Reading) -> Words | None:
     if reading.is_technical or len(reading.prose_words) < LEAST_WORDS:
         return None
-    return Words.of(normalise(" ".join(reading.prose_words)))
+    return reading.words
+
+
+def _recurring(grams: Hashes, among: Places | None) -> tuple[Hashes, Places]:
+    """The grams that stand there more than once, sorted by hash, with their places.
+
+    Only `among` is looked at: where a longer gram recurs, each shorter one at its place does. In
+    ordinary text few places are left after the first size, and sorting those costs nothing.
+    """
+    places = np.arange(len(grams)) if among is None else among[among < len(grams)]
+    order = np.argsort(grams[places], kind="stable")
+    places, ordered = places[order], grams[places[order]]
+    same = ordered[1:] == ordered[:-1]
+    several = np.zeros(len(ordered), bool)
+    several[1:] |= same
+    several[:-1] |= same
+    return ordered[several], places[several]
 
 
 def top_grams(reading: Reading) -> float | None:
@@ -64,18 +82,17 @@ def top_grams(reading: Reading) -> float | None:
     words = _words(reading)
     if words is None:
         return None
-    shares = []
+    share, places = 0.0, None
     for size, bound in zip(TOP_SIZES, (0.20, 0.18, 0.16), strict=True):
-        grams = words.grams(size)
+        grams, places = _recurring(words.grams(size), places)
         if len(grams) == 0:
-            continue
+            break
         _, first, number = np.unique(grams, return_index=True, return_counts=True)
         best = int(np.argmax(number))
-        if number[best] > 1:
-            start = first[best]
-            length = int(words.ends[start + size - 1] - words.starts[start])
-            shares.append(length * int(number[best]) / len(words.data) / bound)
-    return max(shares, default=0.0)
+        start = places[first[best]]
+        length = int(words.ends[start + size - 1] - words.starts[start])
+        share = max(share, length * int(number[best]) / len(words.data) / bound)
+    return share
 
 
 def duplicate_grams(reading: Reading) -> float | None:
@@ -83,21 +100,21 @@ def duplicate_grams(reading: Reading) -> float | None:
     words = _words(reading)
     if words is None:
         return None
-    shares = [0.0]
+    lengths = words.ends - words.starts
+    total = max(int(lengths.sum()), 1)
+    share, places = 0.0, None
     for size, bound in zip(DUPLICATE_SIZES, (0.15, 0.14, 0.13, 0.12, 0.11, 0.10), strict=True):
-        grams = words.grams(size)
+        grams, places = _recurring(words.grams(size), places)
         if len(grams) == 0:
-            continue
-        _, first, inverse = np.unique(grams, return_index=True, return_inverse=True)
-        repeated = np.flatnonzero(first[inverse] != np.arange(len(grams)))
+            break
+        # Places of one gram are in ascending order: all but the first repeat it.
+        repeated = places[1:][grams[1:] == grams[:-1]]
         covered = np.zeros(len(words) + 1, np.int64)
-        np.add.at(covered, repeated, 1)
-        np.add.at(covered, repeated + size, -1)
+        covered[repeated] = 1
+        np.subtract.at(covered, repeated + size, 1)
         inside = np.cumsum(covered)[:-1] > 0
-        characters = int((words.ends - words.starts)[inside].sum())
-        total = int((words.ends - words.starts).sum())
-        shares.append(characters / max(total, 1) / bound)
-    return max(shares)
+        share = max(share, int(lengths[inside].sum()) / total / bound)
+    return share
 
 
 DUPLICATE_LINES = Rule("duplicate_lines", duplicate_lines, high="max_duplicate_lines")

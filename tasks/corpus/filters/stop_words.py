@@ -11,11 +11,17 @@ STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
 LEAST_WORDS = 100
 
 
+def _is_mostly_ascii(reading: Reading) -> bool:
+    words = reading.prose_words
+    return reading.plain_text.isascii() or sum(map(str.isascii, words)) >= 0.8 * len(words)
+
+
 def distinct_stop_words(reading: Reading) -> float | None:
     words = reading.prose_words
-    if len(words) < LEAST_WORDS or sum(map(str.isascii, words)) < 0.8 * len(words):
+    if len(words) < LEAST_WORDS or not _is_mostly_ascii(reading):
         return None
-    return len(STOP_WORDS & {word.lower().strip(".,;:()\"'") for word in words})
+    distinct = set(reading.plain_text.lower().split(" "))
+    return len(STOP_WORDS & {word.strip(".,;:()\"'") for word in distinct})
 
 
 # Other languages written in ASCII are told apart by the language stage, which runs before.

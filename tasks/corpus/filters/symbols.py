@@ -14,7 +14,7 @@ def symbol_share(reading: Reading) -> float | None:
     words = reading.prose_words
     if len(words) < LEAST_WORDS:
         return None
-    symbols = sum(word.count("#") + word.count("…") + word.count("...") for word in words)
+    symbols = sum(map(reading.plain_text.count, ("#", "…", "...")))
     return symbols / len(words)
 
 

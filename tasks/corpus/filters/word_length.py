@@ -13,7 +13,7 @@ def mean_word_length(reading: Reading) -> float | None:
     words = reading.prose_words
     if len(words) < LEAST_WORDS:
         return None
-    return sum(map(len, words)) / len(words)
+    return (len(reading.plain_text) - len(words) + 1) / len(words)
 
 
 WORD_LENGTH = Rule("word_length", mean_word_length, low="min_word_length", high="max_word_length")

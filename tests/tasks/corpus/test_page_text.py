@@ -13,7 +13,8 @@ from trafilatura import extract
 from trafilatura.utils import load_html
 
 from tasks.corpus.charset import decode
-from tasks.corpus.page_text import main_text, read_page, tidy_markdown
+from tasks.corpus.page_text import read_page
+from tasks.corpus.trafilatura_text import main_text, tidy_markdown
 
 PAGE = html(
     "textwrap",

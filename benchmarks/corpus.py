@@ -1,0 +1,216 @@
+"""The whole text pipeline, WARC to selected Parquet: pages per second and core, stage by stage.
+
+    python benchmarks/corpus.py [--quick]
+
+The real pages of the article extraction benchmark (186 KB of HTML each), replicated with other
+words between their tags, stand in a WARC segment as a crawl leaves them. Every stage of the corpus
+flow, personal data masked too, runs on a Ray node of its own, with one worker and with two. Pages
+per second and core are pages per CPU second of everything that runs: workers, the children that
+parse, Ray's own processes, and the process that drives the stages. Each node works off a small
+crawl first, so that imports are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import psutil
+import pyarrow as pa
+
+from benchmarks.one_core import one_core, worker
+from benchmarks.report import Targets, finish, table
+from benchmarks.samples import pages_without_end, samples
+from benchmarks.stack import free_ports
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+from tasks.runtime.store import Store
+
+SHARD_MB = 8.0
+WARM_UP_PAGES = 40
+TARGETS: Targets = {
+    "trafilatura_pages_per_cpu_second": (">=", 60),
+    "resiliparse_pages_per_cpu_second": (">=", 200),
+    "two_workers_times_one": (">=", 1.6),
+}
+
+
+class PagesConfig(StageConfig):
+    pages: int
+    seed: int
+
+
+@stage("benchmark-crawl", version=1, retries=0)
+def crawl_of(config: PagesConfig, work: Workspace) -> Outcome:
+    """A crawl artifact as the crawl stage writes it: a segment and the table of its pages."""
+    from tasks.corpus.pages import PAGES
+    from tasks.corpus.warc import Exchange, SegmentWriter, payload_digest, response_records
+
+    path = work.scratch("segment") / "00000.warc.gz"
+    path.unlink(missing_ok=True)
+    rows: list[dict[str, Any]] = []
+    date = "2026-01-01T00:00:00.000000Z"
+    with SegmentWriter(path, software="benchmark") as writer:
+        for url, html in islice(pages_without_end(samples(), config.seed), config.pages):
+            identifier = f"<urn:uuid:{len(rows)}>"
+            body = html.replace(b"noindex", b"index")
+            headers = (("Content-Type", "text/html; charset=utf-8"),)
+            request = b"GET / HTTP/1.1\r\n\r\n"
+            exchange = Exchange(url, request, 200, "OK", headers, body, "", date)
+            records = response_records(exchange, payload_digest(body), identifier)
+            offset, length = writer.append([*records])[1]
+            about = {"url": url, "fetched_at": date, "bytes": len(body), "record_id": identifier}
+            place = {"warc": "warc/00000.warc.gz", "offset": offset, "length": length}
+            rows.append(dict.fromkeys(PAGES.names) | about | place)
+    work.put(path, "warc/00000.warc.gz")
+    work.write_table("pages.parquet", pa.Table.from_pylist(rows, PAGES))
+    return Outcome(counts={"documents": len(rows), "bytes": sum(row["bytes"] for row in rows)})
+
+
+@contextlib.contextmanager
+def ray_node(workers: int) -> Iterator[str]:
+    """The address of a Ray node with so many CPUs, started here and taken down at the end."""
+    (port,) = free_ports(1)
+    folder = tempfile.mkdtemp(prefix="gmb-")  # sockets lie below it: their paths must be short
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    command += ["--node-ip-address", "127.0.0.1", "--port", str(port), "--temp-dir", folder]
+    command += ["--num-cpus", str(workers), "--include-dashboard", "false"]
+    command += ["--object-store-memory", str(256 * 2**20), "--disable-usage-stats"]
+    with open(Path(folder) / "output.txt", "wb") as output:
+        node = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        started = psutil.Process(node.pid).children(recursive=True)
+        node.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            node.wait(10)
+        for process in started:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        node.kill()
+        node.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def cpu_seconds() -> float:
+    """Of this process and everything below it, what ended there included."""
+    own = psutil.Process()
+    total = 0.0
+    for process in [own, *own.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            total += sum(process.cpu_times()[:4])  # own and waited-for children, user and system
+    return total
+
+
+def chain(extractor: str) -> dict[str, Callable[..., Manifest]]:
+    """Stage → its call on the manifests before it, in the order of the corpus flow."""
+    from tasks.corpus.dedup import DeduplicateConfig, deduplicate
+    from tasks.corpus.extract import ExtractConfig, extract
+    from tasks.corpus.language import LanguageConfig, language
+    from tasks.corpus.pii import PIIConfig, pii
+    from tasks.corpus.quality import QualityConfig, quality
+    from tasks.corpus.split import SplitConfig, split
+
+    reading = ExtractConfig(extractor=extractor, shard_megabytes=SHARD_MB)
+    return {
+        "extract": lambda crawl: extract(reading, crawl=crawl),
+        "language": lambda documents: language(LanguageConfig(), documents=documents),
+        "quality": lambda documents: quality(QualityConfig(), documents=documents),
+        "pii": lambda documents: pii(PIIConfig(action="mask"), documents=documents),
+        "deduplicate": lambda documents: deduplicate(DeduplicateConfig(), documents=documents),
+        "split": lambda documents: split(SplitConfig(), documents=documents),
+    }
+
+
+def run(crawls: Path, extractor: str, workers: int) -> list[dict[str, Any]]:
+    """One pass of the pipeline over the larger of two crawls: a row for each stage."""
+    home = Path(tempfile.mkdtemp(prefix="gristmill-bench-"))
+    rows: list[dict[str, Any]] = []
+    try:
+        (home / "store").mkdir()
+        (home / "store" / "benchmark-crawl").symlink_to(crawls / "store" / "benchmark-crawl")
+        with ray_node(workers) as address:
+            os.environ |= {"GRISTMILL_HOME": str(home), "GRISTMILL_RAY_ADDRESS": address}
+            for crawled in sorted(
+                Store.open().all("benchmark-crawl"), key=lambda m: m.counts["documents"]
+            ):
+                rows.clear()
+                manifest = crawled
+                for name, call in chain(extractor).items():
+                    begun, cpu = time.monotonic(), cpu_seconds()
+                    manifest = call(manifest)
+                    rows.append(
+                        {
+                            "stage": name,
+                            "documents": manifest.counts.get("documents"),
+                            "seconds": round(time.monotonic() - begun, 2),
+                            "cpu_seconds": round(cpu_seconds() - cpu, 2),
+                        }
+                    )
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer pages")
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        folder, extractor, workers = options.worker
+        print(json.dumps({"rows": run(Path(folder), extractor, int(workers))}))
+        return
+    count = 600 if options.quick else 3000
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    with tempfile.TemporaryDirectory(prefix="gristmill-bench-") as directory:
+        with one_core(Path(directory)):
+            crawl_of(PagesConfig(pages=WARM_UP_PAGES, seed=1))
+            megabytes = crawl_of(PagesConfig(pages=count, seed=2)).counts["bytes"] / 1e6
+        passes = {
+            (extractor, workers): worker(__file__, directory, extractor, str(workers))["rows"]
+            for extractor in ("trafilatura", "resiliparse")
+            for workers in (1, 2)
+        }
+    for (extractor, workers), rows in passes.items():
+        print(f"\n{extractor}, {workers} worker{'s' * (workers > 1)}")
+        milliseconds = [{"ms_per_page": 1000 * row["cpu_seconds"] / count} for row in rows]
+        print(table([row | more for row, more in zip(rows, milliseconds, strict=True)]))
+    print()
+
+    def total(extractor: str, workers: int, what: str) -> float:
+        return sum(float(row[what]) for row in passes[extractor, workers])
+
+    metrics: dict[str, float | None] = {"pages": count, "html_mb": round(megabytes, 1)}
+    for extractor in ("trafilatura", "resiliparse"):
+        metrics |= {
+            f"{extractor}_pages_per_cpu_second": round(
+                count / total(extractor, 1, "cpu_seconds"), 1
+            ),
+            f"{extractor}_pages_per_second_one_worker": round(
+                count / total(extractor, 1, "seconds"), 1
+            ),
+            f"{extractor}_pages_per_second_two_workers": round(
+                count / total(extractor, 2, "seconds"), 1
+            ),
+        }
+    one, two = (total("trafilatura", workers, "seconds") for workers in (1, 2))
+    finish("corpus", metrics | {"two_workers_times_one": round(one / two, 2)}, TARGETS)
+
+
+if __name__ == "__main__":
+    main()

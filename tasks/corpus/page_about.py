@@ -1,0 +1,102 @@
+"""What a page says about itself, whichever parser reads it: title, date, language, licence, wishes.
+
+The parsers hand over elements in document order; here is decided what they mean.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from tasks.corpus.opt_out import meta_reserves
+
+_DATE = re.compile(r"(\d{4})-(\d\d)-(\d\d)")
+_DATE_NAMES = (
+    "article:published_time",
+    "datepublished",
+    "date",
+    "dc.date",
+    "dc.date.issued",
+    "dcterms.date",
+    "citation_publication_date",
+    "article:modified_time",
+)
+# Dublin Core (ISO 15836) in the ways it stands in HTML, and what Creative Commons' chooser writes.
+_LICENCE_NAMES = (
+    "dcterms.license",
+    "dc.rights.license",
+    "dc.license",
+    "license",
+    "dcterms.rights",
+    "dc.rights",
+    "rights",
+    "dcterms.accessrights",
+)
+_COMMONS = re.compile(r"^(?:https?:)?//(?:www\.)?creativecommons\.org/(?:licenses|publicdomain)/")
+LICENCE_HINTS = ("license", "creativecommons.org/")
+"""A page without either of these names no licence by a link."""
+_LONGEST_TITLE = 500
+_LONGEST_LICENCE = 200
+
+
+@dataclass
+class About:
+    """`language` as the page claims it (primary subtag, or empty)."""
+
+    title: str = ""
+    noindex: bool = False
+    reserved: str = ""  # how it reserves itself from text mining, or empty
+    _language: str = ""
+    _dates: dict[str, str] = field(default_factory=dict)
+    _licences: dict[str, str] = field(default_factory=dict)
+
+    def add_heading(self, text: str) -> None:
+        """A title element or a first heading: the first of either is the page's title.
+
+        An SVG picture may hold further titles.
+        """
+        if not self.title:
+            self.title = " ".join(text.split())[:_LONGEST_TITLE]
+
+    def add_language(self, code: str) -> None:
+        self._language = self._language or code
+
+    def add_time(self, moment: str) -> None:
+        self._dates.setdefault("time", moment)
+
+    def add_meta(self, name: str, equivalent: str, content: str) -> None:
+        """A meta element: its name or property, its http-equiv, its content."""
+        name = name.lower()
+        self.reserved = self.reserved or meta_reserves(name, content)
+        if name in ("robots", "gristmill"):
+            words = {word.strip() for word in content.lower().split(",")}
+            self.noindex = self.noindex or bool(words & {"noindex", "none"})
+        elif name in _DATE_NAMES:
+            self._dates.setdefault(name, content)
+        elif name in _LICENCE_NAMES:
+            self._licences.setdefault(name, " ".join(content.split()))
+        elif equivalent.lower() == "content-language":
+            self.add_language(content)
+
+    def add_link(self, relation: str, address: str) -> None:
+        """A link or anchor: rel=license (RFC 4946) names a licence, so does an address of CC's."""
+        if "license" in relation.lower().split():
+            self._licences.setdefault("rel", address.strip())
+        elif _COMMONS.match(address.strip()):
+            self._licences.setdefault("commons", address.strip())
+
+    @property
+    def language(self) -> str:
+        return re.split(r"[-_,; ]", self._language.strip().lower())[0][:8]
+
+    @property
+    def date(self) -> str:
+        """ISO 8601, or empty."""
+        stated = (self._dates.get(name, "") for name in (*_DATE_NAMES, "time"))
+        return next((match.group() for match in map(_DATE.match, stated) if match), "")
+
+    @property
+    def licence(self) -> str:
+        """What is said of the page's licence: an address or a sentence; a hint, no legal fact."""
+        stated = (self._licences.get(name, "") for name in ("rel", *_LICENCE_NAMES, "commons"))
+        return next((licence for licence in stated if licence), "")[:_LONGEST_LICENCE]

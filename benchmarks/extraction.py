@@ -5,7 +5,8 @@
 The 91 pages of the article extraction benchmark, scored as it scores: multisets of runs of four
 words, true and false ones as shares of each page, mean precision and recall, their F1. Speed is
 pages per CPU second, ours counted with both processes: the parent, and the child that parses under
-a time and a memory limit. The peer is `trafilatura.extract(page, fast=True)` in one process.
+a time and a memory limit. The peer is `trafilatura.extract(page, fast=True)` in one process. Beside
+them the extractor for crawls of millions, `extract.extractor: resiliparse`, guarded the same way.
 """
 
 from __future__ import annotations
@@ -65,11 +66,12 @@ def bare(pages: list[Sample]) -> list[str]:
 class Guarded:
     """The extract stage's way: every page through the child that can be killed."""
 
-    def __init__(self) -> None:
-        self.child = KillableChild("tasks.corpus.page_text", seconds=20.0, megabytes=2048)
+    def __init__(self, extractor: str) -> None:
+        self.extractor = extractor
+        self.child = KillableChild("tasks.corpus.page_text", 20.0, 2048, extractor)
 
     def __call__(self, pages: list[Sample]) -> list[str]:
-        head = {"content_type": "text/html"}
+        head = {"content_type": "text/html", "extractor": self.extractor}
         answers = [self.child.call(head | {"url": page.url}, page.html) for page in pages]
         return [str(answer.get("text", "")) for answer in answers]
 
@@ -93,14 +95,19 @@ def main() -> None:
     rounds = 3 if parser.parse_args().quick else 9
     # Two of the pages say noindex, which the stage honours; here they are read all the same.
     pages = [replace(page, html=page.html.replace(b"noindex", b"index")) for page in samples()]
-    guarded = Guarded()
-    ours_f1, bare_f1 = f1(pages, guarded(pages)), f1(pages, bare(pages))  # and everything is warm
-    ours, peer = [], []
+    guarded, fast = Guarded("trafilatura"), Guarded("resiliparse")
+    # and everything is warm
+    ours_f1, fast_f1, bare_f1 = (f1(pages, read(pages)) for read in (guarded, fast, bare))
+    ours, quick, peer = [], [], []
     for _ in range(rounds):
         ours.append(timed(guarded, pages))
         peer.append(timed(bare, pages))
-    guarded.child.close()
-    ours_cpu, peer_cpu = (statistics.median(cpu for cpu, _ in took) for took in (ours, peer))
+        quick.append(timed(fast, pages))
+    for reader in (guarded, fast):
+        reader.child.close()
+    ours_cpu, peer_cpu, quick_cpu = (
+        statistics.median(cpu for cpu, _ in took) for took in (ours, peer, quick)
+    )
     finish(
         "extraction",
         {
@@ -111,6 +118,8 @@ def main() -> None:
             "pages_per_cpu_second": round(len(pages) / ours_cpu, 1),
             "trafilatura_pages_per_cpu_second": round(len(pages) / peer_cpu, 1),
             "share_of_trafilatura_speed": round(peer_cpu / ours_cpu, 3),
+            "resiliparse_f1": round(fast_f1, 4),
+            "resiliparse_pages_per_cpu_second": round(len(pages) / quick_cpu, 1),
             "pages_per_second": round(len(pages) / statistics.median(s for _, s in ours), 1),
         },
         TARGETS,

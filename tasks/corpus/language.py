@@ -130,4 +130,3 @@ def _judge(config: LanguageConfig, code: str, score: float) -> Removal | None:
     if code not in config.languages:
         return Removal("language-other", f"is {code} ({score:.2f})")
     return None
-

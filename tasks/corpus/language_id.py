@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 
-class VectorisedIdentifier(LanguageIdentifier):  # type: ignore[misc]  # it carries no types
+class VectorisedIdentifier(LanguageIdentifier):
     """py3langid's identifier with its byte loop replaced. Not for training or sublanguages."""
 
     def __init__(self, *args: Any, **options: Any) -> None:

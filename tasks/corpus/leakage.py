@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.corpus.arrays import distinct, is_among
 from tasks.corpus.shingles import Hashes, Words, normalise
 
 WINDOW = 40  # characters, normalised
@@ -56,7 +57,7 @@ def own_marks(text: str) -> Marks:
     marks = line_marks(text)
     listed = np.array([bool(_ENTRY.match(line)) for line in marks.lines], dtype=bool)
     inside = (marks.window_line == marks.window_end_line) & ~listed[marks.window_line]
-    return Marks(np.unique(marks.windows[inside]), np.unique(np.array(hashes, np.uint64)))
+    return Marks(distinct(marks.windows[inside]), distinct(np.array(hashes, np.uint64)))
 
 
 def line_marks(text: str) -> LineMarks:
@@ -92,14 +93,15 @@ def line_marks(text: str) -> LineMarks:
 def shared_marks(marks: LineMarks, held: Marks) -> Marks:
     """Which of the held-out marks this text has."""
     return Marks(
-        np.intersect1d(marks.windows, held.windows), np.intersect1d(marks.names, held.names)
+        distinct(marks.windows[is_among(marks.windows, held.windows)]),
+        distinct(marks.names[is_among(marks.names, held.names)]),
     )
 
 
 def without_leaks(marks: LineMarks, held: Marks) -> tuple[str, int]:
     """The text without the lines that share a mark with `held`, and how many lines went."""
-    hit = np.isin(marks.windows, held.windows)
-    gone = set(marks.name_line[np.isin(marks.names, held.names)].tolist())
+    hit = is_among(marks.windows, held.windows)
+    gone = set(marks.name_line[is_among(marks.names, held.names)].tolist())
     for first, last in zip(
         marks.window_line[hit].tolist(), marks.window_end_line[hit].tolist(), strict=True
     ):

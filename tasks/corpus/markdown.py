@@ -39,8 +39,6 @@ def fenced(code: str) -> str:
 def table(rows: list[list[str]]) -> str:
     """Rows of cells as a table whose first row is its head."""
     width = max(map(len, rows))
-    lines = [
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in row + [""] * (width - len(row))) + " |"
-        for row in rows
-    ]
+    padded = [[cell.replace("|", "\\|") for cell in row] + [""] * width for row in rows]
+    lines = [f"| {' | '.join(row[:width])} |" for row in padded]
     return "\n".join([lines[0], "|" + "---|" * width, *lines[1:]])

@@ -15,8 +15,7 @@ from resiliparse.parse.html import HTMLTree
 from tasks.corpus.markdown import fenced, table, tidy
 from tasks.corpus.page_about import LICENCE_HINTS, About
 
-_BULLET = re.compile(r"^( *)• ")
-_MARKS = {f"h{level}": "#" * level + " " for level in range(1, 7)}
+_ITEM = re.compile(r"^ {2}( *)(?:•|(\d+\.)) ")
 _LARGEST_TABLE = 200_000  # characters of text; larger ones lay out a page
 
 
@@ -38,39 +37,58 @@ def read_html(html: str, url: str = "") -> tuple[About, str]:
 
 def _look_over(tree: HTMLTree, with_links: bool) -> About:
     about, document = About(), tree.document
-    for element in document.get_elements_by_tag_name("html"):
+    for element in _all(document, "html"):
         about.add_language(element.getattr("lang", "") or element.getattr("xml:lang", ""))
-    for element in document.get_elements_by_tag_name("meta"):
+    for element in _all(document, "meta"):
         name = element.getattr("name", "") or element.getattr("property", "")
         about.add_meta(name, element.getattr("http-equiv", ""), element.getattr("content", ""))
-    for tag in ("title", "h1"):
-        for element in document.get_elements_by_tag_name(tag):
-            about.add_heading(element.text)
-    for element in document.get_elements_by_tag_name("time"):
+    for element in (*_all(document, "title"), *_all(document, "h1")):
+        about.add_heading(element.text)
+    for element in _all(document, "time"):
         about.add_time(element.getattr("datetime", ""))
-    for tag in ("a", "link", "area") if with_links else ():
-        for element in document.get_elements_by_tag_name(tag):
+    if with_links:
+        for element in _all(document, '[rel*=icense], [href*="creativecommons.org/"]'):
             about.add_link(element.getattr("rel", ""), element.getattr("href", ""))
     return about
 
 
+def _all(node: Any, selector: str) -> list[Any]:
+    """As a list: indexing or iterating such a collection makes the whole list for every element."""
+    found: list[Any] = node.query_selector_all(selector).values()
+    return found
+
+
 def _write_marks(tree: HTMLTree) -> None:
     body: Any = tree.body
-    for code in body.get_elements_by_tag_name("pre"):
+    for code in _all(body, "pre"):
         code.text = fenced(code.text.strip("\n"))
-    for code in body.get_elements_by_tag_name("code"):
+    for code in _all(body, ":not(pre) > code, :not(pre) > tt"):
         text = code.text
         if text.strip() and "`" not in text and not code.closest("pre, h1, h2, h3, h4, h5, h6"):
             code.text = f"`{' '.join(text.split())}`"
-    for tag, mark in _MARKS.items():
-        for heading in body.get_elements_by_tag_name(tag):
-            heading.prepend(tree.create_text_node(mark))
-    for grid in body.get_elements_by_tag_name("table"):
+    for heading in _all(body, "h1, h2, h3, h4, h5, h6"):
+        heading.prepend(tree.create_text_node("#" * int(heading.tag[1]) + " "))
+    for listed in _all(body, ":not(li) > ul"):
+        if _is_content(listed):
+            box: Any = tree.create_element("div")
+            listed.replace_with(box)
+            box.append(listed)
+    for grid in _all(body, "table"):
         rows = _cells(grid)
         if rows:
-            lines = tree.create_element("pre")
+            lines: Any = tree.create_element("pre")
             lines.text = table(rows)
             grid.replace_with(lines)
+
+
+def _is_content(listed: Any) -> bool:
+    """Whether a list is mostly no links. resiliparse drops every list that stands bare beside
+    paragraphs, as menus do; one in a box of its own it keeps.
+    """
+    if listed.closest("nav, header, footer, aside"):
+        return False
+    linked = sum(len(link.text) for link in _all(listed, "a"))
+    return linked < 0.5 * len(" ".join(listed.text.split()))
 
 
 def _cells(grid: Any) -> list[list[str]]:
@@ -78,9 +96,10 @@ def _cells(grid: Any) -> list[list[str]]:
     if grid.query_selector("table, pre, h1, h2, h3, h4, ul, ol, form, p + p"):
         return []
     rows = [
-        [" ".join(cell.text.split()) for cell in row.children if cell.tag in ("td", "th")]
-        for row in grid.get_elements_by_tag_name("tr")
+        [cell for cell in row.children.values() if cell.tag in ("td", "th")]
+        for row in _all(grid, "tr")
     ]
+    rows = [[" ".join(cell.inner_text.split()) for cell in row] for row in rows]
     rows = [row for row in rows if any(row)]
     if len(rows) < 2 or max(map(len, rows)) < 2 or len(grid.text) > _LARGEST_TABLE:
         return []
@@ -88,4 +107,5 @@ def _cells(grid: Any) -> list[list[str]]:
 
 
 def _prose_line(line: str) -> str:
-    return _BULLET.sub(r"\1- ", line)
+    item = _ITEM.match(line)
+    return f"{item[1]}{item[2] or '-'} {line[item.end() :]}" if item else line

@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from tasks.corpus.arrays import read_array, write_array
+from tasks.corpus.arrays import distinct, read_array, write_array
 from tasks.corpus.clusters import connected
 from tasks.corpus.documents import (
     REMOVED,
@@ -100,7 +100,7 @@ def split(config: SplitConfig, work: Workspace, *, documents: Manifest) -> Outco
     run_shards(work, "marked", mark_shard, items, label="Held-out marks")
     for kind in ("windows", "names"):
         parts = [read_array(work, f"_{kind}-{number:05d}.npy") for number in range(len(names))]
-        write_array(work, f"_{kind}.npy", np.unique(np.concatenate(parts)))
+        write_array(work, f"_{kind}.npy", distinct(np.concatenate(parts)))
     items = [(documents, name, choice.groups[a:b]) for name, a, b in slices]
     run_shards(work, "shared", shared_shard, items, label="Shared passages")
     common = {kind: _drop_common(work, kind, len(names), config) for kind in ("windows", "names")}
@@ -163,7 +163,7 @@ def mark_shard(
     none = np.zeros(0, np.uint64)
     for kind in ("windows", "names"):
         parts = [none, *(getattr(mark, kind) for mark in marks)]
-        write_array(work, f"_{kind}-{number:05d}.npy", np.unique(np.concatenate(parts)))
+        write_array(work, f"_{kind}-{number:05d}.npy", distinct(np.concatenate(parts)))
     return len(marks)
 
 

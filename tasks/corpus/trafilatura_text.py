@@ -51,7 +51,7 @@ def _load(content: Any, max_size: int | None = None) -> HtmlElement | None:
     return content.tree if isinstance(content, _Ours) else load_html(content, max_size)
 
 
-trafilatura.core.load_html = _load
+setattr(trafilatura.core, "load_html", _load)  # noqa: B010  # typed otherwise there
 
 
 def read_html(html: str, url: str = "") -> tuple[About, str]:
@@ -82,7 +82,7 @@ def _main_text(tree: HtmlElement, anchors: list[tuple[HtmlElement, HtmlElement]]
         if normalise(section.get("id")) in normalise(heading.text_content()):
             del section.attrib["id"]
     text = trafilatura.extract(
-        _Ours(tree),  # type: ignore[arg-type]  # see _load
+        _Ours(tree),  # see _load
         url=url or None,
         fast=True,
         output_format="markdown",

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from flows.hooks import HOOKS
 from serve import deploy as serving
+from serve.specification import EngineOptions
 from tasks.registry import models
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
@@ -26,6 +27,13 @@ class DeployConfig(StageConfig):
     """How a version is served."""
 
     replicas: int = Field(1, ge=1, le=64, description="Engine replicas behind the endpoint.")
+    most_replicas: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Serve adds replicas up to this number while requests outnumber the slots.",
+    )
+    engine: EngineOptions = EngineOptions()
     canary: str | None = Field(
         None,
         description="Another version of the same model, by number or alias, that answers a share "
@@ -48,17 +56,19 @@ class ServedConfig(StageConfig):
     """A version and how it is served: what identifies a deployment."""
 
     replicas: int
+    most_replicas: int | None = None
+    engine: EngineOptions = EngineOptions()
     version: Chosen
     canary: Chosen | None = None
     canary_share: float = 0.0
 
 
 def is_served(manifest: Manifest) -> bool:
-    """Whether the endpoint answers with the versions this manifest speaks of, in their shares."""
-    return _shares(Settings.load()) == manifest.metrics["shares"]
+    """Whether the endpoint answers as this manifest says: which versions, shares and engines."""
+    return _served(Settings.load()) == manifest.metrics["served"]
 
 
-@stage("deploy", version=2, still_true=is_served)
+@stage("deploy", version=3, still_true=is_served)
 def deploy_version(config: ServedConfig, work: Workspace) -> Outcome:
     """Serve the version; the one before answers until this one is warm."""
     settings = Settings.load()
@@ -66,12 +76,20 @@ def deploy_version(config: ServedConfig, work: Workspace) -> Outcome:
     canaries = []
     if config.canary is not None:
         canaries = [serving.Canary(*_found(config.canary, work), config.canary_share)]
-    served = serving.deploy(settings, chosen, artifact, replicas=config.replicas, canaries=canaries)
+    served = serving.deploy(
+        settings,
+        chosen,
+        artifact,
+        replicas=config.replicas,
+        most_replicas=config.most_replicas,
+        canaries=canaries,
+        engine=config.engine,
+    )
     return Outcome(
         metrics={
             "serving": served,
             "version": chosen.version,
-            "shares": _shares(settings),
+            "served": _served(settings),
             "url": settings.serve,
         },
         reports=(
@@ -81,8 +99,8 @@ def deploy_version(config: ServedConfig, work: Workspace) -> Outcome:
     )
 
 
-def _shares(settings: Settings) -> str:
-    return json.dumps(serving.served_shares(settings), sort_keys=True)
+def _served(settings: Settings) -> str:
+    return json.dumps(serving.served(settings), sort_keys=True)
 
 
 def _found(version: Chosen, work: Workspace) -> tuple[models.Version, Manifest]:
@@ -104,6 +122,8 @@ def serve_version(params: DeployConfig, version: models.Version | None) -> Manif
     return deploy_version(
         ServedConfig(
             replicas=params.replicas,
+            most_replicas=params.most_replicas,
+            engine=params.engine,
             version=_chosen(version),
             canary=canary and _chosen(canary),
             canary_share=params.canary_share if canary else 0.0,

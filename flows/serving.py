@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 from serve.deploy import deploy
+from serve.specification import EngineOptions
 from tasks.registry import models
 from tasks.registry.models import CHAMPION, Version
 from tasks.runtime.errors import UserError
@@ -36,15 +38,19 @@ def serve_champion(settings: Settings) -> str | None:
     champion = max(champions, key=lambda version: version.created)
     store = Store.open(settings)
     artifact = store.get(champion.stage, champion.fingerprint)
-    return deploy(settings, champion, artifact, replicas=_replicas(store, champion))
+    return deploy(settings, champion, artifact, **_as_before(store, champion))
 
 
-def _replicas(store: Store, champion: Version) -> int:
-    """How many replicas the last deploy of this model asked for."""
+def _as_before(store: Store, champion: Version) -> dict[str, Any]:
+    """Replicas and engine as the last deploy of this model asked for them."""
     for deployed in sorted(store.all("deploy"), key=lambda one: one.created, reverse=True):
         if deployed.config["version"]["model"] == champion.model:
-            return int(deployed.config["replicas"])
-    return 1
+            return {
+                "replicas": int(deployed.config["replicas"]),
+                "most_replicas": deployed.config.get("most_replicas"),
+                "engine": EngineOptions(**deployed.config.get("engine", {})),
+            }
+    return {}
 
 
 def main() -> int:

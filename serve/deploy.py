@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from serve.about import about
-from serve.specification import ModelSpec
+from serve.specification import EngineOptions, ModelSpec
 from tasks.registry.models import Version
 from tasks.runtime.errors import Unavailable, UserError
 from tasks.runtime.manifest import Manifest
@@ -22,6 +22,7 @@ DEPLOYMENT = "Endpoint"
 IMPORT_PATH = "serve.deployment:application"
 DEPLOY_SECONDS = 300.0
 POLL_SECONDS = 0.25
+AUTOSCALING_SECONDS = {"upscale_delay_s": 10.0, "downscale_delay_s": 300.0}
 FORGOTTEN_SECONDS = 15.0
 """How long Serve may speak of another wish than ours before ours counts as lost."""
 
@@ -45,6 +46,7 @@ def specification(
     artifact: Manifest,
     share: float = 1.0,
     beside: tuple[ModelSpec, ...] = (),
+    engine: EngineOptions | None = None,
 ) -> ModelSpec:
     """What a replica needs to know to serve a version."""
     known = about(Store.open(settings), artifact)
@@ -67,6 +69,7 @@ def specification(
         aliases=tuple(version.aliases),
         share=share,
         beside=beside,
+        **(engine or EngineOptions()).model_dump(),
     )
 
 
@@ -76,14 +79,17 @@ def deploy(
     artifact: Manifest,
     *,
     replicas: int = 1,
+    most_replicas: int | None = None,
     canaries: Sequence[Canary] = (),
+    engine: EngineOptions | None = None,
     timeout: float = DEPLOY_SECONDS,
     on_wait: Callable[[str], None] | None = None,
 ) -> str:
     """Serve a version, with `canaries` beside it, and return its `system_fingerprint` once every
     replica answers with it.
 
-    The version before answers until then, and goes on if the new one cannot be loaded. `on_wait`
+    The version before answers until then, and goes on if the new one cannot be loaded. Serve adds
+    replicas up to `most_replicas` while each has more requests than its engine has slots. `on_wait`
     hears what is being waited for. Raises UserError when Serve refuses, a replica cannot load the
     model, or nothing happens within `timeout` seconds.
     """
@@ -96,17 +102,30 @@ def deploy(
     if any(canary.version.version == version.version for canary in canaries):
         raise UserError(f"version {version.version} cannot be its own canary; choose another")
     beside = tuple(
-        specification(settings, canary.version, canary.artifact, canary.share)
+        specification(settings, canary.version, canary.artifact, canary.share, engine=engine)
         for canary in canaries
     )
-    spec = specification(settings, version, artifact, left, beside)
-    apply_config(settings, spec, replicas)
+    spec = specification(settings, version, artifact, left, beside, engine)
+    apply_config(settings, spec, replicas, most_replicas)
     wait_until_served(settings, spec, replicas, timeout, on_wait)
     return spec.system_fingerprint
 
 
-def apply_config(settings: Settings, spec: ModelSpec, replicas: int) -> None:
+def apply_config(
+    settings: Settings, spec: ModelSpec, replicas: int, most_replicas: int | None = None
+) -> None:
     """Declare our application; others in the same Serve keep their configuration."""
+    scale: dict[str, Any] = {"num_replicas": replicas}
+    if most_replicas is not None and most_replicas > replicas:
+        scale = {
+            "num_replicas": "auto",
+            "autoscaling_config": {
+                "min_replicas": replicas,
+                "max_replicas": most_replicas,
+                "target_ongoing_requests": spec.slots,
+                **AUTOSCALING_SECONDS,
+            },
+        }
     ours = {
         "name": APPLICATION,
         "route_prefix": "/",
@@ -114,7 +133,7 @@ def apply_config(settings: Settings, spec: ModelSpec, replicas: int) -> None:
         "deployments": [
             {
                 "name": DEPLOYMENT,
-                "num_replicas": replicas,
+                **scale,
                 "user_config": spec.model_dump(mode="json"),
             }
         ],
@@ -140,9 +159,12 @@ def _own(version: Version, artifact: Manifest) -> None:
         )
 
 
-def served_shares(settings: Settings) -> dict[str, float]:
-    """Every `system_fingerprint` the endpoint answers with, and its share of the requests."""
-    return dict(_health(settings).get("shares", {}))
+def served(settings: Settings) -> dict[str, Any]:
+    """Every `system_fingerprint` the endpoint answers with: `shares`, of the requests, and the
+    options of its `engines`.
+    """
+    state = _health(settings)
+    return {key: state.get(key, {}) for key in ("shares", "engines")}
 
 
 def served_version(settings: Settings) -> str | None:
@@ -168,14 +190,18 @@ def wait_until_served(
     known = time.monotonic()
     serving: set[str] = set()
     said = ""
-    shares = {one.system_fingerprint: one.share for one in spec.everything}
+    wished = {
+        "shares": {one.system_fingerprint: one.share for one in spec.everything},
+        "engines": {one.system_fingerprint: one.engine.model_dump() for one in spec.everything},
+        "loading": None,
+    }
     while len(serving) < replicas:
         state = _health(settings)
         heard = state.get("request") == spec.request
         for one in spec.everything if heard else ():
             if reason := state["failed"].get(one.system_fingerprint):
                 raise UserError(f"{one.system_fingerprint} cannot be served: {reason}")
-        is_served = state.get("shares") == shares and state["loading"] is None
+        is_served = {key: state.get(key) for key in wished} == wished
         if is_served and state["replica"] not in serving:
             serving.add(state["replica"])
             continue

@@ -134,6 +134,9 @@ class ModelHost:
                 "version": served.spec.version if served else None,
                 "serving": served.spec.system_fingerprint if served else None,
                 "shares": {s.spec.system_fingerprint: s.spec.share for s in self._served},
+                "engines": {
+                    s.spec.system_fingerprint: s.spec.engine.model_dump() for s in self._served
+                },
                 "since": served.since if served else None,
                 "request": wanted.request if wanted else None,
                 "loading": wanted.system_fingerprint if loading and wanted else None,

@@ -5,10 +5,29 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class ModelSpec(BaseModel):
-    """Which model is to be served, and how: the deployment's user_config."""
+class EngineOptions(BaseModel):
+    """How the engine of a served model works; none of it changes which model it is."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: Literal["float32", "bfloat16", "int8"] = Field(
+        "float32", description="How the weights are kept; less is faster and less exact."
+    )
+    slots: int = Field(32, ge=1, le=1024, description="Sequences generated at the same time.")
+    max_waiting: int = Field(
+        32, ge=1, le=100_000, description="Sequences that may wait for a slot; more get 429."
+    )
+    threads: int = Field(1, ge=1, le=1024, description="CPU cores the engine may use.")
+    speculate: int = Field(
+        0, ge=0, le=16, description="Tokens guessed ahead from the text; answers are the same."
+    )
+    deterministic: bool = Field(
+        False, description="Bitwise the same answers in any batch, at a batch's cost."
+    )
+
+
+class ModelSpec(EngineOptions):
+    """Which model is to be served, and how: the deployment's user_config."""
 
     name: str = Field(description="the model's name in the API")
     version: str
@@ -21,14 +40,6 @@ class ModelSpec(BaseModel):
     corpus: str = Field("", description="what the model was trained on, in words")
     examples: tuple[str, ...] = Field((), description="questions the chat page offers")
     request: str = Field("", description="marks one deploy; a new mark tries a failed model again")
-    slots: int = Field(32, ge=1, description="sequences generated at the same time")
-    max_waiting: int = Field(32, ge=1, description="sequences that may wait for a slot")
-    threads: int = Field(1, ge=1, description="CPU cores the engine may use")
-    weights: Literal["float32", "bfloat16", "int8"] = Field(
-        "float32", description="how the engine keeps the weights; less is faster and less exact"
-    )
-    speculate: int = Field(0, ge=0, le=16, description="tokens guessed ahead; answers are the same")
-    deterministic: bool = Field(False, description="bitwise the same answers in any batch")
     database: str | None = Field(
         None,
         description="where API keys are kept; 'environment': in $GRISTMILL_DATABASE of the replica",
@@ -45,6 +56,10 @@ class ModelSpec(BaseModel):
         if len(names) != len(set(names)):
             raise ValueError(f"a version is named twice: {', '.join(names)}")
         return self
+
+    @property
+    def engine(self) -> EngineOptions:
+        return EngineOptions(**{name: getattr(self, name) for name in EngineOptions.model_fields})
 
     @property
     def everything(self) -> tuple["ModelSpec", ...]:

@@ -12,12 +12,14 @@ import threading
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
 from serve import deploy as serving
+from serve.specification import EngineOptions
 from tasks.registry.models import Version
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
@@ -69,8 +71,8 @@ class Registered:
         )
         return version, manifest
 
-    def deploy(self, seed: int) -> str:
-        return serving.deploy(self.settings, *self.version(seed))
+    def deploy(self, seed: int, **options: Any) -> str:
+        return serving.deploy(self.settings, *self.version(seed), **options)
 
     def health(self) -> dict:
         return self.client.get("/health").json()
@@ -142,6 +144,41 @@ def test_versions_swap_under_load_without_a_failed_request(registered: Registere
             thread.join(60)
     assert not failures
     assert set(answers) == names and all(len(texts) == 1 for texts in answers.values())
+
+
+def test_the_engine_of_a_served_version_can_be_changed(registered: Registered) -> None:
+    plain = registered.deploy(1)
+    small = registered.deploy(1, engine=EngineOptions(weights="int8", slots=4, speculate=2))
+    assert plain == small  # the same version
+    options = serving.served(registered.settings)["engines"][small]
+    assert (options["weights"], options["slots"], options["speculate"]) == ("int8", 4, 2)
+    assert registered.client.post("/v1/chat/completions", json=REQUEST).status_code == 200
+    registered.deploy(1)
+    assert serving.served(registered.settings)["engines"][plain]["weights"] == "float32"
+
+
+@pytest.mark.slow
+def test_replicas_are_added_while_requests_outnumber_slots(registered: Registered) -> None:
+    registered.deploy(1, most_replicas=2, engine=EngineOptions(slots=1, max_waiting=1000))
+    body = REQUEST | {"max_tokens": 100, "ignore_eos": True, "n": 8}
+    stopping = threading.Event()
+
+    def client() -> None:
+        with httpx.Client(base_url=registered.settings.serve, timeout=120, trust_env=False) as http:
+            while not stopping.is_set():
+                http.post("/v1/chat/completions", json=body)
+
+    clients = [threading.Thread(target=client) for _ in range(12)]
+    for thread in clients:
+        thread.start()
+    try:
+        assert eventually(lambda: len(replicas(registered)) == 2, 180)
+    finally:
+        stopping.set()
+        for thread in clients:
+            thread.join(120)
+    registered.deploy(1)
+    assert eventually(lambda: len(replicas(registered)) == 1, 180)
 
 
 def test_a_version_that_cannot_be_loaded_leaves_the_old_one(registered: Registered) -> None:

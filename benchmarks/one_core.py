@@ -75,7 +75,10 @@ def one_core(home: Path, session: type[InlineSession] = InlineSession) -> Iterat
 
 
 def peak_mb() -> float:
-    """The most memory this process has held."""
+    """The most memory this process has held. `ru_maxrss` would begin at the parent's."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

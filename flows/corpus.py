@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from flows.hooks import HOOKS
 from tasks.corpus.crawl import EMBEDDED, CrawlConfig, CrawlOptions, crawl
+from tasks.corpus.decontaminate import DecontaminateConfig, decontaminate
 from tasks.corpus.dedup import DeduplicateConfig, deduplicate
 from tasks.corpus.earlier import earlier_corpora
 from tasks.corpus.extract import ExtractConfig, extract
@@ -46,6 +47,7 @@ class CorpusParams(StageConfig):
     quality: QualityConfig = QualityConfig()
     pii: PIIConfig = PIIConfig()
     deduplicate: DeduplicateConfig = DeduplicateConfig()
+    decontaminate: DecontaminateConfig = DecontaminateConfig()
     split: SplitConfig = SplitConfig()
     report: ReportConfig = ReportConfig()
 
@@ -87,6 +89,8 @@ def build_corpus(params: CorpusParams) -> Manifest:
         good = forget(forgotten, documents=good, **pages)
     earlier = earlier_corpora(params.deduplicate, good)
     unique = deduplicate(params.deduplicate, documents=good, **earlier)
+    if params.decontaminate.suites:
+        unique = decontaminate(params.decontaminate, documents=unique)
     return split(params.split, documents=unique)
 
 

@@ -13,6 +13,7 @@ What stands in many groups of similar documents is nobody's own and stays: boile
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,8 +107,27 @@ def without_leaks(marks: LineMarks, held: Marks) -> tuple[str, int]:
         marks.window_line[hit].tolist(), marks.window_end_line[hit].tolist(), strict=True
     ):
         gone.update(range(first, last + 1))
-    kept = [line for number, line in enumerate(marks.lines) if number not in gone]
-    removed = sum(bool(marks.lines[number].strip()) for number in gone)
+    return _rest(marks.lines, gone)
+
+
+def without_lines(text: str, spans: Iterable[tuple[int, int]]) -> tuple[str, int]:
+    """The text without the lines that hold a character of these ranges, and how many went.
+
+    Code fences stay as long as there is something between them.
+    """
+    lines = text.split("\n")
+    begins = np.cumsum([0, *(len(line) + 1 for line in lines)])
+    gone: set[int] = set()
+    for start, end in spans:
+        first, last = np.searchsorted(begins, [start, end - 1], side="right") - 1
+        gone.update(range(int(first), int(last) + 1))
+    gone -= {number for number in gone if lines[number].startswith("```")}
+    return _rest(lines, gone)
+
+
+def _rest(lines: list[str], gone: set[int]) -> tuple[str, int]:
+    kept = [line for number, line in enumerate(lines) if number not in gone]
+    removed = sum(bool(lines[number].strip()) for number in gone)
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(_without_empty_fences(kept))).strip()
     return text, removed
 

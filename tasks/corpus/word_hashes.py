@@ -24,6 +24,7 @@ _INVERSE = np.uint64(pow(int(_BASE), -1, 1 << 64))
 _STEP = 0xD6E8FEB86659FD93  # odd; between neighbouring words of a run
 _FOREIGN_SIGN = re.compile(r"[^\w\x00-\x7f]")
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
+_WORD = re.compile(rf"(?![\W_]){_UNSPACED.pattern}|(?:(?!{_UNSPACED.pattern})[^\W_])+")
 _TABLE = bytes(
     code if code >= 0x80 or chr(code).isalnum() else 0x20 for code in range(256)
 )  # UTF-8's bytes from 0x80 on belong to letters once the other signs are gone
@@ -36,7 +37,7 @@ class TextWords:
     hashes: Hashes
     bounds: NDArray[np.int64]  # (D + 1,)
 
-    def runs(self, n: int) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    def runs(self, n: int) -> tuple[Hashes, NDArray[np.int64]]:
         """Hashes of every run of `n` words of a text, in order, and their bounds (D + 1,).
 
         A text of fewer words is one run as a whole, an empty one has none.
@@ -55,8 +56,7 @@ class TextWords:
             runs[start] = (words * np.array(factors[:size])).sum() + np.uint64(size)
             valid[start] = True
         counts = np.where(sizes >= n, sizes - n + 1, np.minimum(sizes, 1))
-        folded = (mix(runs[valid]) >> np.uint64(32)).astype(np.uint32)
-        return folded, np.concatenate([[0], np.cumsum(counts)])
+        return mix(runs[valid]), np.concatenate([[0], np.cumsum(counts)])
 
 
 def words_of(texts: Sequence[str]) -> tuple[TextWords, list[bytes]]:
@@ -79,6 +79,17 @@ def words_of(texts: Sequence[str]) -> tuple[TextWords, list[bytes]]:
             plain.append(compact[starts[a] : stops[b - 1]].tobytes() if b > a else b"")
     bounds = np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]))
     return TextWords(np.concatenate(hashes), bounds), plain
+
+
+def places_of(text: str) -> list[tuple[int, int]]:
+    """Where each word that `words_of` finds stands in the text itself: [start, end) characters."""
+    folded, origin = [], []
+    for place, letter in enumerate(text):
+        small = letter.casefold()
+        folded.append(small)
+        origin += [place] * len(small)
+    found = _WORD.finditer("".join(folded))
+    return [(origin[match.start()], origin[match.end() - 1] + 1) for match in found]
 
 
 def _blocks(texts: Sequence[str]) -> Iterator[list[bytes]]:

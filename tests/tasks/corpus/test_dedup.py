@@ -32,6 +32,7 @@ def home(tmp_path, monkeypatch):
 
 def similarity(a: str, b: str) -> float:
     runs, bounds = words_of([a, b])[0].runs(5)
+    runs = (runs >> np.uint64(32)).astype(np.uint32)
     return jaccard_above(np.unique(runs[: bounds[1]]), np.unique(runs[bounds[1] :]), 0)
 
 

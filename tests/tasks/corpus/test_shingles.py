@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tasks.corpus.matching import jaccard_above
 from tasks.corpus.shingles import Words, normalise
-from tasks.corpus.word_hashes import words_of
+from tasks.corpus.word_hashes import places_of, words_of
 
 texts = st.text(max_size=200)
 wordy = st.lists(st.sampled_from(["ab", "Ab", "b", "é", "c1", "日本", "x_y", "-"]), max_size=40)
@@ -42,6 +42,14 @@ def test_runs_are_equal_exactly_where_the_words_are(several: list[str], n: int) 
     assert len(runs) == len(expected)
     assert len(set(runs.tolist())) == len(set(expected))
     assert len(set(zip(runs.tolist(), expected, strict=True))) == len(set(expected))
+
+
+@given(texts | wordy.map(" ".join) | st.text("İßﬁΌς日ก ำ_é-", max_size=20))
+def test_words_are_found_again_where_they_stand(text: str) -> None:
+    found = [normalise(text[start:end]) for start, end in places_of(text)]
+    expected = normalise(text).split()
+    assert len(found) == len(expected)
+    assert all(word in whole.split() for word, whole in zip(expected, found, strict=True))
 
 
 def test_words_hash_alike_wherever_blocks_are_cut() -> None:

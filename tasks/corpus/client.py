@@ -13,11 +13,17 @@ import aiohttp
 from yarl import URL
 
 from tasks.corpus import warc
+from tasks.corpus.content_coding import ACCEPTED, CodingError, Decoder, UnknownCoding
 from tasks.corpus.fetch_plan import Limits
-from tasks.corpus.guard import GuardedResolver, PrivateAddressError
+from tasks.corpus.guard import GuardedResolver, PrivateAddressError, endpoint
+from tasks.corpus.site_options import HIDDEN, Site
 
 MAX_ERROR_BODY = 64 * 1024
 CONNECT_SECONDS = 15
+_DAMAGED = "truncated or damaged body"
+
+
+FINAL = ("private address", "TLS error", "credentials only over https", "proxy refuses")
 
 
 class FetchError(Exception):
@@ -30,7 +36,7 @@ class FetchError(Exception):
     @property
     def may_pass(self) -> bool:
         """Whether asking again could help."""
-        return self.reason not in ("private address", "TLS error")
+        return self.reason not in FINAL
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Client:
 
     def __init__(self, session: aiohttp.ClientSession, resolver: GuardedResolver) -> None:
         self._session, self._resolver = session, resolver
+        self._private = resolver.allowed
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -60,12 +67,13 @@ class Client:
         cls, limits: Limits, private: Iterable[tuple[str, int]]
     ) -> AsyncIterator[Client]:
         """A client that reaches private addresses only at the endpoints `private`."""
-        resolver = GuardedResolver(private)
+        proxies = {endpoint(site.proxy) for site in limits.sites if site.proxy}
+        resolver = GuardedResolver(private, proxies)
         connector = aiohttp.TCPConnector(resolver=resolver, limit=0, ttl_dns_cache=300)
         headers = {
             "User-Agent": limits.user_agent,
             "Accept": "text/html,application/xhtml+xml,text/plain;q=0.9,*/*;q=0.1",
-            "Accept-Encoding": "gzip, deflate",
+            "Accept-Encoding": ACCEPTED,
         }
         if "@" in limits.contact:
             headers["From"] = limits.contact.removeprefix("mailto:")
@@ -73,6 +81,7 @@ class Client:
             connector=connector,
             headers=headers,
             cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,  # see content_coding
             timeout=aiohttp.ClientTimeout(
                 total=limits.timeout, sock_connect=min(limits.timeout, CONNECT_SECONDS)
             ),
@@ -89,26 +98,41 @@ class Client:
         headers: dict[str, str] | None = None,
         types: tuple[str, ...] | None = None,
         max_bytes: int = MAX_ERROR_BODY,
+        site: Site | None = None,
     ) -> Answer:
         """GET `url`, without following redirects.
 
-        A page whose type is not among `types` is not read; one longer than `max_bytes` is cut.
+        `site` says what else is sent, and by which proxy. A page whose type is not among `types`
+        is not read; one longer than `max_bytes` is cut.
         Raises FetchError when no whole answer comes.
         """
         try:
             self._resolver.check_literal(url)
-            return await self._exchange(url, headers or {}, types, max_bytes)
+            return await self._exchange(url, headers or {}, types, max_bytes, site)
+        except CodingError as error:
+            known = not isinstance(error, UnknownCoding)
+            raise FetchError(_DAMAGED if known else str(error)) from error
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise FetchError(_reason(error)) from error
 
     async def _exchange(
-        self, url: str, headers: dict[str, str], types: tuple[str, ...] | None, max_bytes: int
+        self,
+        url: str,
+        headers: dict[str, str],
+        types: tuple[str, ...] | None,
+        max_bytes: int,
+        site: Site | None,
     ) -> Answer:
         date = warc.warc_date()
+        secret = site.secret if site else frozenset()
+        if site is not None:
+            self._require_secrecy(url, site)
+            headers = dict(site.headers) | headers
+        proxy = site.proxy if site and site.proxy else None
         async with self._session.get(
-            URL(url, encoded=True), headers=headers, allow_redirects=False
+            URL(url, encoded=True), headers=headers, allow_redirects=False, proxy=proxy
         ) as response:
-            address = _peer(response)
+            address = "" if proxy else _peer(response)  # behind a proxy, the site's is not known
             content_type = response.headers.get("Content-Type", "")
             refused = ""
             if response.status == 200 and types is not None:
@@ -120,18 +144,22 @@ class Client:
             body = bytearray()
             if not refused:
                 limit = max_bytes if response.status == 200 else MAX_ERROR_BODY
+                decoder = Decoder(response.headers.get("Content-Encoding", ""), limit)
                 async for chunk in response.content.iter_any():
-                    body += chunk
-                    if len(body) > limit:
+                    body += decoder.feed(chunk)
+                    if decoder.overflown:
                         if response.status == 200:
                             refused = "too large"
                         body = body[:limit]
                         response.close()
                         break
+                else:
+                    decoder.finish()
             request_info = response.request_info
             path = URL(url, encoded=True).raw_path_qs
             head = f"GET {path} HTTP/1.1\r\n" + "".join(
-                f"{name}: {value}\r\n" for name, value in request_info.headers.items()
+                f"{name}: {HIDDEN if name.lower() in secret else value}\r\n"
+                for name, value in request_info.headers.items()
             )
             pairs = tuple(
                 (k.decode("utf-8", "surrogateescape"), v.decode("utf-8", "surrogateescape"))
@@ -158,6 +186,11 @@ class Client:
                 refused,
             )
 
+    def _require_secrecy(self, url: str, site: Site) -> None:
+        """Refuse to send what an environment variable holds where others can read along."""
+        if site.secret and not url.startswith("https:") and endpoint(url) not in self._private:
+            raise FetchError("credentials only over https")
+
 
 def _reason(error: BaseException) -> str:
     """A failed request's reason in a few words, the same for the same cause."""
@@ -171,6 +204,10 @@ def _reason(error: BaseException) -> str:
         return "private address"
     if isinstance(error, TimeoutError):
         return "timeout"
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return "proxy refuses"
+    if isinstance(error, aiohttp.ClientProxyConnectionError):
+        return "proxy does not answer"
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         return "name not resolved"
     if isinstance(error, aiohttp.ClientSSLError | ssl.SSLError):
@@ -178,7 +215,7 @@ def _reason(error: BaseException) -> str:
     if any(isinstance(cause, ConnectionRefusedError) for cause in causes):
         return "connection refused"
     if isinstance(error, aiohttp.ContentTypeError | aiohttp.ClientPayloadError):
-        return "truncated or damaged body"
+        return _DAMAGED
     if isinstance(error, aiohttp.ServerDisconnectedError | ConnectionResetError):
         return "connection closed"
     if isinstance(error, aiohttp.ClientConnectorError | OSError):

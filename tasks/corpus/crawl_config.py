@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, field_validator
 
 from tasks.corpus.fetch_plan import Limits
+from tasks.corpus.site_options import SiteOptions
 from tasks.corpus.urls import canonical_url
 from tasks.runtime.fingerprint import place
 from tasks.runtime.stage import StageConfig
@@ -49,6 +50,9 @@ class CrawlOptions(StageConfig):
         True,
         description="Leave out what is reserved from text mining: sites whose robots.txt shuts out "
         "several crawlers of AI companies or says ai-train=no, pages with tdm-reservation or noai.",
+    )
+    sites: tuple[SiteOptions, ...] = Field(
+        (), description="Headers, cookies, proxy and delay for single sites."
     )
     user_agent: str = Field(
         "Gristmill/1.0",
@@ -127,4 +131,5 @@ class CrawlConfig(CrawlOptions):
             parallel=self.parallel,
             content_types=self.content_types,
             honour_opt_outs=self.honour_opt_outs,
+            sites=tuple(site.resolved() for site in self.sites),
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from tasks.corpus import warc
 from tasks.corpus.robots import Robots
+from tasks.corpus.site_options import Site
 from tasks.corpus.urls import Aliases
 
 SEGMENTS = "_segments"
@@ -60,6 +61,12 @@ class Limits:
     parallel: int
     content_types: tuple[str, ...]
     honour_opt_outs: bool = True
+    sites: tuple[Site, ...] = ()
+
+    def site(self, host: str) -> Site | None:
+        """The options of the most particular site that covers `host`."""
+        covering = [site for site in self.sites if site.covers(host)]
+        return max(covering, key=lambda site: len(site.host), default=None)
 
 
 @dataclass(frozen=True)

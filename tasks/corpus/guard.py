@@ -63,25 +63,31 @@ def private_seeds(urls: Iterable[str]) -> tuple[tuple[str, int], ...]:
 class GuardedResolver(AbstractResolver):
     """Resolves names for aiohttp and refuses what is private and no seed."""
 
-    def __init__(self, allowed: Iterable[tuple[str, int]]) -> None:
-        self._allowed = frozenset(allowed)
+    def __init__(
+        self, allowed: Iterable[tuple[str, int]], proxies: Iterable[tuple[str, int]] = ()
+    ) -> None:
+        """`proxies` may lie anywhere; as the target of a request they are like any address."""
+        self.allowed = frozenset(allowed)
+        self._proxies = frozenset(proxies) - self.allowed
         self._inner = ThreadedResolver()
 
     def check_literal(self, url: str) -> None:
         """Refuse private IP literals: aiohttp connects to those without asking a resolver."""
         host, port = endpoint(url)
+        if (host, port) in self._proxies:
+            raise PrivateAddressError(f"{host}:{port} is a proxy, not a site")
         try:
             ipaddress.ip_address(host)
         except ValueError:
             return
-        if not is_public(host) and (host, port) not in self._allowed:
+        if not is_public(host) and (host, port) not in self.allowed:
             raise PrivateAddressError(f"{host}:{port} is a private address")
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
         found = await self._inner.resolve(host, port, family)
-        if (host, port) in self._allowed:
+        if (host, port) in self.allowed | self._proxies:
             return found
         public = [answer for answer in found if is_public(answer["host"])]
         if not public:

@@ -33,6 +33,7 @@ from tasks.corpus.urls import canonical_url, host_of
 
 FAILURES_TO_PROBE = 5  # failed requests in a row: is it the host, or are it these pages?
 FAILURES_TO_LEAVE = 50  # failed requests in all
+TDM_FILE = "/.well-known/tdmrep.json"
 MAX_SITEMAP_BYTES = 50 * 1024 * 1024
 REDIRECT = frozenset({301, 302, 303, 307, 308})
 RETRIED = frozenset({429, 500, 502, 503, 504})
@@ -60,8 +61,11 @@ class HostFetcher:
         self._host, self._aliases, self._limits = host, plan.aliases, plan.limits
         self._client, self._segments, self._done = client, segments, done
         self._robots = dict(host.robots)
+        self._site = plan.limits.site(host.host)
+        own_delay = self._site.delay if self._site else None
+        self._default_delay = plan.limits.delay if own_delay is None else own_delay
         self._base_delay = host.delay
-        self._delay = host.delay if host.delay is not None else plan.limits.delay
+        self._delay = host.delay if host.delay is not None else self._default_delay
         self._last_start = -math.inf  # monotonic seconds, like _hold_until
         self._hold_until = time.monotonic() + max(host.not_before - time.time(), 0)
         self._failed_in_a_row = self._failed = 0  # attempts without an answer, or with a 5xx
@@ -147,7 +151,7 @@ class HostFetcher:
         if not robots.allows(place, self._limits.token):
             return self._unasked(request, "denied", "robots.txt disallows it")
         if self._limits.honour_opt_outs and (signal := robots.opts_out(place)):
-            return self._unasked(request, "denied", f"{OPT_OUT}: robots.txt {signal}")
+            return self._unasked(request, "denied", f"{OPT_OUT}: {signal}")
         if self._delay > self._limits.max_delay:
             return self._unasked(
                 request, "denied", f"asks for {self._delay:.0f} s between requests"
@@ -160,7 +164,7 @@ class HostFetcher:
     def _set_robots(self, origin: str, robots: Robots) -> None:
         self._robots[origin] = robots
         asked = robots.crawl_delay(self._limits.token)
-        self._base_delay = self._limits.delay if asked is None else asked
+        self._base_delay = self._default_delay if asked is None else asked
         self._delay = max(self._base_delay, 0.0)
 
     async def _fetch_robots(self, origin: str) -> None:
@@ -177,7 +181,7 @@ class HostFetcher:
                 try:
                     self._requests += 1
                     place = self._aliases.place(target)
-                    answer = await self._client.ask(place, max_bytes=MAX_BYTES)
+                    answer = await self._client.ask(place, max_bytes=MAX_BYTES, site=self._site)
                     failure = ""
                 except FetchError as error:
                     failure = error.reason
@@ -207,11 +211,31 @@ class HostFetcher:
         if failure:
             robots = Robots("none", failure=failure)
         else:
+            self._set_robots(origin, robots)
+            robots = dataclasses.replace(robots, tdm=await self._fetch_tdm(origin, robots))
             outcome = dataclasses.replace(
                 outcome, robots=dataclasses.asdict(robots), fetched_at=warc.warc_date()
             )
             self._done.append(self._segments.append(outcome, records, self._aliases.place(url)))
         self._set_robots(origin, robots)
+
+    async def _fetch_tdm(self, origin: str, robots: Robots) -> str:
+        """The origin's TDM reservations; empty where it says nothing, or nothing to be had."""
+        place = self._aliases.place(f"{origin}{TDM_FILE}")
+        wanted = self._limits.honour_opt_outs and robots.allows(place, self._limits.token)
+        if not wanted or robots.policy == "none" or self._delay > self._limits.max_delay:
+            return ""
+        await asyncio.sleep(max(self._pause(), 0))
+        self._last_start = time.monotonic()
+        self._requests += 1
+        try:
+            answer = await self._client.ask(place, site=self._site)
+        except FetchError:
+            return ""
+        body = answer.exchange.body
+        self._bytes += len(body)
+        whole = answer.exchange.status == 200 and not answer.refused
+        return body.decode("utf-8-sig", "replace") if whole else ""
 
     async def _attempt(self, request: Request, attempt: int) -> None:
         """One request; its outcome is committed, or it waits for another attempt."""
@@ -258,7 +282,9 @@ class HostFetcher:
         self._last_start = time.monotonic()
         self._requests += 1
         try:
-            answer = await self._client.ask(self._aliases.place(f"{origin}/robots.txt"))
+            answer = await self._client.ask(
+                self._aliases.place(f"{origin}/robots.txt"), site=self._site
+            )
             alive = answer.exchange.status not in RETRIED
         except FetchError:
             alive = False
@@ -277,7 +303,7 @@ class HostFetcher:
         types = self._limits.content_types if request.kind == "page" else None
         size = self._limits.max_bytes if request.kind == "page" else MAX_SITEMAP_BYTES
         self._requests += 1
-        answer = await self._client.ask(place, headers, types, size)
+        answer = await self._client.ask(place, headers, types, size, self._site)
         exchange = answer.exchange
         self._bytes += len(exchange.body)
         identifier = warc.record_id()

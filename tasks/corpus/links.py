@@ -118,6 +118,8 @@ def sitemap_links(body: bytes, url: str) -> tuple[tuple[str, ...], tuple[str, ..
             body = unpacker.decompress(body, MAX_SITEMAP_BYTES)
         except zlib.error as error:
             raise ValueError(f"its gzip data are damaged ({error})") from error
+        if not unpacker.eof and not unpacker.unconsumed_tail:
+            raise ValueError("its gzip data end too early")
         if unpacker.unconsumed_tail:
             raise ValueError(f"it unpacks to more than {MAX_SITEMAP_BYTES} bytes")
     text = body.lstrip(b"\xef\xbb\xbf \t\r\n")

@@ -3,8 +3,9 @@
 Four ways in use:
  - robots.txt rules for the crawlers of AI companies. A site that shuts out several of them by name
    does not want its text in a model, whatever our own crawler is called;
- - the TDM Reservation Protocol (W3C community group report, 2024): the header `tdm-reservation: 1`
-   and the meta element of that name;
+ - the TDM Reservation Protocol (W3C community group report, 2024): the header `tdm-reservation: 1`,
+   the meta element of that name, and `/.well-known/tdmrep.json`, whose longest matching location
+   decides, patterns being those of robots.txt;
  - `noai` in X-Robots-Tag or a robots meta element;
  - `Content-Signal: ai-train=no` and `Content-Usage: train-ai=n`, lines of robots.txt (IETF AIPREF,
    drafts) and headers of the latter name.
@@ -12,8 +13,10 @@ Four ways in use:
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 # Product tokens whose only stated purpose is to gather text for language models.
 AI_AGENTS = (
@@ -71,3 +74,33 @@ def meta_reserves(name: str, content: str) -> str:
     if name == "robots" and {word.strip().lower() for word in content.split(",")} & NO_AI:
         return "meta noai"
     return ""
+
+
+def tdm_locations(text: str) -> list[tuple[str, bool]]:
+    """(pattern, whether it is reserved) of a tdmrep.json; nothing where it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    rules = found if isinstance(found, list) else [found]
+    return [
+        (str(rule.get("location", "/")), str(rule.get("tdm-reservation", 0)) == "1")
+        for rule in rules
+        if isinstance(rule, dict)
+    ]
+
+
+def tdm_reserves(locations: Iterable[tuple[str, bool]], path: str) -> str:
+    """The location of a tdmrep.json that reserves `path` (query included), or empty."""
+    best = ("", False)
+    for pattern, reserved in locations:
+        if len(pattern) >= len(best[0]) and _location(pattern).match(path):
+            best = (pattern, reserved)
+    return f"tdmrep.json reserves {best[0]}" if best[1] else ""
+
+
+@lru_cache(maxsize=1024)
+def _location(pattern: str) -> re.Pattern[str]:
+    whole = pattern.endswith("$")
+    parts = [re.escape(part) for part in re.split(r"\*+", pattern.removesuffix("$")[:500])]
+    return re.compile(".*?".join(parts[:20]) + (r"\Z" if whole else ""), re.DOTALL)

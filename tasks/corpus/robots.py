@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from urllib.parse import urlsplit
 
 from protego import Protego
 
-from tasks.corpus.opt_out import SEVERAL, named_agents, reserves
+from tasks.corpus.opt_out import SEVERAL, named_agents, reserves, tdm_locations, tdm_reserves
 
 MAX_BYTES = 512 * 1024  # RFC 9309, section 2.5 asks for at least 500 KiB
 MAX_REDIRECTS = 5  # section 2.3.1.2
@@ -26,6 +27,7 @@ class Robots:
     text: str = ""
     status: int = 0
     failure: str = ""
+    tdm: str = ""  # the origin's tdmrep.json, where it has one
 
     @classmethod
     def of_response(cls, status: int, body: bytes) -> Robots:
@@ -54,15 +56,24 @@ class Robots:
     def _named(self) -> list[str]:
         return named_agents(self.text)
 
+    @cached_property
+    def _locations(self) -> list[tuple[str, bool]]:
+        return tdm_locations(self.tdm) if self.tdm else []
+
     def opts_out(self, url: str) -> str:
         """Why the site does not want the text of `url` mined (`tasks.corpus.opt_out`), or empty."""
+        if self._locations:
+            parts = urlsplit(url)
+            path = f"{parts.path}?{parts.query}" if parts.query else parts.path
+            if reserved := tdm_reserves(self._locations, path):
+                return reserved
         if self.policy != "rules":
             return ""
         signal = reserves(self.text)
         if signal:
-            return signal
+            return f"robots.txt {signal}"
         shut_out = [agent for agent in self._named if not self.allows(url, agent)]
-        return f"shuts out {', '.join(shut_out[:3])}" if len(shut_out) >= SEVERAL else ""
+        return f"robots.txt shuts out {', '.join(shut_out[:3])}" if len(shut_out) >= SEVERAL else ""
 
     def crawl_delay(self, agent: str) -> float | None:
         """Seconds between requests the site asks for; None when it says nothing."""

@@ -58,7 +58,8 @@ class LoopbackSite:
         return Counter(path for _, path, _ in self.requests)
 
     def times(self) -> list[float]:
-        return [moment for moment, path, _ in self.requests if path != "/robots.txt"]
+        about = ("/robots.txt", "/.well-known/tdmrep.json")
+        return [moment for moment, path, _ in self.requests if path not in about]
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)

@@ -1,5 +1,6 @@
 """Reservations against text mining: robots rules for AI crawlers, headers, meta elements."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ from loopback_site import Crawler, LoopbackSite, page
 
 from tasks.corpus import extract as extract_module
 from tasks.corpus.extract import ExtractConfig, extract
-from tasks.corpus.opt_out import OPT_OUT, headers_reserve, meta_reserves, reserves
+from tasks.corpus.opt_out import (
+    OPT_OUT,
+    headers_reserve,
+    meta_reserves,
+    reserves,
+    tdm_locations,
+    tdm_reserves,
+)
 from tasks.corpus.robots import Robots
 
 SEVERAL = "User-agent: GPTBot\nUser-agent: CCBot\nDisallow: /\n\nUser-agent: *\nAllow: /\n"
@@ -41,7 +49,7 @@ def test_robots_rules_for_ai_crawlers_speak_for_the_site(text: str, out: bool) -
 
 def test_rules_for_a_part_of_the_site_hold_there() -> None:
     rules = robots("User-agent: GPTBot\nUser-agent: CCBot\nDisallow: /art/\n")
-    assert rules.opts_out("http://e.org/art/1") == "shuts out GPTBot, CCBot"
+    assert rules.opts_out("http://e.org/art/1") == "robots.txt shuts out GPTBot, CCBot"
     assert not rules.opts_out("http://e.org/docs/1")
     assert not Robots.of_response(404, b"").opts_out("http://e.org/art/1")
 
@@ -108,3 +116,46 @@ def test_pages_of_other_peoples_archives_are_asked_too(
         for child in extract_module._children.values():
             child.close()
         extract_module._children.clear()
+
+
+def test_a_tdm_file_reserves_what_its_longest_location_says(tmp_path: Path) -> None:
+    crawler = Crawler(tmp_path / "home")
+    rules = [
+        {"location": "/", "tdm-reservation": 1, "tdm-policy": "https://e.org/policy"},
+        {"location": "/open/", "tdm-reservation": 0},
+        {"location": "/open/*.pdf$", "tdm-reservation": "1"},
+    ]
+    pages = {"/open/": page("/closed", "/open/a", "/open/b.pdf"), "/closed": page()}
+    pages |= {"/open/a": page(), "/open/b.pdf": page()}
+    with LoopbackSite(pages) as site:
+        site.pages["/.well-known/tdmrep.json"] = lambda: web.json_response(rules)
+        result = crawler.crawl(f"{site.url}/open/")
+        heedless = crawler.crawl(f"{site.url}/open/", honour_opt_outs=False, epoch=1)
+    assert set(result.pages) == {f"{site.url}/open/", f"{site.url}/open/a"}
+    assert result.reason(f"{site.url}/closed") == ("denied", f"{OPT_OUT}: tdmrep.json reserves /")
+    assert site.paths["/.well-known/tdmrep.json"] == 1
+    assert f"{site.url}/closed" in heedless.pages
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "reserved"),
+    [
+        ('[{"location": "/a*", "tdm-reservation": 1}]', "/abc", True),
+        ('[{"location": "/a*", "tdm-reservation": 1}]', "/b", False),
+        ('[{"location": "/a$", "tdm-reservation": 1}]', "/a", True),
+        ('[{"location": "/a$", "tdm-reservation": 1}]', "/ab", False),
+        ('{"tdm-reservation": 1}', "/anything", True),
+        ('[{"location": "/x(", "tdm-reservation": 1}, 3, null]', "/x(y", True),
+        ('[{"location": 7, "tdm-reservation": []}]', "/", False),
+        ("<html>not found</html>", "/", False),
+        ("[" * 100_000, "/", False),
+        ("", "/", False),
+    ],
+)
+def test_any_text_is_a_tdm_file(text: str, path: str, reserved: bool) -> None:
+    assert bool(tdm_reserves(tdm_locations(text), path)) is reserved
+
+
+def test_a_pattern_of_many_stars_takes_no_time() -> None:
+    bomb = json.dumps([{"location": "/*a" * 200, "tdm-reservation": 1}])
+    tdm_reserves(tdm_locations(bomb), "/" + "a" * 300 + "b")

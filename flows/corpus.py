@@ -8,6 +8,7 @@ from prefect import flow
 from pydantic import Field, model_validator
 
 from flows.hooks import HOOKS
+from tasks.corpus.boilerplate import BoilerplateConfig, boilerplate
 from tasks.corpus.crawl import EMBEDDED, CrawlConfig, CrawlOptions, crawl
 from tasks.corpus.decontaminate import DecontaminateConfig, decontaminate
 from tasks.corpus.dedup import DeduplicateConfig, deduplicate
@@ -47,6 +48,7 @@ class CorpusParams(StageConfig):
     quality: QualityConfig = QualityConfig()
     pii: PIIConfig = PIIConfig()
     deduplicate: DeduplicateConfig = DeduplicateConfig()
+    boilerplate: BoilerplateConfig = BoilerplateConfig()
     decontaminate: DecontaminateConfig = DecontaminateConfig()
     split: SplitConfig = SplitConfig()
     report: ReportConfig = ReportConfig()
@@ -89,6 +91,8 @@ def build_corpus(params: CorpusParams) -> Manifest:
         good = forget(forgotten, documents=good, **pages)
     earlier = earlier_corpora(params.deduplicate, good)
     unique = deduplicate(params.deduplicate, documents=good, **earlier)
+    if params.boilerplate.scope != "off":
+        unique = boilerplate(params.boilerplate, documents=unique)
     if params.decontaminate.suites:
         unique = decontaminate(params.decontaminate, documents=unique)
     return split(params.split, documents=unique)

@@ -58,6 +58,17 @@ class TextWords:
         counts = np.where(sizes >= n, sizes - n + 1, np.minimum(sizes, 1))
         return mix(runs[valid]), np.concatenate([[0], np.cumsum(counts)])
 
+    def whole(self) -> Hashes:
+        """One hash for each text's words in their order: (D,). Equal texts, equal hashes."""
+        sizes = np.diff(self.bounds)
+        place = np.arange(len(self.hashes)) - np.repeat(self.bounds[:-1], sizes)
+        sums = np.zeros(len(sizes), np.uint64)
+        filled = sizes > 0
+        if filled.any():
+            weighed = self.hashes * _powers_to(int(sizes.max()))[place]
+            sums[filled] = np.add.reduceat(weighed, self.bounds[:-1][filled])
+        return mix(sums + sizes.astype(np.uint64))
+
 
 def words_of(texts: Sequence[str]) -> tuple[TextWords, list[bytes]]:
     """The words of these texts, and each text normalised as `shingles.normalise` does, UTF-8."""
@@ -120,6 +131,12 @@ def _spaced(text: str) -> bytes:
 @cache
 def _letters() -> Hashes:
     return mix(np.arange(1, 257, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+
+
+def _powers_to(count: int) -> Hashes:
+    factors = np.full(count, _STEP, np.uint64)
+    factors[0] = 1
+    return np.multiply.accumulate(factors)
 
 
 @cache

@@ -13,16 +13,23 @@ from documents_of import rows, urls
 from inline_shards import run_inline
 
 from tasks.corpus import extract as extract_module
+from tasks.corpus.decontaminate import DecontaminateConfig, decontaminate
 from tasks.corpus.dedup import DeduplicateConfig, deduplicate
 from tasks.corpus.extract import ExtractConfig, extract
 from tasks.corpus.language import LanguageConfig, language
 from tasks.corpus.quality import QualityConfig, quality
 from tasks.corpus.split import SplitConfig, split
+from tasks.corpus.suites import SuiteConfig
 from tasks.runtime.manifest import Manifest
 
 ROOT = Path(__file__).parents[3]
 THINGS = ("queue", "stack", "heap", "tree", "graph", "table", "list", "set", "ring", "trie")
 VERBS = ("append", "remove", "rotate", "search", "merge", "split", "count", "clear")
+
+
+ITEM = (
+    "Rotate the items of the given queue, and return how many of its heaps have been changed by 0."
+)
 
 
 def module(number: int, thing: str) -> str:
@@ -77,7 +84,12 @@ def build() -> dict[str, Manifest]:
     good = quality(QualityConfig(), documents=identified)
     unique = deduplicate(DeduplicateConfig(), documents=good)
     divided = split(SplitConfig(seed=0, common_groups=5), documents=unique)
-    return {m.stage: m for m in (extracted, identified, good, unique, divided)}
+    suite = Path(os.environ["GRISTMILL_HOME"]) / "sources" / "items.txt"
+    suite.parent.mkdir(parents=True, exist_ok=True)
+    suite.write_text(ITEM)
+    items = SuiteConfig(name="items", path=str(suite), format="text")
+    clean = decontaminate(DecontaminateConfig(suites=(items,), action="cut"), documents=unique)
+    return {m.stage: m for m in (extracted, identified, good, unique, divided, clean)}
 
 
 @pytest.fixture
@@ -96,9 +108,7 @@ def digest(manifest: Manifest) -> str:
     for prefix in ("documents-", "train-", "heldout-", "rejected-"):
         for row in rows(manifest, prefix):
             kept = {
-                k: v
-                for k, v in row.items()
-                if k not in ("offset", "fetched_at", "language_score")
+                k: v for k, v in row.items() if k not in ("offset", "fetched_at", "language_score")
             }
             told.update(json.dumps([prefix, kept], sort_keys=True, ensure_ascii=False).encode())
     return told.hexdigest()[:16]
@@ -112,6 +122,7 @@ GOLDEN: dict[str, tuple[int, str]] = {
     "quality": (1, "9732546c01143c9c"),
     "deduplicate": (2, "7b8a0db0315b4f49"),
     "split": (1, "912df3b483dec7ee"),
+    "decontaminate": (1, "989c6c1c321f58eb"),
 }
 
 
@@ -120,6 +131,7 @@ def test_each_stage_removes_what_it_should(built: dict[str, Manifest]) -> None:
     assert built["language"].rules == {"language-other": 1}
     assert built["quality"].rules == {"bullet_lines": 1}
     assert built["deduplicate"].rules == {"exact-duplicate": 1, "near-duplicate": 1}
+    assert built["decontaminate"].metrics["documents_contaminated"] == 1
     final = built["split"]
     kept = [*urls(final, "train-"), *urls(final, "heldout-")]
     assert sorted(kept) == sorted(f"embedded://stdlib/library/{t}s.html" for t in THINGS)

@@ -36,7 +36,7 @@ from benchmarks.report import Targets, finish, table
 from benchmarks.samples import pages_without_end, samples
 from benchmarks.stack import free_ports
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Stage, StageConfig, Workspace, stage
 from tasks.runtime.store import Store
 
 SHARD_MB = 8.0
@@ -116,30 +116,39 @@ def cpu_seconds() -> float:
     return total
 
 
-def chain(extractor: str) -> dict[str, Callable[..., Manifest]]:
-    """Stage → its call on the manifests before it, in the order of the corpus flow."""
+def walk(extractor: str, crawl: Manifest, timed: Callable[..., Manifest]) -> None:
+    """The corpus flow's stages over one crawl, each called by `timed(stage, config, **inputs)`."""
     from tasks.corpus.dedup import DeduplicateConfig, deduplicate
     from tasks.corpus.extract import ExtractConfig, extract
     from tasks.corpus.language import LanguageConfig, language
+    from tasks.corpus.measure import MeasureConfig, measure
     from tasks.corpus.pii import PIIConfig, pii
     from tasks.corpus.quality import QualityConfig, quality
     from tasks.corpus.split import SplitConfig, split
 
     reading = ExtractConfig(extractor=extractor, shard_megabytes=SHARD_MB)
-    return {
-        "extract": lambda crawl: extract(reading, crawl=crawl),
-        "language": lambda documents: language(LanguageConfig(), documents=documents),
-        "quality": lambda documents: quality(QualityConfig(), documents=documents),
-        "pii": lambda documents: pii(PIIConfig(action="mask"), documents=documents),
-        "deduplicate": lambda documents: deduplicate(DeduplicateConfig(), documents=documents),
-        "split": lambda documents: split(SplitConfig(), documents=documents),
-    }
+    documents = timed(extract, reading, crawl=crawl)
+    attributes = timed(measure, MeasureConfig(), documents=documents)
+    for select, bounds in ((language, LanguageConfig()), (quality, QualityConfig())):
+        documents = timed(select, bounds, documents=documents, attributes=attributes)
+    documents = timed(pii, PIIConfig(action="mask"), documents=documents)
+    documents = timed(deduplicate, DeduplicateConfig(), documents=documents)
+    timed(split, SplitConfig(), documents=documents)
 
 
 def run(crawls: Path, extractor: str, workers: int) -> list[dict[str, Any]]:
     """One pass of the pipeline over the larger of two crawls: a row for each stage."""
     home = Path(tempfile.mkdtemp(prefix="gristmill-bench-"))
     rows: list[dict[str, Any]] = []
+
+    def timed(step: Stage[Any], config: StageConfig, **inputs: Manifest) -> Manifest:
+        begun, cpu = time.monotonic(), cpu_seconds()
+        manifest = step(config, **inputs)
+        kept = manifest.counts.get("documents", manifest.counts.get("train_documents"))
+        took = {"seconds": time.monotonic() - begun, "cpu_seconds": cpu_seconds() - cpu}
+        rows.append({"stage": step.name, "documents": kept} | took)
+        return manifest
+
     try:
         (home / "store").mkdir()
         (home / "store" / "benchmark-crawl").symlink_to(crawls / "store" / "benchmark-crawl")
@@ -149,18 +158,7 @@ def run(crawls: Path, extractor: str, workers: int) -> list[dict[str, Any]]:
                 Store.open().all("benchmark-crawl"), key=lambda m: m.counts["documents"]
             ):
                 rows.clear()
-                manifest = crawled
-                for name, call in chain(extractor).items():
-                    begun, cpu = time.monotonic(), cpu_seconds()
-                    manifest = call(manifest)
-                    rows.append(
-                        {
-                            "stage": name,
-                            "documents": manifest.counts.get("documents"),
-                            "seconds": round(time.monotonic() - begun, 2),
-                            "cpu_seconds": round(cpu_seconds() - cpu, 2),
-                        }
-                    )
+                walk(extractor, crawled, timed)
     finally:
         shutil.rmtree(home, ignore_errors=True)
     return rows

@@ -16,6 +16,7 @@ from tasks.corpus.earlier import earlier_corpora
 from tasks.corpus.extract import ExtractConfig, extract
 from tasks.corpus.gather import GatherConfig, gather
 from tasks.corpus.language import LanguageConfig, language
+from tasks.corpus.measure import MeasureConfig, measure
 from tasks.corpus.pii import PIIConfig, pii
 from tasks.corpus.quality import QualityConfig, quality
 from tasks.corpus.report import ReportConfig, report_corpus
@@ -69,7 +70,7 @@ class CorpusParams(StageConfig):
 
 
 def build_corpus(params: CorpusParams) -> Manifest:
-    """crawl → extract → language → quality → deduplicate → split, each cached by itself.
+    """crawl → extract → measure → language → quality → deduplicate → split, each cached by itself.
 
     Sources are gathered after the pages of the seeds are extracted, and go the same way from there.
     """
@@ -83,8 +84,9 @@ def build_corpus(params: CorpusParams) -> Manifest:
         documents = gather(sources, **inputs)
     else:
         documents = inputs["crawled"]
-    identified = language(params.language, documents=documents)
-    good = quality(params.quality, documents=identified)
+    measured = measure(MeasureConfig(), documents=documents)
+    identified = language(params.language, documents=documents, attributes=measured)
+    good = quality(params.quality, documents=identified, attributes=measured)
     if params.pii.action != "keep":
         good = pii(params.pii, documents=good)
     if (forgotten := standing_tombstones()) is not None:

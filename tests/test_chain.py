@@ -15,6 +15,7 @@ from tests.conftest import Stack
 STAGES = [
     "crawl",
     "extract",
+    "measure",
     "language",
     "quality",
     "deduplicate",

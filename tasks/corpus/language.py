@@ -1,12 +1,11 @@
-"""The language stage: which language a document is in, and whether the corpus wants it.
+"""The language stage: whether the corpus wants a document for the language it is in.
 
-py3langid's model ships in its wheel; nothing is downloaded. It looks at prose only: identifiers and
-keywords are no evidence of English, and a page that is all code has no language to be wrong about.
+Which one that is, the measure stage has found out (`language_id`); here the thresholds are applied.
+A page that is all code has no language to be wrong about.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from typing import Any
 
@@ -22,15 +21,12 @@ from tasks.corpus.documents import (
     selection_reports,
     write_selection,
 )
-from tasks.corpus.language_id import identifier
-from tasks.corpus.reading import Reading
+from tasks.corpus.language_id import UNDETERMINED, identifier
+from tasks.corpus.measure import IDENTIFIED, attributes_of
+from tasks.corpus.reading import TECHNICAL
 from tasks.corpus.sharding import run_shards
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
-
-SAMPLE_WORDS = 400  # more of them do not change the answer
-UNDETERMINED = "und"  # ISO 639-2
-_CODE = re.compile(r"[_(={<\\]|://")
 
 
 class LanguageConfig(StageConfig):
@@ -55,10 +51,12 @@ class LanguageConfig(StageConfig):
 
 
 @stage("language", version=1)
-def language(config: LanguageConfig, work: Workspace, *, documents: Manifest) -> Outcome:
-    """Identify each document's language and keep the wanted ones."""
-    items = [(config, documents, name) for name in document_shards(documents)]
-    reports = run_shards(work, "identified", language_shard, items, label="Language")
+def language(
+    config: LanguageConfig, work: Workspace, *, documents: Manifest, attributes: Manifest
+) -> Outcome:
+    """Keep the documents in the wanted languages."""
+    items = [(config, documents, name, attributes) for name in document_shards(documents)]
+    reports = run_shards(work, "selected", language_shard, items, label="Language")
     tally = Tally.total(report["tally"] for report in reports)
     found: dict[str, int] = {}
     for report in reports:
@@ -86,40 +84,31 @@ def language(config: LanguageConfig, work: Workspace, *, documents: Manifest) ->
 
 
 def language_shard(
-    work: Workspace, number: int, config: LanguageConfig, documents: Manifest, name: str
+    work: Workspace,
+    number: int,
+    config: LanguageConfig,
+    documents: Manifest,
+    name: str,
+    attributes: Manifest,
 ) -> dict[str, Any]:
     table = work.store.of(documents).read_table(name)
-    codes, scores, removals = [], [], []
-    for text in table["text"].to_pylist():
-        reading = Reading.of(text)
-        code, score = identify(reading, config.least_words)
-        if score < config.threshold and reading.is_technical:
+    measured = attributes_of(work, attributes, number, table, IDENTIFIED.names).to_pylist()
+    codes, scores = [], []
+    for row in measured:
+        code, score = row["language"], row["language_score"]
+        few = row["language_words"] < config.least_words
+        if few or (score < config.threshold and row["code_share"] >= TECHNICAL):
             code, score = UNDETERMINED, 0.0
         codes.append(code)
         scores.append(score)
-        removals.append(_judge(config, code, score))
-    table = table.set_column(
-        table.schema.get_field_index("language"), "language", pa.array(codes, pa.string())
-    ).set_column(
-        table.schema.get_field_index("language_score"),
-        "language_score",
-        pa.array(scores, pa.float64()),
-    )
+    removals = [_judge(config, code, score) for code, score in zip(codes, scores, strict=True)]
+    for column, values in (
+        ("language", pa.array(codes, pa.string())),
+        ("language_score", pa.array(scores, pa.float64())),
+    ):
+        table = table.set_column(table.schema.get_field_index(column), column, values)
     tally = write_selection(work, number, table, removals)
     return {"tally": asdict(tally), "languages": {c: codes.count(c) for c in set(codes)}}
-
-
-def identify(reading: Reading, least_words: int = 1) -> tuple[str, float]:
-    """(ISO 639-1 code, probability) of the prose; (`und`, 0) when there is too little of it."""
-    words = reading.prose_words[:SAMPLE_WORDS]
-    plain = words
-    if _CODE.search(" ".join(words)):
-        plain = [word for word in words if not _CODE.search(word)]
-    # Unspaced scripts put a sentence into one "word".
-    if sum(len(word) // 12 - 1 for word in plain if len(word) > 23) + len(plain) < least_words:
-        return UNDETERMINED, 0.0
-    code, score = identifier().classify(" ".join(plain))
-    return str(code), round(float(score), 4)
 
 
 def _judge(config: LanguageConfig, code: str, score: float) -> Removal | None:

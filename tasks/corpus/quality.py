@@ -1,7 +1,7 @@
-"""The quality stage: rules of Gopher, C4 and FineWeb, aware of code.
+"""The quality stage: the bounds of the rules, applied to what the measure stage wrote.
 
-Every rule's measure is written for every document (`attributes-NNNNN.parquet`, one column a rule);
-the bounds of the config are applied to those columns last, so every decision can be looked up.
+The rules are those of Gopher, C4 and FineWeb, aware of code (`filters`). Their measures stand
+beside the documents, so that another bound runs this stage again and none before it.
 """
 
 from __future__ import annotations
@@ -23,46 +23,12 @@ from tasks.corpus.documents import (
     selection_reports,
     write_selection,
 )
-from tasks.corpus.filters.alphabetic import ALPHABETIC
-from tasks.corpus.filters.boilerplate import LOREM_IPSUM, NOTICES
-from tasks.corpus.filters.bullets import BULLETS
-from tasks.corpus.filters.length import WORDS
-from tasks.corpus.filters.line_shape import PUNCTUATED_LINES, SHORT_LINES
-from tasks.corpus.filters.repetition import (
-    DUPLICATE_GRAMS,
-    DUPLICATE_LINE_CHARACTERS,
-    DUPLICATE_LINES,
-    DUPLICATE_PARAGRAPHS,
-    TOP_GRAMS,
-)
-from tasks.corpus.filters.rule import Rule
-from tasks.corpus.filters.stop_words import ENGLISH_STOP_WORDS
-from tasks.corpus.filters.symbols import ELLIPSES, SYMBOLS
-from tasks.corpus.filters.word_length import WORD_LENGTH
-from tasks.corpus.reading import Reading
+from tasks.corpus.filters.address import by_address
+from tasks.corpus.filters.catalogue import RULES
+from tasks.corpus.measure import attributes_of
 from tasks.corpus.sharding import run_shards
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
-
-# In this order: a document that breaks several is counted under the first.
-RULES: tuple[Rule, ...] = (
-    WORDS,
-    BULLETS,
-    WORD_LENGTH,
-    ALPHABETIC,
-    SYMBOLS,
-    ELLIPSES,
-    ENGLISH_STOP_WORDS,
-    DUPLICATE_LINES,
-    DUPLICATE_LINE_CHARACTERS,
-    DUPLICATE_PARAGRAPHS,
-    TOP_GRAMS,
-    DUPLICATE_GRAMS,
-    LOREM_IPSUM,
-    NOTICES,
-    PUNCTUATED_LINES,
-    SHORT_LINES,
-)
 
 
 class QualityConfig(StageConfig):
@@ -70,6 +36,10 @@ class QualityConfig(StageConfig):
 
     exclude_urls: tuple[str, ...] = ()
     """Regular expressions; a document whose address holds a match is removed (rule url)."""
+    exclude_hosts: tuple[str, ...] = ()
+    """Domains; documents of them and of what lies below them are removed (rule host)."""
+    exclude_url_words: tuple[str, ...] = ()
+    """Words; a document whose address has one as a whole word is removed (rule url-words)."""
     min_words: int = Field(50, ge=1)
     """Least words in a document."""
     max_words: int = Field(100_000, ge=1)
@@ -106,6 +76,22 @@ class QualityConfig(StageConfig):
     """Least share of lines that end in punctuation; pages with code are exempt."""
     max_short_lines: float = Field(0.67, ge=0, le=1)
     """Largest share of lines below 30 characters; pages with code are exempt."""
+    max_lines_per_word: float = Field(1.0, ge=0, le=1)
+    """Most lines for each word of the prose (FineWeb: 0.3); 1 is no limit."""
+    min_sentences: int = Field(0, ge=0)
+    """Least sentences (C4: 3); pages with code are exempt."""
+    min_terminal_lines: float = Field(0.0, ge=0, le=1)
+    """Least share of lines that end in . ! ? or a quotation mark (C4 drops the others)."""
+    max_few_word_lines: float = Field(1.0, ge=0, le=1)
+    """Largest share of lines of fewer than three words (C4 drops them); 1 is no limit."""
+    max_script_lines: float = Field(1.0, ge=0, le=1)
+    """Largest share of lines that speak of JavaScript (C4 drops them); 1 is no limit."""
+    max_curly_lines: float = Field(1.0, ge=0, le=1)
+    """Largest share of lines of prose with a curly bracket (C4: 0); 1 is no limit."""
+    max_toxic_words: float = Field(1000.0, ge=0, le=1000)
+    """Most words of abuse in 1,000; 1000 is no limit."""
+    max_adult_words: float = Field(1000.0, ge=0, le=1000)
+    """Most words of pornography in 1,000; 1000 is no limit."""
 
     @field_validator("exclude_urls")
     @classmethod
@@ -128,11 +114,13 @@ class QualityConfig(StageConfig):
         return self
 
 
-@stage("quality", version=1)
-def quality(config: QualityConfig, work: Workspace, *, documents: Manifest) -> Outcome:
-    """Measure every document by the quality rules and keep those within bounds."""
-    items = [(config, documents, name) for name in document_shards(documents)]
-    reports = run_shards(work, "measured", quality_shard, items, label="Quality")
+@stage("quality", version=2)
+def quality(
+    config: QualityConfig, work: Workspace, *, documents: Manifest, attributes: Manifest
+) -> Outcome:
+    """Keep the documents whose measures are within bounds."""
+    items = [(config, documents, name, attributes) for name in document_shards(documents)]
+    reports = run_shards(work, "selected", quality_shard, items, label="Quality")
     tally = Tally.total(reports)
     remedies = {
         rule.name: " or ".join(
@@ -142,7 +130,12 @@ def quality(config: QualityConfig, work: Workspace, *, documents: Manifest) -> O
             if bound
         )
         for rule in RULES
-    } | {"": "crawl more pages", "url": "remove a pattern from quality.exclude_urls"}
+    } | {
+        "": "crawl more pages",
+        "url": "remove a pattern from quality.exclude_urls",
+        "host": "remove a domain from quality.exclude_hosts",
+        "url-words": "remove a word from quality.exclude_url_words",
+    }
     require_some("quality", tally, remedies, "documents")
     return Outcome(
         counts=counts(tally), rules=tally.rules, reports=selection_reports("quality", tally)
@@ -150,36 +143,24 @@ def quality(config: QualityConfig, work: Workspace, *, documents: Manifest) -> O
 
 
 def quality_shard(
-    work: Workspace, number: int, config: QualityConfig, documents: Manifest, name: str
+    work: Workspace,
+    number: int,
+    config: QualityConfig,
+    documents: Manifest,
+    name: str,
+    attributes: Manifest,
 ) -> dict[str, Any]:
     table = work.store.of(documents).read_table(name)
-    attributes = measure(table["text"].to_pylist())
-    beside = {"id": table["id"], "url": table["url"]}
-    work.write_table(f"attributes-{number:05d}.parquet", pa.table(beside | attributes))
-    tally = write_selection(work, number, table, select(config, table["url"], attributes))
-    return asdict(tally)
-
-
-def measure(texts: list[str]) -> dict[str, pa.Array]:
-    """One column for each rule; null where the rule does not apply."""
-    columns: dict[str, list[float | None]] = {rule.name: [] for rule in RULES}
-    for text in texts:
-        reading = Reading.of(text)
-        for rule in RULES:
-            columns[rule.name].append(rule.measure(reading))
-    return {name: pa.array(values, pa.float64()) for name, values in columns.items()}
+    measured = attributes_of(work, attributes, number, table, [rule.name for rule in RULES])
+    return asdict(write_selection(work, number, table, select(config, table["url"], measured)))
 
 
 def select(
-    config: QualityConfig, urls: pa.ChunkedArray, attributes: dict[str, pa.Array]
+    config: QualityConfig, urls: pa.ChunkedArray, attributes: pa.Table
 ) -> list[Removal | None]:
     """The first rule each document breaks, or None."""
-    removals: list[Removal | None] = [None] * len(urls)
-    patterns = [re.compile(pattern) for pattern in config.exclude_urls]
-    for row, url in enumerate(urls.to_pylist()):
-        matching = next((pattern for pattern in patterns if pattern.search(url)), None)
-        if matching is not None:
-            removals[row] = Removal("url", f"the address matches {matching.pattern!r}")
+    judge = by_address(config.exclude_urls, config.exclude_hosts, config.exclude_url_words)
+    removals = [judge(url) for url in urls.to_pylist()]
     for rule in RULES:
         low = getattr(config, rule.low) if rule.low else -math.inf
         high = getattr(config, rule.high) if rule.high else math.inf

@@ -73,9 +73,22 @@ class Reading:
         return " ".join(self.prose_words)
 
     @cached_property
+    def normalised(self) -> str:
+        """`plain_text` in lower case, letters and digits only."""
+        return normalise(self.plain_text)
+
+    @cached_property
+    def normal_words(self) -> list[str]:
+        return self.normalised.split()
+
+    @cached_property
+    def distinct_words(self) -> frozenset[str]:
+        return frozenset(self.normal_words)
+
+    @cached_property
     def words(self) -> Words:
-        """`plain_text` normalised and hashed, for rules about phrases."""
-        return Words.of(normalise(self.plain_text))
+        """`normalised`, hashed, for rules about phrases."""
+        return Words.of(self.normalised)
 
     @cached_property
     def paragraphs(self) -> list[str]:

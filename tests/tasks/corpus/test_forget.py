@@ -126,7 +126,7 @@ def test_a_forgotten_page_is_not_in_the_next_corpus(site: LoopbackSite) -> None:
         bury(url)
     plan = planned(site)
     assert [name for name, stage in plan.items() if stage.status == "cached"] == [
-        *("crawl", "extract", "language", "quality")
+        *("crawl", "extract", "measure", "language", "quality")
     ]
     assert {plan[name].status for name in ("forget", "deduplicate", "split")} == {"run"}
     asked = len(site.requests)

@@ -4,11 +4,19 @@ import pytest
 from documents_of import documents, rows, urls
 from inline_shards import run_inline
 from pydantic import ValidationError
+from shared_data import shared
 
-from tasks.corpus.language import LanguageConfig, identify, language
+from tasks.corpus.filters.bad_words import words_of
+from tasks.corpus.language import LanguageConfig, language
+from tasks.corpus.language_id import identify
+from tasks.corpus.measure import IDENTIFIED, MeasureConfig, measure
+from tasks.corpus.page_text import read_page
 from tasks.corpus.quality import RULES, QualityConfig, quality
 from tasks.corpus.reading import Reading
+from tasks.corpus.records import Place, read_record, scan
 from tasks.runtime.errors import UserError
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.stage import planning
 
 PROSE = (
     "The committee met on Tuesday to discuss the repair of the old bridge over the river. "
@@ -64,25 +72,37 @@ def home(tmp_path, monkeypatch):
     run_inline(monkeypatch)
 
 
+def measured(texts: dict[str, str]) -> Manifest:
+    return measure(MeasureConfig(), documents=documents(texts))
+
+
+def select_quality(config: QualityConfig, texts: dict[str, str]) -> Manifest:
+    return quality(config, documents=documents(texts), attributes=measured(texts))
+
+
+def select_language(config: LanguageConfig, texts: dict[str, str]) -> Manifest:
+    return language(config, documents=documents(texts), attributes=measured(texts))
+
+
 def test_articles_and_documentation_survive() -> None:
     texts = {"http://h/a": PROSE, "http://h/d": DOCUMENTATION, "http://h/c": CONSTANTS}
-    manifest = quality(QualityConfig(), documents=documents(texts))
+    manifest = select_quality(QualityConfig(), texts)
     assert urls(manifest) == list(texts), rows(manifest, "rejected-")
 
 
 @pytest.mark.parametrize("rule", RUBBISH)
 def test_rubbish_goes_by_its_rule(rule: str) -> None:
     texts = {"http://h/good": PROSE, "http://h/bad": RUBBISH[rule]}
-    manifest = quality(QualityConfig(), documents=documents(texts))
+    manifest = select_quality(QualityConfig(), texts)
     (row,) = rows(manifest, "rejected-")
-    measured = {r["url"]: r for r in rows(manifest, "attributes-")}["http://h/bad"]
+    value = {r["url"]: r for r in rows(measured(texts), "attributes-")}["http://h/bad"][rule]
     config = QualityConfig()
     found = next(r for r in RULES if r.name == rule)
     assert not (
-        (getattr(config, found.low) if found.low else measured[rule])
-        <= measured[rule]
-        <= (getattr(config, found.high) if found.high else measured[rule])
-    ), measured
+        (getattr(config, found.low) if found.low else value)
+        <= value
+        <= (getattr(config, found.high) if found.high else value)
+    ), value
     assert row["text"] == RUBBISH[rule]
     assert row["reason"].startswith(f"{row['rule']} ")
     assert manifest.rules == {row["rule"]: 1}
@@ -94,14 +114,114 @@ def test_every_rule_has_bounds_that_exist_and_a_column() -> None:
         assert rule.low or rule.high
         assert not rule.low or rule.low in fields
         assert not rule.high or rule.high in fields
-    manifest = quality(QualityConfig(), documents=documents({"http://h/a": PROSE}))
-    assert set(rows(manifest, "attributes-")[0]) == {"id", "url", *(r.name for r in RULES)}
+    columns = set(rows(measured({"http://h/a": PROSE}), "attributes-")[0])
+    assert columns == {"id", "url", *IDENTIFIED.names, *(rule.name for rule in RULES)}
+
+
+# Off by default: bounds as their papers have them, and a page that each is made for.
+STRICT = {
+    "sentences": ({"min_sentences": 3}, PROSE.split(". ")[0] * 3 + "."),
+    "terminal_lines": ({"min_terminal_lines": 0.9}, PROSE + "\n\nSee also the following:"),
+    "few_word_lines": ({"max_few_word_lines": 0.5}, PROSE + "\n\nTwo words.\nOne.\nMore words."),
+    "script_lines": ({"max_script_lines": 0.1}, PROSE + "\n\nThis needs JavaScript."),
+    "curly_lines": ({"max_curly_lines": 0.0}, PROSE + "\n\nfunction f() { return 1; } by itself."),
+    "lines_per_word": ({"max_lines_per_word": 0.3}, "\n".join(f"Here is{n}." for n in range(60))),
+    "toxic_words": ({"max_toxic_words": 5}, PROSE + " What a dumbass!"),
+    "adult_words": ({"max_adult_words": 5}, PROSE + " Free PORN, here."),
+}
+
+
+@pytest.mark.parametrize("rule", STRICT)
+def test_rules_that_are_off_by_default_can_be_turned_on(rule: str) -> None:
+    bounds, text = STRICT[rule]
+    texts = {"http://h/good": PROSE, "http://h/doc": DOCUMENTATION, "http://h/bad": text}
+    lax = {name: getattr(QualityConfig(), name) for name in QualityConfig.model_fields}
+    lax |= {"max_duplicate_lines": 1, "max_duplicate_line_characters": 1, "max_short_lines": 1}
+    lax |= {"max_top_grams": 99, "max_duplicate_grams": 99, "max_duplicate_paragraphs": 1}
+    lax |= {"min_words": 5, "min_stop_words": 0}
+    assert len(urls(select_quality(QualityConfig(**lax), texts))) == 3
+    manifest = select_quality(QualityConfig(**lax | bounds), texts)
+    assert manifest.rules == {rule: 1}
+    assert urls(manifest) == ["http://h/good", "http://h/doc"]
+
+
+def test_word_lists_are_in_lower_case_and_apart() -> None:
+    toxic, adult = words_of("toxic"), words_of("adult")
+    assert toxic and adult and not toxic & adult
+    assert all(word == word.lower() and word.isalpha() for word in toxic | adult)
+
+
+def test_pages_with_code_survive_every_published_bound() -> None:
+    """Documentation as above and the real WARC samples, with C4's and FineWeb's bounds on."""
+    strict = QualityConfig(
+        min_sentences=3,
+        min_terminal_lines=0.5,
+        max_few_word_lines=0.3,
+        max_script_lines=0.0,
+        max_curly_lines=0.0,
+        max_lines_per_word=0.3,
+    )
+    real = pages_with_code()
+    assert len(real) >= 3
+    assert urls(select_quality(QualityConfig(), real)) == list(real)
+    technical = {url: text for url, text in real.items() if Reading.of(text).is_technical}
+    texts = {"http://h/d": DOCUMENTATION, "http://h/c": CONSTANTS} | technical
+    assert len(texts) >= 3
+    manifest = select_quality(strict, texts)
+    assert urls(manifest) == list(texts), rows(manifest, "rejected-")
+
+
+def pages_with_code() -> dict[str, str]:
+    """Real pages beside the checkout with code in their text."""
+    found = {}
+    for name in ("warc/sample-0000.warc.gz", "warc/sample-0001.warc.gz"):
+        data = shared(name).read_bytes()
+        for place in scan(shared(name)):
+            assert isinstance(place, Place)
+            page = read_record(data[place.offset : place.offset + place.length], 10**8)
+            text = ""
+            if b"<pre" in page.body or b"<code" in page.body:
+                text = read_page(page.body, page.headers.get("content-type", "")).text
+            if Reading.of(text).code_share > 0.01:
+                found[place.url] = text
+    return found
+
+
+def test_another_threshold_runs_nothing_but_the_selection() -> None:
+    texts = {"http://h/a": PROSE, "http://h/d": DOCUMENTATION, "http://h/de": GERMAN}
+
+    def walk(least: int, threshold: float) -> None:
+        found = documents(texts)
+        columns = measure(MeasureConfig(), documents=found)
+        known = language(LanguageConfig(threshold=threshold), documents=found, attributes=columns)
+        quality(QualityConfig(min_words=least), documents=known, attributes=columns)
+
+    walk(50, 0.5)
+    for (least, threshold), again in (
+        ((60, 0.5), {"quality": "quality.min_words 50 → 60"}),
+        (
+            (50, 0.6),
+            {"language": "language.threshold 0.5 → 0.6", "quality": "documents changed"},
+        ),
+    ):
+        with planning() as planned:
+            walk(least, threshold)
+        assert {step.stage: step.why for step in planned if step.status == "run"} == again
+
+
+def test_addresses_are_excluded_by_domain_and_word() -> None:
+    hosts = ("http://bad.example/a", "http://www.bad.example:8080/", "http://notbad.example/")
+    words = ("http://h/free-casino/1", "http://h/Casino.html", "http://h/casinos/")
+    config = QualityConfig(exclude_hosts=("Bad.example",), exclude_url_words=("casino",))
+    manifest = select_quality(config, dict.fromkeys((*hosts, *words, "http://[bad/"), PROSE))
+    assert urls(manifest) == ["http://notbad.example/", "http://h/casinos/", "http://[bad/"]
+    assert manifest.rules == {"host": 2, "url-words": 2}
 
 
 def test_addresses_are_excluded_by_pattern() -> None:
     texts = {"http://h/source/a": PROSE, "http://h/library/a": PROSE}
     config = QualityConfig(exclude_urls=("/source/",))
-    assert urls(quality(config, documents=documents(texts))) == ["http://h/library/a"]
+    assert urls(select_quality(config, texts)) == ["http://h/library/a"]
     with pytest.raises(ValidationError, match="no regular expression"):
         QualityConfig(exclude_urls=("(",))
     with pytest.raises(ValidationError, match="min_words 9 > max_words 8"):
@@ -112,7 +232,7 @@ def test_nothing_left_names_the_rule_and_the_setting() -> None:
     with pytest.raises(
         UserError, match=r"'words' removed 2 .* lower quality.min_words \(now: 50\)"
     ):
-        quality(QualityConfig(), documents=documents({"http://h/a": "a", "http://h/b": "b"}))
+        select_quality(QualityConfig(), {"http://h/a": "a", "http://h/b": "b"})
 
 
 GERMAN = "Die Brücke über den Fluss wurde im vergangenen Jahr wegen Bauarbeiten gesperrt. " * 5
@@ -121,8 +241,8 @@ GERMAN = "Die Brücke über den Fluss wurde im vergangenen Jahr wegen Bauarbeite
 def test_languages_are_told_apart_and_code_has_none() -> None:
     assert identify(Reading.of(PROSE))[0] == "en"
     assert identify(Reading.of(GERMAN))[0] == "de"
-    assert identify(Reading.of("これは日本語の文章です。" * 10), 10)[0] == "ja"
-    assert identify(Reading.of("```\nfor x in y: print(x)\n```\n`a`, `b`, c_d(e)"), 10)[0] == "und"
+    assert identify(Reading.of("これは日本語の文章です。" * 10))[0] == "ja"
+    assert identify(Reading.of("```\nfor x in y: print(x)\n```\n`a`, `b`, c_d(e)"))[0] == "und"
 
 
 def test_unwanted_languages_go_and_documentation_stays() -> None:
@@ -132,12 +252,12 @@ def test_unwanted_languages_go_and_documentation_stays() -> None:
         "http://h/code": "# m\n\n```\n" + "x = [y for y in z]\n" * 20 + "```",
         "http://h/doc": DOCUMENTATION,
     }
-    manifest = language(LanguageConfig(), documents=documents(texts))
+    manifest = select_language(LanguageConfig(), texts)
     kept = {row["url"][9:]: row["language"] for row in rows(manifest)}
     assert kept == {"en": "en", "code": "und", "doc": "en"}
     assert manifest.rules == {"language-other": 1}
     assert rows(manifest, "rejected-")[0]["language"] == "de"
-    every = language(LanguageConfig(languages=()), documents=documents(texts))
+    every = select_language(LanguageConfig(languages=()), texts)
     assert every.counts["documents"] == 4
 
 
@@ -145,4 +265,4 @@ def test_an_unknown_language_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"\['xx'\] are not known; give ISO 639-1"):
         LanguageConfig(languages=("en", "xx"))
     with pytest.raises(UserError, match=r"add it to language\.languages"):
-        language(LanguageConfig(languages=("fr",)), documents=documents({"http://h/a": GERMAN}))
+        select_language(LanguageConfig(languages=("fr",)), {"http://h/a": GERMAN})

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 
@@ -18,7 +20,7 @@ from tasks.corpus.crawl_report import crawl_outcome
 from tasks.corpus.crawl_state import Rounds, earlier_epoch, earlier_pages
 from tasks.corpus.fetch import fetch_partition
 from tasks.corpus.fetch_plan import DOWN, SEGMENTS, PartitionResult, Plan
-from tasks.corpus.frontier import DOCUMENT_STATES, Address, Frontier
+from tasks.corpus.frontier import DOCUMENT_STATES, Address, Frontier, Host, Revisit
 from tasks.corpus.guard import endpoint, private_seeds
 from tasks.corpus.pack import pack_segments
 from tasks.corpus.pages import PAGES
@@ -39,7 +41,7 @@ EMBEDDED_NAME = "embedded://stdlib"
 Mapper = Callable[[Callable[..., Any], list[tuple[Any, ...]]], Iterable[tuple[int, Any]]]
 
 
-@stage("crawl", version=1, retries=3, content_addressed=True)
+@stage("crawl", version=2, retries=3, content_addressed=True)
 def crawl(config: CrawlConfig, work: Workspace) -> Outcome:
     """Fetch the seeds' sites politely into WARC files."""
     settings = Settings.load()
@@ -101,6 +103,7 @@ def crawl_site(
         config.round_seconds,
         earlier_pages(earlier_directory) if earlier_directory else None,
         forgotten,
+        Revisit(config.revisit_chance, partial(_allowed, config, aliases)),
     )
     saved = Rounds(work)
     partitions = saved.restore(frontier, partitions)
@@ -128,6 +131,16 @@ def crawl_site(
     if not _documents(frontier):
         raise UserError(_nothing_found(frontier, seeds))
     return _finish(config, work, run, frontier, saved, aliases, earlier_directory)
+
+
+def _allowed(config: CrawlConfig, aliases: Aliases, host: Host, url: str) -> bool:
+    """Whether robots.txt, as it was read in this epoch, lets us have a page."""
+    place = aliases.place(url)
+    parts = urlsplit(url)
+    robots = host.robots.get(f"{parts.scheme}://{parts.netloc}")
+    if robots is None or not robots.allows(place, config.user_agent.partition("/")[0]):
+        return False
+    return not (config.honour_opt_outs and robots.opts_out(place))
 
 
 def _seed_address(seed: str) -> str:

@@ -33,6 +33,13 @@ class CrawlOptions(StageConfig):
     )
     max_pages: int = Field(2000, ge=1, description="Documents after which the crawl stops.")
     max_depth: int = Field(16, ge=0, description="Links between a seed and a page, at most.")
+    revisit_chance: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="In a later epoch, pages that are less likely to have changed, by how often "
+        "they did so far, are taken over without asking. 0 asks for every page.",
+    )
     max_redirects: int = Field(5, ge=0, description="Redirects in a row that are followed.")
     max_bytes: int = Field(
         10_000_000, ge=1, description="Size in bytes, after decompression, of the largest page."

@@ -49,6 +49,7 @@ def crawl_outcome(frontier: Frontier, documents: list[Address], rounds: int) -> 
         counts |= {
             "new": len(now.keys() - before.keys()),
             "gone": len(before.keys() - now.keys()),
+            "not_asked": frontier.counts["pages not asked for again"],
             "changed": sum(now[url] != before[url] for url in now.keys() & before.keys()),
         }
     return Outcome(

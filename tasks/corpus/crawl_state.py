@@ -37,6 +37,7 @@ class Rounds:
             self._work.read_table(self._name("hosts.parquet")),
             state["counts"],
         )
+        frontier.begun = state["begun"]
         return int(state["partitions"])
 
     def save(self, frontier: Frontier, partitions: int, links: dict[str, tuple[str, ...]]) -> None:
@@ -45,7 +46,8 @@ class Rounds:
         self._work.write_table(self._name("links.parquet"), pa.Table.from_pylist(rows, LINKS))
         self._work.write_table(self._name("urls.parquet"), frontier.url_table())
         self._work.write_table(self._name("hosts.parquet"), frontier.host_table())
-        state = {"partitions": partitions, "counts": dict(frontier.counts)}
+        counts = dict(frontier.counts)
+        state = {"partitions": partitions, "counts": counts, "begun": frontier.begun}
         self._work.write_json(f"{ROUNDS}/{self.number:06d}.json", state)
         for table in ("urls", "hosts"):  # the round before the last is never needed again
             name = f"{ROUNDS}/{self.number - 2:06d}-{table}.parquet"
@@ -63,14 +65,16 @@ class Rounds:
 
 def earlier_epoch(config: CrawlConfig, work: Workspace) -> Manifest | None:
     """The latest earlier epoch of the same crawl, if the store still has one."""
-    wanted = identity(config.model_copy(update={"epoch": 0}))
+    # How a later epoch is crawled does not make it another crawl.
+    alike = {"epoch": 0, "revisit_chance": 0.0}
+    wanted = identity(config.model_copy(update=alike))
     best: tuple[int, Manifest] | None = None
     for manifest in work.store.all(work.stage):
         try:
             other = CrawlConfig(**manifest.config)
         except ValidationError:
             continue  # made by another version of this stage
-        if identity(other.model_copy(update={"epoch": 0})) != wanted:
+        if identity(other.model_copy(update=alike)) != wanted:
             continue
         if other.epoch < config.epoch and (best is None or other.epoch >= best[0]):
             best = (other.epoch, manifest)

@@ -7,8 +7,10 @@ Generate → fetch → update, the round of the engines that crawl the whole web
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +18,7 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
+from tasks.corpus.change_rate import History
 from tasks.corpus.fetch_plan import HostPlan, HostResult, Outcome, Request
 from tasks.corpus.robots import Robots
 from tasks.corpus.urls import Scope, host_of
@@ -49,6 +52,10 @@ URLS = pa.schema(
         ("segment", pa.string()),
         ("offset", pa.int64()),
         ("length", pa.int64()),
+        ("visits", pa.int32()),  # after the first, over all epochs (tasks.corpus.change_rate)
+        ("changes", pa.int32()),
+        ("first", pa.string()),
+        ("checked", pa.string()),
     ]
 )
 HOSTS = pa.schema(
@@ -94,6 +101,14 @@ class Address:
     segment: str = ""
     offset: int = 0
     length: int = 0
+    visits: int = 0
+    changes: int = 0
+    first: str = ""
+    checked: str = ""
+
+    @property
+    def history(self) -> History:
+        return History(self.visits, self.changes, self.first or self.fetched_at, self.checked)
 
     @property
     def is_document(self) -> bool:
@@ -125,6 +140,15 @@ class Earlier:
     links: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Revisit:
+    """Which known pages are taken over without asking: those less likely to have changed than
+    `chance`, where `allowed` says that robots.txt as it is now lets us have them."""
+
+    chance: float = 0.0
+    allowed: Callable[[Host, str], bool] = lambda host, url: False
+
+
 class Frontier:
     """URL and host tables in memory, in order of discovery.
 
@@ -140,11 +164,14 @@ class Frontier:
         round_seconds: float,
         earlier: Mapping[str, Earlier] | None = None,
         forgotten: Callable[[str], object] = lambda url: None,
+        revisit: Revisit | None = None,
     ) -> None:
         self.scope, self.max_pages, self.max_redirects = scope, max_pages, max_redirects
         self.round_seconds = round_seconds
         self.earlier = earlier or {}
         self.forgotten = forgotten
+        self.revisit = revisit or Revisit()
+        self.begun = time.time()  # saved with the rounds: one crawl is of one moment
         self.addresses: dict[str, Address] = {}
         self.hosts: dict[str, Host] = {}
         self.counts: Counter[str] = Counter()
@@ -189,15 +216,9 @@ class Frontier:
         left = self.max_pages - sum(a.is_document for a in self.addresses.values())
         if left <= 0:
             return []
-        queued = []
-        for address in self.addresses.values():
-            if address.state != "queued":
-                continue
-            if self.forgotten(address.url):  # asked here: a tombstone may be younger than the crawl
-                address.state, address.reason = "skipped", "tombstoned"
-            else:
-                queued.append(address)
-        queued.sort(key=lambda a: (a.kind != "sitemap", a.depth))  # stable: then by discovery
+        queued = self._queue()
+        # Stable: then by discovery. In a first epoch every chance is 1.
+        queued.sort(key=lambda a: (a.kind != "sitemap", -round(self._chance(a), 3), a.depth))
         chosen: dict[str, list[Request]] = {}
         for address in queued:
             if address.kind == "page" and left <= 0:
@@ -214,6 +235,47 @@ class Frontier:
                 HostPlan(host, tuple(requests), row.robots, row.delay, row.not_before, row.left)
             )
         return plans
+
+    def _queue(self) -> list[Address]:
+        """The addresses to ask for; on the way, those that need no asking are done with."""
+        queued: list[Address] = []
+        todo = deque(a for a in self.addresses.values() if a.state == "queued")
+        while todo:
+            address = todo.popleft()
+            if self.forgotten(address.url):  # asked here: a tombstone may be younger than the crawl
+                address.state, address.reason = "skipped", "tombstoned"
+            elif self._needs_no_visit(address):
+                known = len(self.addresses)
+                self._take_over(address)
+                found = itertools.islice(self.addresses.values(), known, None)
+                todo.extend(a for a in found if a.state == "queued")
+            else:
+                queued.append(address)
+        return queued
+
+    def _chance(self, address: Address) -> float:
+        """How likely another visit finds something new."""
+        earlier = self.earlier.get(address.url)
+        if earlier is None or address.kind != "page":
+            return 1.0
+        return earlier.address.history.chance_of_change(self.begun)
+
+    def _needs_no_visit(self, address: Address) -> bool:
+        return (
+            address.depth > 0
+            and address.url in self.earlier
+            and self._chance(address) < self.revisit.chance
+            and self.revisit.allowed(self.hosts[host_of(address.url)], address.url)
+        )
+
+    def _take_over(self, address: Address) -> None:
+        known = self.earlier[address.url].address
+        outcome = Outcome(address.url, "page", "not_modified", "not asked", digest=known.digest)
+        self._follow(address, outcome, self._merge(address, outcome))
+        history = known.history
+        address.visits, address.changes = history.visits, history.changes
+        address.first, address.checked = history.first, history.checked
+        self.counts["pages not asked for again"] += 1
 
     def _room(self, host: str) -> int:
         """Requests of one host that fit a round; a first round is small, its delay is unknown."""
@@ -280,6 +342,7 @@ class Frontier:
             address.robots = ""
         links = outcome.links
         earlier = self.earlier.get(address.url)
+        self._remember(address, outcome, earlier)
         if outcome.state == "not_modified" and earlier is not None:
             known, links = earlier.address, earlier.links
             address.content_type, address.bytes = known.content_type, known.bytes
@@ -290,6 +353,17 @@ class Frontier:
             address.record_id, address.fetched_at = known.record_id, known.fetched_at
             address.segment, address.offset, address.length = "", known.offset, known.length
         return links
+
+    def _remember(self, address: Address, outcome: Outcome, earlier: Earlier | None) -> None:
+        """What this visit says of how often the page changes."""
+        if outcome.state not in DOCUMENT_STATES:
+            return
+        address.first = address.checked = outcome.fetched_at
+        if earlier is not None:
+            changed = outcome.digest != earlier.address.digest
+            history = earlier.address.history.after(changed, outcome.fetched_at)
+            address.visits, address.changes = history.visits, history.changes
+            address.first, address.checked = history.first, history.checked
 
     def _follow(self, address: Address, outcome: Outcome, links: tuple[str, ...]) -> None:
         if outcome.location:

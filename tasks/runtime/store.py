@@ -26,6 +26,7 @@ from tasks.runtime.settings import Settings
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
+_LOCAL = fs.LocalFileSystem()
 
 
 def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
@@ -49,7 +50,7 @@ class Directory:
 
     @property
     def filesystem(self) -> fs.FileSystem:
-        return open_filesystem(self.uri)[0]
+        return _LOCAL if self.is_local else open_filesystem(self.uri)[0]
 
     @property
     def is_local(self) -> bool:

@@ -7,10 +7,10 @@ killed, as the extract stage does. A document names its source and file in the c
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import os
+from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -28,9 +28,12 @@ from tasks.corpus.documents import (
 )
 from tasks.corpus.extract import ExtractConfig, page_child, read_into, removed_by_head
 from tasks.corpus.records import Fetched
+from tasks.corpus.remote_source import SourceFile, local_copy
 from tasks.corpus.sharding import run_shards
-from tasks.corpus.source_config import SourceConfig, content_digest, files_of
+from tasks.corpus.source_config import SourceConfig, content_digest, remote_roots, source_files
 from tasks.corpus.source_rows import rows_of
+from tasks.corpus.weights import WEIGHT
+from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
@@ -40,6 +43,7 @@ REMEDIES = {
     "": "check corpus.sources",
     "no-text": "name the field that holds the text (text_field)",
     "not-json": "the file is not JSON Lines; choose another format",
+    "missing-file": "check the source's path and base",
     "damaged-file": "check that the files are whole",
     "too-large": "raise extract.largest_page_megabytes",
 }
@@ -58,6 +62,11 @@ class GatherConfig(StageConfig):
         return self.model_copy(update={"digests": digests})
 
 
+def is_weighted(config: GatherConfig) -> bool:
+    """Whether documents need a column that says how much they count."""
+    return any(source.weight != 1 for source in config.sources)
+
+
 @stage("gather", version=2)
 def gather(config: GatherConfig, work: Workspace, *, crawled: Manifest | None = None) -> Outcome:
     """Read the corpus's sources into documents; `crawled` are those of its seeds."""
@@ -67,13 +76,11 @@ def gather(config: GatherConfig, work: Workspace, *, crawled: Manifest | None = 
     largest = int(config.extract.shard_megabytes * 2**20)
     settings = Settings.load()
     for index, source in enumerate(config.sources):
-        start = Path(source.path).expanduser().resolve()
-        start = start if start.is_dir() else start.parent
-        group: list[tuple[str, str]] = []
+        group: list[SourceFile] = []
         size = 0
-        for path in files_of(source, settings):
-            group.append((str(path), os.path.relpath(path, start)))
-            size += path.stat().st_size
+        for file in source_files(source, settings):
+            group.append(file)
+            size += file.size
             if size >= largest:
                 items.append((config, index, group))
                 group, size = [], 0
@@ -92,6 +99,7 @@ def gather(config: GatherConfig, work: Workspace, *, crawled: Manifest | None = 
             "documents": part.kept,
             "bytes": part.bytes,
             "removed": part.seen - part.kept,
+            "weight": next((s.weight for s in config.sources if s.name == name), 1.0),
             "licence": next((s.licence for s in config.sources if s.name == name), ""),
         }
         for name, part in tallies.items()
@@ -107,43 +115,71 @@ def gather(config: GatherConfig, work: Workspace, *, crawled: Manifest | None = 
 
 
 def gather_shard(
-    work: Workspace, number: int, config: GatherConfig, index: int, files: list[tuple[Any, str]]
+    work: Workspace, number: int, config: GatherConfig, index: int, files: list[Any]
 ) -> dict[str, Any]:
     """`documents-NNNNN-PPP.parquet`, `rejected-NNNNN.parquet` and a tally of some files."""
+    schema = DOCUMENTS.append(WEIGHT) if is_weighted(config) else DOCUMENTS
     if index < 0:
-        return _taken_over(work, number, *files[0])
+        crawled, name = files[0]
+        return _taken_over(work, number, crawled, name, schema)
     tally, parts = Tally(), itertools.count()
     kept: list[dict[str, Any]] = []
     rejected: list[dict[str, Any]] = []
-    largest = int(config.extract.largest_page_megabytes * 2**20)
-    for path, name in files:
-        for about, content in rows_of(config.sources[index], Path(path), name, largest):
-            document = _document({"licence": config.sources[index].licence} | about)
-            removal = _fill(config.extract, document, content, tally)
-            size = len(document["text"].encode("utf-8", "replace"))
-            document |= {"id": document_id(document["text"]), "bytes": size}
-            if removal is None:
-                tally.keep(size)
-                kept.append(document)
-            else:
-                tally.remove(removal, document["url"], document["text"])
-                rejected.append(document | {"rule": removal.rule, "reason": removal.reason})
-            if sum(row["bytes"] for row in kept) >= PART_BYTES:
-                _write(work, f"documents-{number:05d}-{next(parts):03d}.parquet", kept)
-                kept = []
-    _write(work, f"documents-{number:05d}-{next(parts):03d}.parquet", kept)
-    schema = pa.schema([*DOCUMENTS, *REMOVED])
-    work.write_table(f"rejected-{number:05d}.parquet", pa.Table.from_pylist(rejected, schema))
+    filled = 0
+
+    def write() -> None:
+        name = f"documents-{number:05d}-{next(parts):03d}.parquet"
+        work.write_table(name, pa.Table.from_pylist(kept, schema))
+        kept.clear()
+
+    for document, removal in _documents(work, config, index, files, tally):
+        if removal is None:
+            tally.keep(document["bytes"])
+            kept.append(document)
+            filled += document["bytes"]
+        else:
+            tally.remove(removal, document["url"], document["text"])
+            rejected.append(document | {"rule": removal.rule, "reason": removal.reason})
+        if filled >= PART_BYTES:
+            write()
+            filled = 0
+    write()
+    whole = pa.Table.from_pylist(rejected, pa.schema([*schema, *REMOVED]))
+    work.write_table(f"rejected-{number:05d}.parquet", whole)
     return asdict(tally)
 
 
-def _write(work: Workspace, name: str, rows: list[dict[str, Any]]) -> None:
-    work.write_table(name, pa.Table.from_pylist(rows, DOCUMENTS))
+def _documents(
+    work: Workspace, config: GatherConfig, index: int, files: list[SourceFile], tally: Tally
+) -> Iterator[tuple[dict[str, Any], Removal | None]]:
+    """Every row of some files as a document, with the reason why it is none."""
+    source = config.sources[index]
+    largest = int(config.extract.largest_page_megabytes * 2**20)
+    roots = remote_roots(Settings.load())
+    scratch = work.scratch("sources")
+    for file in files:
+        with contextlib.ExitStack() as held:
+            try:
+                path = held.enter_context(local_copy(file, scratch, roots))
+            except UserError as refusal:  # what may pass fails the shard instead, to be tried again
+                about = {"url": f"file://{source.name}/{file.name}", "bytes": 0, "weight": None}
+                yield _document(about), Removal("missing-file", str(refusal))
+                continue
+            for about, content in rows_of(source, path, file.name, largest):
+                stated = {"licence": source.licence, "weight": source.weight}
+                document = _document(stated | about)
+                removal = _fill(config.extract, document, content, tally)
+                size = len(document["text"].encode("utf-8", "replace"))
+                yield document | {"id": document_id(document["text"]), "bytes": size}, removal
 
 
-def _taken_over(work: Workspace, number: int, crawled: Manifest, name: str) -> dict[str, Any]:
+def _taken_over(
+    work: Workspace, number: int, crawled: Manifest, name: str, schema: pa.Schema
+) -> dict[str, Any]:
     """One shard of the crawl's documents, as it is."""
     table = work.store.of(crawled).read_table(name)
+    if WEIGHT.name in schema.names:
+        table = table.append_column(WEIGHT, pa.array([1.0] * table.num_rows, WEIGHT.type))
     work.write_table(f"documents-{number:05d}-000.parquet", table)
     size = sum(table["bytes"].to_pylist())
     return asdict(Tally(seen=table.num_rows, kept=table.num_rows, bytes=size))

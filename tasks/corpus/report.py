@@ -20,6 +20,7 @@ from tasks.corpus.arrays import read_array
 from tasks.corpus.report_page import render
 from tasks.corpus.sharding import run_shards
 from tasks.corpus.tracked_report import track
+from tasks.corpus.weights import copies_of, rounds
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
 from tasks.runtime.store import REPORT, Store
@@ -136,9 +137,10 @@ def describe_shard(
 ) -> dict[str, Any]:
     """The composition of one shard of the corpus, as JSON."""
     directory = work.store.of(corpus)
-    table = directory.read_table(name, [*COLUMNS, "text"])
+    table = directory.read_table(name)
     words = pc.count_substring_regex(table["text"], r"\S+").to_pylist()
-    counted = _token_counts(work.store, tokens, starts, table.num_rows)
+    order = rounds(copies_of(table)) if name.startswith("train-") else range(table.num_rows)
+    counted = _token_counts(work.store, tokens, starts, list(order), table.num_rows)
     found = Composition()
     rows = table.select(list(COLUMNS)).to_pylist()
     for row, word_count, token_count in zip(rows, words, counted, strict=True):
@@ -168,14 +170,19 @@ def source_of(warc: str) -> str:
     return name if colon else "seeds"
 
 
-def _token_counts(store: Store, tokens: Manifest | None, name: str, rows: int) -> list[int]:
-    """Tokens of each document of a shard; zeros where there are no token shards."""
+def _token_counts(
+    store: Store, tokens: Manifest | None, name: str, order: list[int], rows: int
+) -> list[int]:
+    """Tokens of each document of a shard, all copies of it; zeros where there are no shards."""
+    counted = [0] * rows
     if tokens is None or name not in tokens.names():
-        return [0] * rows
+        return counted
     directory = store.of(tokens)
     starts = read_array(directory, name)
     end = len(read_array(directory, name.replace(".documents.npy", ".npy")))
-    return np.diff([*starts.tolist(), end]).tolist()
+    for row, size in zip(order, np.diff([*starts.tolist(), end]).tolist(), strict=True):
+        counted[row] += size
+    return counted
 
 
 def examples_shard(

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from tasks.corpus.remote_source import (
+    SourceFile,
+    below,
+    is_remote,
+    local_copy,
+    look_up,
+    remote_files,
+)
 from tasks.runtime.errors import UserError
 from tasks.runtime.fingerprint import place
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import StageConfig
 
+UNKNOWN_SIZE = 1 << 30  # about that of a segment of Common Crawl
 FORMATS = {
     "warc": (".warc", ".warc.gz"),
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json.gz"),
@@ -30,12 +41,17 @@ class SourceConfig(StageConfig):
     name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,40}$")
     """What reports and documents call it."""
     path: str = place(..., min_length=1)
-    """A file or directory below one of the configured roots (GRISTMILL_SOURCE_ROOTS)."""
+    """A file or directory below one of the configured roots (GRISTMILL_SOURCE_ROOTS); also s3://…
+    or, for one file or a list, https://…, below a root that says so."""
     format: Literal["folder", "jsonl", "parquet", "warc", "warc-list"] = "folder"
     """folder: text, Markdown, HTML and PDF files. jsonl and parquet: a document a row. warc: files
     of WARC records. warc-list: a file that names WARC files, one path a line, gzip or not."""
     base: str = place("")
-    """Directory the lines of a warc-list are relative to; empty: that of the list."""
+    """What the lines of a warc-list are relative to, https://data.commoncrawl.org/ for Common
+    Crawl's; empty: the directory of the list."""
+    weight: float = Field(1.0, gt=0, le=100)
+    """How often a training run sees the source's documents in one pass over the corpus, those of
+    the seeds being seen once: 2 is twice, 0.5 half of them."""
     text_field: str = "text"
     """Field or column that holds the text of a row."""
     url_field: str = "url"
@@ -50,8 +66,19 @@ class SourceConfig(StageConfig):
 
 def roots(settings: Settings) -> list[Path]:
     """Directories below which sources may lie; by default `sources/` in the home."""
+    stated = _stated_roots(settings)
+    return [Path(part).expanduser().resolve() for part in stated if not is_remote(part)]
+
+
+def remote_roots(settings: Settings) -> list[str]:
+    """Addresses below which remote sources may lie; none by default."""
+    return [part for part in _stated_roots(settings) if is_remote(part)]
+
+
+def _stated_roots(settings: Settings) -> list[str]:
     stated = settings.source_roots or str(settings.home / "sources")
-    return [Path(part).expanduser().resolve() for part in stated.split(os.pathsep) if part]
+    # A colon stands in addresses, too: before // and before a port.
+    return [part for part in re.split(r":(?!//)(?!\d+(?:[/:]|$))", stated) if part]
 
 
 def allowed(path: Path, settings: Settings, what: str) -> Path:
@@ -92,17 +119,69 @@ def files_of(source: SourceConfig, settings: Settings) -> list[Path]:
     return found
 
 
-def _listed(source: SourceConfig, path: Path, settings: Settings) -> Iterator[Path]:
-    import gzip
+def source_files(source: SourceConfig, settings: Settings) -> list[SourceFile]:
+    """The files of a source, wherever they lie, in the order of their names.
 
-    data = path.read_bytes()
+    Raises UserError naming the source when there are none or one lies below no root.
+    """
+    what = f"source {source.name!r}:"
+    base = source.base or str(Path(source.path).parent)
+    if not is_remote(source.path) and not (source.format == "warc-list" and is_remote(base)):
+        start = Path(source.path).expanduser().resolve()
+        start = start if start.is_dir() else start.parent
+        return [
+            SourceFile(str(path), os.path.relpath(path, start), path.stat().st_size)
+            for path in files_of(source, settings)
+        ]
+    roots = remote_roots(settings)
+    if source.format != "warc-list":
+        found = remote_files(source.path, FORMATS[source.format], roots, what)
+        start_at = source.path.rstrip("/")
+        return _some(source, [look_up(one, _relative(one, start_at), roots, what) for one in found])
+    if is_remote(source.path):
+        listing = look_up(source.path, "list", roots, what)
+        base = source.base or source.path.rpartition("/")[0]
+    else:
+        path = allowed(Path(source.path), settings, what)
+        if not path.is_file():
+            raise UserError(f"{what} {source.path!r} is no file; check the path")
+        listing = SourceFile(str(path), "list", 0)
+    scratch = settings.home / "cache"
+    scratch.mkdir(parents=True, exist_ok=True)
+    with local_copy(listing, scratch, roots) as copy:
+        names = list(_lines(copy.read_bytes()))
+    if not is_remote(base):
+        raise UserError(f"{what} the list's base {base!r} is no address; set it to one")
+    # Lists of the web's size are taken at their word: asking for each file's state would take hours
+    # before anything begins. A file that is not there is counted when it is read.
+    places = {name: below(f"{base.rstrip('/')}/{name}", roots, what) for name in names}
+    return _some(source, [SourceFile(at, name, UNKNOWN_SIZE) for name, at in places.items()])
+
+
+def _some(source: SourceConfig, found: list[SourceFile]) -> list[SourceFile]:
+    if not found:
+        raise UserError(
+            f"source {source.name!r}: nothing of format {source.format!r} at {source.path!r}; "
+            "check path and format"
+        )
+    return found
+
+
+def _relative(location: str, start: str) -> str:
+    return location.removeprefix(f"{start}/") if location != start else start.rpartition("/")[2]
+
+
+def _lines(data: bytes) -> Iterator[str]:
+    """The paths in a list, gzip or not."""
     if data[:2] == b"\x1f\x8b":
         data = gzip.decompress(data)
+    lines = (line.strip() for line in data.decode("utf-8", "replace").splitlines())
+    return (line for line in lines if line and not line.startswith("#"))
+
+
+def _listed(source: SourceConfig, path: Path, settings: Settings) -> Iterator[Path]:
     base = Path(source.base) if source.base else path.parent
-    for line in data.decode("utf-8", "replace").splitlines():
-        name = line.strip()
-        if not name or name.startswith("#"):
-            continue
+    for name in _lines(path.read_bytes()):
         listed = allowed(base / name, settings, f"source {source.name!r} lists")
         if not listed.is_file():
             raise UserError(
@@ -113,24 +192,26 @@ def _listed(source: SourceConfig, path: Path, settings: Settings) -> Iterator[Pa
 
 
 def content_digest(source: SourceConfig, settings: Settings) -> str:
-    """SHA-256 over the relative names and the bytes of a source's files.
+    """SHA-256 over the relative names and the bytes of a source's files; of remote ones over names,
+    sizes and states, of remote lists over the names.
 
     A file whose path, size and time of change are known from before is not read again.
     """
-    files = files_of(source, settings)
-    start = Path(source.path).expanduser().resolve()
-    start = start if start.is_dir() else start.parent
+    files = source_files(source, settings)
     memory = settings.home / "cache" / "source-digests.json"
     known: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
     before = len(known)
     told = hashlib.sha256()
-    for path in files:
-        stat = path.stat()
-        key = f"{path}\t{stat.st_size}\t{stat.st_mtime_ns}"
+    for file in files:
+        if is_remote(file.location):
+            told.update(f"{file.name}\t{file.size}\t{file.stamp}\n".encode())
+            continue
+        stat = Path(file.location).stat()
+        key = f"{file.location}\t{stat.st_size}\t{stat.st_mtime_ns}"
         if key not in known:
-            with open(path, "rb") as stream:
+            with open(file.location, "rb") as stream:
                 known[key] = hashlib.file_digest(stream, "sha256").hexdigest()
-        told.update(f"{os.path.relpath(path, start)}\t{known[key]}\n".encode())
+        told.update(f"{file.name}\t{known[key]}\n".encode())
     if len(known) > before:
         memory.parent.mkdir(parents=True, exist_ok=True)
         partial = memory.with_suffix(f".{os.getpid()}.tmp")

@@ -2,7 +2,8 @@
 
 One output shard for each input shard: `tokens-00000.npy`, uint16 (uint32 from a vocabulary of
 65,536 on), documents one after another, each `<s> text </s>`; and `tokens-00000.documents.npy`,
-int64, where each document starts. The training split gives `tokens-*`, the held-out split
+int64, where each document starts. A document of a weighted source stands there as often as its
+weight says (`tasks.corpus.weights`). The training split gives `tokens-*`, the held-out split
 `heldout-tokens-*`.
 """
 
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model.chat import Tokenizer
+from tasks.corpus.weights import copies_of, rounds
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.ray_session import ray_session
@@ -89,7 +91,10 @@ def _write_shard(
 ) -> tuple[int, int, int]:
     """In a Ray worker: one shard, unless an earlier attempt wrote it; documents, bytes, tokens."""
     store = work.store
-    texts = store.of(corpus).read_table(source, ["text"]).column("text").to_pylist()
+    table = store.of(corpus).read_table(source)
+    order = rounds(copies_of(table)) if source.startswith("train-") else range(table.num_rows)
+    every = table["text"].to_pylist()
+    texts = [every[row] for row in order]
     size = sum(len(text.encode("utf-8", "replace")) for text in texts)
     if not work.has(f"{target}.npy"):
         model = Tokenizer.load(store.local(tokenizer, "tokenizer.model"))

@@ -8,7 +8,7 @@ Rounds, each a shard function on Ray that sees its part only:
     select        a shard of documents     → what stays and what went, and why
 
 Nothing needs the whole corpus in one process. A match task holds the keys of about four shards, a
-verify task the shingle sets of two. The driver alone sees all pairs that resemble: about 80 bytes
+verify task the shingle sets of two. The driver alone sees all pairs that resemble: about 100 bytes
 for each of them while it decides, nothing for a document that resembles no other, and never text
 or addresses.
 

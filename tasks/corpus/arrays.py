@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tasks.runtime.store import Directory
+
+T = TypeVar("T", np.uint32, np.uint64)
 
 
 def write_array(directory: Directory, name: str, array: NDArray[Any]) -> None:
@@ -22,7 +24,7 @@ def read_array(directory: Directory, name: str) -> NDArray[Any]:
     return array
 
 
-def distinct(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def distinct(values: NDArray[T]) -> NDArray[T]:
     """The set of `values`, sorted. `np.unique` hashes them since numpy 2.3: nine times the time."""
     ordered = np.sort(values)
     return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]]

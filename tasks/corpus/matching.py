@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.corpus.arrays import distinct, is_among
 from tasks.corpus.buckets import cut_by, read_all, read_part, read_range, write_parts
 from tasks.corpus.minhash import Folded, candidate_pairs
 from tasks.corpus.signatures import ENTRY, SHARD, Sources, place_of, shard_of
@@ -99,8 +100,7 @@ def _best_first(entries: NDArray[np.void], sources: Sources) -> NDArray[np.void]
 def _shared(entries: NDArray[np.void]) -> NDArray[np.void]:
     """Only those whose key another entry has too."""
     keys = np.sort(entries["key"])
-    several = np.unique(keys[1:][keys[1:] == keys[:-1]])
-    return entries[np.isin(entries["key"], several)]
+    return entries[is_among(entries["key"], distinct(keys[1:][keys[1:] == keys[:-1]]))]
 
 
 def _sorted(rows: NDArray[np.void], *fields: str) -> NDArray[np.void]:
@@ -174,7 +174,8 @@ class _Sets:
     def __init__(self, sources: Sources, shard: int, places: NDArray[np.int64]) -> None:
         wanted = np.unique(places)
         with sources.open("sets", shard) as parts:
-            sets = [np.unique(np.frombuffer(part, "<u4")) for part in parts.read(wanted)]
+            found = (np.frombuffer(part, np.uint32) for part in parts.read(wanted))
+            sets = [distinct(shingles) for shingles in found]
         self._sets = dict(zip(wanted.tolist(), sets, strict=True))
 
     def __getitem__(self, place: int) -> Folded:

@@ -3,18 +3,16 @@
 Documents are divided by groups: clusters of similar documents (`cluster`, from deduplicate), and
 pages of one subject (`group_urls`: a module's page and its source). A group is held out when the
 hash of its smallest address falls below `fraction`, so the choice does not depend on how many
-documents there are, and holds in the next epoch. Then lines of training that also stand in
-held-out documents are cut out (`leakage`).
+documents there are, and holds in the next epoch (`groups`). Then lines of training that also stand
+in held-out documents are cut out (`leakage`): every task holds their marks, 8 bytes for each
+held-out word, so a very large corpus wants a small fraction.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from tasks.corpus.arrays import distinct, read_array, write_array
-from tasks.corpus.clusters import connected
+from tasks.corpus.buckets import ranges, read_range, write_sorted
 from tasks.corpus.documents import (
     REMOVED,
     Removal,
@@ -31,6 +29,7 @@ from tasks.corpus.documents import (
     document_shards,
     selection_reports,
 )
+from tasks.corpus.groups import Choice, Rule, choose, chosen
 from tasks.corpus.leakage import Marks, line_marks, own_marks, shared_marks, without_leaks
 from tasks.corpus.sharding import run_shards
 from tasks.corpus.shingles import Hashes
@@ -39,6 +38,9 @@ from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
 
 EXAMPLES = 5
+KINDS = ("windows", "names")
+MARKS = 1 << 22  # counted by a task at a time, more or less: 64 MB
+MARK = np.dtype([("key", "<u8"), ("group", "<u8")])
 
 
 class SplitConfig(StageConfig):
@@ -71,93 +73,31 @@ class SplitConfig(StageConfig):
         return value
 
 
-@dataclass(frozen=True)
-class Choice:
-    """For each document its group (the row of its first document) and whether it is held out."""
-
-    groups: list[int]
-    held: list[bool]
-
-
 @stage("split", version=1)
 def split(config: SplitConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """Hold whole groups of similar documents out and cut their text out of the rest."""
     names = document_shards(documents)
-    directory = work.store.of(documents)
-    tables = [directory.read_table(name, ["url", "cluster", "bytes"]) for name in names]
-    whole = pa.concat_tables(tables)
-    choice = choose(
-        config,
-        whole["url"].to_pylist(),
-        whole["cluster"].to_pylist(),
-        whole["bytes"].to_pylist(),
-    )
-    bounds = np.cumsum([0, *(table.num_rows for table in tables)]).tolist()
-    slices = list(zip(names, bounds, bounds[1:], strict=False))
-
-    items: list[tuple[Any, ...]]
-    items = [(documents, name, choice.held[a:b]) for name, a, b in slices]
+    rule = Rule(config.group_urls, config.seed, config.fraction, config.largest_group)
+    choice = choose(rule, work, documents, names)
+    if choice.groups < 2:
+        raise UserError(
+            f"{choice.documents} documents form {choice.groups} group of similar ones, and a "
+            "held-out split needs two; crawl more pages, or raise deduplicate.cluster_threshold"
+        )
+    items = [(documents, name) for name in names]
     run_shards(work, "marked", mark_shard, items, label="Held-out marks")
-    for kind in ("windows", "names"):
+    for kind in KINDS:
         parts = [read_array(work, f"_{kind}-{number:05d}.npy") for number in range(len(names))]
         write_array(work, f"_{kind}.npy", distinct(np.concatenate(parts)))
-    items = [(documents, name, choice.groups[a:b]) for name, a, b in slices]
-    run_shards(work, "shared", shared_shard, items, label="Shared passages")
-    common = {kind: _drop_common(work, kind, len(names), config) for kind in ("windows", "names")}
-    items = [(documents, name, choice.held[a:b]) for name, a, b in slices]
+    entries = run_shards(work, "shared", shared_shard, items, label="Shared passages")
+    common = _drop_common(work, entries, config)
     reports = run_shards(work, "divided", divide_shard, items, label="Split")
     return _outcome(choice, reports, common)
 
 
-def choose(
-    config: SplitConfig, urls: Sequence[str], clusters: Sequence[str], sizes: Sequence[int]
-) -> Choice:
-    """Group the documents and choose the groups to hold out. Raises UserError below two groups."""
-    patterns = [re.compile(pattern) for pattern in config.group_urls]
-    first: dict[tuple[str, str], int] = {}
-    pairs = []
-    for row, (url, cluster) in enumerate(zip(urls, clusters, strict=True)):
-        keys = [("cluster", cluster)]
-        keys += [(p.pattern, m.group(1) or "") for p in patterns if (m := p.search(url))]
-        pairs += [(first.setdefault(key, row), row) for key in keys]
-    groups = connected(len(urls), np.array(pairs, np.int64).reshape(-1, 2)).tolist()
-    key_of: dict[int, str] = {}
-    size_of: dict[int, int] = {}
-    for url, group, size in zip(urls, groups, sizes, strict=True):
-        key_of[group] = min(key_of.get(group, stable_key(url)), stable_key(url))
-        size_of[group] = size_of.get(group, 0) + size
-    if len(key_of) < 2:
-        raise UserError(
-            f"{len(urls)} documents form {len(key_of)} group of similar ones, and a held-out split "
-            "needs two; crawl more pages, or raise deduplicate.cluster_threshold"
-        )
-    draws = {group: _draw(config.seed, key) for group, key in key_of.items()}
-    small = [g for g in draws if size_of[g] <= config.largest_group * sum(sizes)]
-    held = {group for group in small if draws[group] < config.fraction}
-    if not held:
-        # A small corpus: one group, the one a larger fraction would have taken first.
-        held = {min(small or draws, key=lambda group: draws[group])}
-    if len(held) == len(key_of):
-        held.remove(max(held, key=lambda group: draws[group]))
-    return Choice(groups, [group in held for group in groups])
-
-
-def stable_key(url: str) -> str:
-    """The address without scheme and port: the same site on another port divides the same way."""
-    parts = urlsplit(url)
-    query = f"?{parts.query}" if parts.query else ""
-    return f"{parts.hostname or ''}{parts.path}{query}"
-
-
-def _draw(seed: int, key: str) -> float:
-    digest = hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8]) / 2**64
-
-
-def mark_shard(
-    work: Workspace, number: int, documents: Manifest, name: str, held: list[bool]
-) -> int:
+def mark_shard(work: Workspace, number: int, documents: Manifest, name: str) -> int:
     """Marks of the held-out documents of one shard: `_windows-NNNNN.npy`, `_names-NNNNN.npy`."""
+    held = chosen(work, number).held
     texts = work.store.of(documents).read_table(name, ["text"])["text"].to_pylist()
     marks = [own_marks(text) for text, is_held in zip(texts, held, strict=True) if is_held]
     none = np.zeros(0, np.uint64)
@@ -167,43 +107,71 @@ def mark_shard(
     return len(marks)
 
 
-def shared_shard(
-    work: Workspace, number: int, documents: Manifest, name: str, groups: list[int]
-) -> int:
-    """(mark, group) for the held-out marks that documents of one shard have: `_shared-…npy`."""
+def shared_shard(work: Workspace, number: int, documents: Manifest, name: str) -> dict[str, int]:
+    """(mark, group) for the held-out marks that documents of one shard have: `_shared-…`."""
     held = Marks(read_array(work, "_windows.npy"), read_array(work, "_names.npy"))
+    groups = chosen(work, number).groups
     texts = work.store.of(documents).read_table(name, ["text"])["text"].to_pylist()
-    found: dict[str, list[NDArray[np.uint64]]] = {"windows": [], "names": []}
+    found: dict[str, list[NDArray[np.void]]] = {kind: [np.zeros(0, MARK)] for kind in KINDS}
     for text, group in zip(texts, groups, strict=True):
         shared = shared_marks(line_marks(text), held)
-        for kind, rows in found.items():
+        for kind, parts in found.items():
             marks: Hashes = getattr(shared, kind)
-            rows.append(np.column_stack([marks, np.full(len(marks), group, np.uint64)]))
-    none = np.zeros((0, 2), np.uint64)
-    for kind, rows in found.items():
-        pairs = np.unique(np.concatenate([none, *rows]), axis=0)
-        write_array(work, f"_shared-{kind}-{number:05d}.npy", pairs)
-    return len(texts)
+            entries = np.zeros(len(marks), MARK)
+            entries["key"], entries["group"] = marks, group
+            parts.append(entries)
+    for kind, parts in found.items():
+        write_sorted(work, f"_shared-{kind}-{number:05d}", np.concatenate(parts))
+    return {kind: sum(map(len, parts)) for kind, parts in found.items()}
 
 
-def _drop_common(work: Workspace, kind: str, shards: int, config: SplitConfig) -> int:
+def _drop_common(
+    work: Workspace, entries: list[dict[str, int]], config: SplitConfig
+) -> dict[str, int]:
     """Leave only those held-out marks that few groups have; returns how many were common."""
-    held = read_array(work, f"_{kind}.npy")
-    parts = [read_array(work, f"_shared-{kind}-{number:05d}.npy") for number in range(shards)]
-    pairs = np.unique(np.concatenate(parts), axis=0)
-    marks, groups = np.unique(pairs[:, 0], return_counts=True)
-    common = marks[groups >= config.common_groups]
-    write_array(work, f"_own-{kind}.npy", np.setdiff1d(held, common))
-    return len(common)
+    counts = {kind: ranges(-(-sum(e[kind] for e in entries) // MARKS)) for kind in KINDS}
+    items = [
+        (kind, part, count, len(entries), config.common_groups)
+        for kind, count in counts.items()
+        for part in range(count)
+    ]
+    run_shards(work, "common", common_range, items, label="Common passages", unit="ranges")
+    dropped = {}
+    for kind, count in counts.items():
+        parts = [read_array(work, f"_common-{kind}-{part:05d}.npy") for part in range(count)]
+        common = np.concatenate(parts)
+        write_array(
+            work, f"_own-{kind}.npy", np.setdiff1d(read_array(work, f"_{kind}.npy"), common)
+        )
+        dropped[kind] = len(common)
+    return dropped
 
 
-def divide_shard(
-    work: Workspace, number: int, documents: Manifest, name: str, held: list[bool]
-) -> dict[str, Any]:
+def common_range(
+    work: Workspace, number: int, kind: str, part: int, count: int, shards: int, least: int
+) -> int:
+    """`_common-…npy`: marks of one range that at least so many groups have."""
+    del number
+    parts = [
+        read_range(work, f"_shared-{kind}-{shard:05d}", part, count, MARK)
+        for shard in range(shards)
+    ]
+    entries = np.concatenate([np.zeros(0, MARK), *parts])
+    entries = entries[np.lexsort((entries["group"], entries["key"]))]
+    new = np.ones(len(entries), bool)
+    same = [entries[field][1:] == entries[field][:-1] for field in ("key", "group")]
+    new[1:] = ~np.logical_and.reduce(same)
+    marks, groups = np.unique(entries["key"][new], return_counts=True)
+    write_array(work, f"_common-{kind}-{part:05d}.npy", marks[groups >= least])
+    return len(entries)
+
+
+def divide_shard(work: Workspace, number: int, documents: Manifest, name: str) -> dict[str, Any]:
     """One shard divided: `train-`, `heldout-` and `rejected-NNNNN.parquet` where not empty."""
     marks = Marks(read_array(work, "_own-windows.npy"), read_array(work, "_own-names.npy"))
+    held = chosen(work, number).held
     table = work.store.of(documents).read_table(name)
-    tally, trimmed = Tally(), []
+    tally, trimmed = Tally(), list[dict[str, Any]]()
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": [], "rejected": []}
     for document, is_held in zip(table.to_pylist(), held, strict=True):
         if is_held:
@@ -236,7 +204,9 @@ def divide_shard(
     sizes = {part: sum(row["bytes"] for row in rows) for part, rows in parts.items()}
     return {
         "tally": asdict(tally),
-        "trimmed": trimmed,
+        "trimmed": len(trimmed),
+        "trimmed_bytes": sum(row["bytes"] for row in trimmed),
+        "most_trimmed": sorted(trimmed, key=lambda row: -row["bytes"])[:EXAMPLES],
         "documents": {part: len(rows) for part, rows in parts.items()},
         "bytes": sizes,
     }
@@ -254,16 +224,13 @@ def _outcome(choice: Choice, reports: list[dict[str, Any]], common: dict[str, in
             f"all {tally.seen - totals['heldout_documents']} training documents consist of "
             "held-out text (rule heldout-leak); crawl more pages or lower split.common_groups"
         )
-    trimmed = sorted(
-        (row for report in reports for row in report["trimmed"]), key=lambda row: -row["bytes"]
+    most = sorted(
+        (row for report in reports for row in report["most_trimmed"]), key=lambda row: -row["bytes"]
     )
-    held_groups = {g for g, held in zip(choice.groups, choice.held, strict=True) if held}
     rows = [
         {
             "part": part,
-            "groups": len(held_groups)
-            if part == "heldout"
-            else len(set(choice.groups) - held_groups),
+            "groups": choice.held if part == "heldout" else choice.groups - choice.held,
             "documents": totals[f"{part}_documents"],
             "bytes": totals[f"{part}_bytes"],
         }
@@ -273,14 +240,14 @@ def _outcome(choice: Choice, reports: list[dict[str, Any]], common: dict[str, in
         counts={
             "documents": totals["train_documents"] + totals["heldout_documents"],
             "bytes": totals["train_bytes"] + totals["heldout_bytes"],
-            "groups": len(set(choice.groups)),
+            "groups": choice.groups,
             **totals,
         },
         rules=tally.rules,
         metrics={
             "leaked_lines_cut": tally.mended.get("lines-shared-with-heldout", 0),
-            "leaked_bytes_cut": sum(row["bytes"] for row in trimmed),
-            "documents_trimmed": len(trimmed),
+            "leaked_bytes_cut": sum(report["trimmed_bytes"] for report in reports),
+            "documents_trimmed": sum(report["trimmed"] for report in reports),
             "common_passages": common["windows"],
             "common_names": common["names"],
         },
@@ -290,7 +257,7 @@ def _outcome(choice: Choice, reports: list[dict[str, Any]], common: dict[str, in
             Report(
                 "held-out-lines",
                 "table",
-                trimmed[:EXAMPLES] or [{"document": "none", "lines": 0, "bytes": 0}],
+                most[:EXAMPLES] or [{"document": "none", "lines": 0, "bytes": 0}],
                 "Training documents that lost most lines because they stand in held-out ones",
             ),
         ),

@@ -1,5 +1,6 @@
 """The held-out split: nothing that is held out, or resembles it, is in training."""
 
+import random
 import re
 
 import pytest
@@ -9,9 +10,10 @@ from hypothesis import strategies as st
 from inline_shards import run_inline
 from pydantic import ValidationError
 
+from tasks.corpus.groups import draw, stable_key
 from tasks.corpus.leakage import Marks, line_marks, own_marks, without_leaks
 from tasks.corpus.shingles import normalise
-from tasks.corpus.split import SplitConfig, choose, split, stable_key
+from tasks.corpus.split import SplitConfig, split
 from tasks.runtime.errors import UserError
 
 NOTICE = "Copyright of the example foundation, all of the rights are reserved for ever."
@@ -117,29 +119,78 @@ def test_the_choice_is_stable_under_growth_and_ports() -> None:
     assert held_few != {stable_key(url) for url in urls(divided(few, seed=1), "heldout-")}
 
 
+def held_of(addresses: list[str], clusters: list[str], **options) -> list[bool]:
+    """Which of these documents, of ten words each that no other has, are held out."""
+    texts = {url: f"{n}x " * 3 for n, url in enumerate(addresses)}
+    manifest = split(SplitConfig(**options), documents=documents(texts, tuple(clusters)))
+    held = set(urls(manifest, "heldout-"))
+    assert len(held) + len(urls(manifest, "train-")) == len(addresses)
+    return [url in held for url in addresses]
+
+
+def reference(addresses: list[str], clusters: list[str], config: SplitConfig) -> list[bool]:
+    """The rule in plain Python over the whole corpus."""
+    groups = list(range(len(addresses)))
+    keys = [
+        {("c", cluster)} | {(p, m[1]) for p in config.group_urls if (m := re.search(p, url))}
+        for url, cluster in zip(addresses, clusters, strict=True)
+    ]
+    for _ in addresses:
+        for a, mine in enumerate(keys):
+            for b, theirs in enumerate(keys):
+                if mine & theirs:
+                    groups[a] = groups[b] = min(groups[a], groups[b])
+    members = {g: [i for i, own in enumerate(groups) if own == g] for g in set(groups)}
+    draws = {
+        g: draw(config.seed, min(stable_key(addresses[i]) for i in rows))
+        for g, rows in members.items()
+    }
+    most = config.largest_group * len(addresses)
+    small = [g for g, rows in members.items() if len(rows) <= most]
+    held = {g for g in small if draws[g] < config.fraction}
+    held = held or {min(small or draws, key=draws.__getitem__)}
+    if len(held) == len(draws):
+        held.remove(max(held, key=draws.__getitem__))
+    return [group in held for group in groups]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_shards_choose_as_one_table_would(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.corpus.groups.SHARDS_PER_RANGE", 1 + seed)
+    rng = random.Random(seed)
+    addresses = [f"http://h:{n % 3}/{rng.choice('ab')}/{n}/p{rng.randrange(9)}" for n in range(24)]
+    clusters = [str(rng.randrange(30)) for _ in addresses]
+    options = {
+        "fraction": [0.02, 0.3, 0.5][seed % 3],
+        "seed": seed,
+        "group_urls": (r"/(p[0-2])$", r"/(b/1)"),
+        "largest_group": [0.05, 0.2, 1.0][seed // 2],
+    }
+    expected = reference(addresses, clusters, SplitConfig(**options))
+    assert held_of(addresses, clusters, **options) == expected
+
+
 def test_clusters_of_similar_documents_stay_together() -> None:
-    urls_ = [f"http://h/{n}" for n in range(100)]
-    clusters = [str(n // 4) for n in range(100)]
-    choice = choose(SplitConfig(fraction=0.3), urls_, clusters, [10] * 100)
+    addresses = [f"http://h/{n}" for n in range(100)]
+    held = held_of(addresses, [str(n // 4) for n in range(100)], fraction=0.3)
     for start in range(0, 100, 4):
-        assert len(set(choice.held[start : start + 4])) == 1
-    assert 0.1 < sum(choice.held) / 100 < 0.5
+        assert len(set(held[start : start + 4])) == 1
+    assert 0.1 < sum(held) / 100 < 0.5
 
 
 def test_a_large_group_is_not_held_out() -> None:
-    urls_ = [f"http://h/{n}" for n in range(200)]
-    clusters = ["big" if n < 100 else str(n) for n in range(200)]
-    for seed in range(20):
-        choice = choose(SplitConfig(seed=seed), urls_, clusters, [10] * 200)
-        assert not any(choice.held[:100])
-        assert any(choice.held[100:])
+    addresses = [f"http://h/{n}" for n in range(60)]
+    clusters = ["big" if n < 30 else str(n) for n in range(60)]
+    for seed in range(4):
+        held = held_of(addresses, clusters, seed=seed)
+        assert not any(held[:30])
+        assert any(held[30:])
 
 
 def test_a_small_corpus_holds_one_group_out_and_one_document_is_refused() -> None:
-    choice = choose(SplitConfig(), ["http://h/a", "http://h/b"], ["a", "b"], [1, 1])
-    assert sorted(choice.held) == [False, True]
-    with pytest.raises(UserError, match="needs two; crawl more pages"):
-        choose(SplitConfig(), ["http://h/a", "http://h/b"], ["a", "a"], [1, 1])
+    assert sorted(held_of(["http://h/a", "http://h/b"], ["a", "b"])) == [False, True]
+    with pytest.raises(UserError, match=r"2 documents form 1 group .* needs two; crawl more pages"):
+        held_of(["http://h/a", "http://h/b"], ["a", "a"])
 
 
 def test_group_patterns_need_one_group() -> None:

@@ -73,6 +73,7 @@ def build_corpus(params: CorpusParams) -> Manifest:
     """crawl → extract → measure → language → quality → deduplicate → split, each cached by itself.
 
     Sources are gathered after the pages of the seeds are extracted, and go the same way from there.
+    Where they are asked for: pii before, boilerplate and decontaminate after deduplicate.
     """
     inputs: dict[str, Manifest] = {}
     pages: dict[str, Manifest] = {}

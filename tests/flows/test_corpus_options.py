@@ -1,0 +1,99 @@
+"""Stages that a person asks for stand in the chain, in order; without them it is as before."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from flows.corpus import CorpusParams, build_corpus
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.stage import planning
+from tasks.runtime.store import Store
+
+
+class InlineSession:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def map(self, function, items, **_):
+        for index, item in enumerate(items):
+            yield index, function(*item)
+
+
+WORDS = ("the", "a", "of", "and", "to", "in", "is", "that", "it", "with", "for", "as", "was")
+ITEM = "How many of the small clocks in the town of the lake are slow by an hour in a year of rain?"
+NOTICE = "This page was made by the society of the lake and is not to be copied."
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path))
+    monkeypatch.setattr("tasks.corpus.sharding.ray_session", InlineSession)
+    (tmp_path / "sources").mkdir()
+    return tmp_path / "sources"
+
+
+def prose(seed: int) -> str:
+    rng = random.Random(seed)
+    lines = []
+    for _ in range(8):
+        words = [rng.choice(WORDS) if n % 2 else f"thing{rng.randrange(99)}" for n in range(14)]
+        lines.append(f"{' '.join(words).capitalize()} of number {seed}.")
+    return "\n\n".join(lines)
+
+
+def source(home: Path, name: str, texts: list[str]) -> dict:
+    path = home / f"{name}.jsonl"
+    rows = [{"url": f"http://h/{name}/{n}", "text": text} for n, text in enumerate(texts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"name": name, "path": str(path), "format": "jsonl"}
+
+
+def chain(manifest: Manifest) -> list[str]:
+    """Stages from the split back to the source."""
+    store = Store.open()
+    known = {m.fingerprint: m for stage in store.stages() for m in store.all(stage)}
+    names = []
+    while "documents" in manifest.inputs:
+        names.append(manifest.stage)
+        manifest = known[manifest.inputs["documents"]]
+    return names
+
+
+def texts_of(manifest: Manifest) -> list[str]:
+    tables = [t for prefix in ("train-", "heldout-") for t in Store.open().tables(manifest, prefix)]
+    return [text for table in tables for text in table["text"].to_pylist()]
+
+
+def test_every_option_is_a_stage_of_the_chain_and_none_by_default(home: Path) -> None:
+    first = [f"{NOTICE}\n\n{prose(n)}" for n in range(8)]
+    params = {"seeds": [], "sources": [source(home, "first", first)]}
+    plain = build_corpus(CorpusParams.model_validate(params))
+    after = chain(plain)
+    assert after[:2] == ["split", "deduplicate"]
+
+    second = [first[0], *(f"{NOTICE}\n\n{prose(n)}" for n in range(20, 26))]
+    second[2] += f"\n\n{ITEM}"
+    (home / "suite.txt").write_text(ITEM)
+    suite = {"name": "clocks", "path": str(home / "suite.txt"), "format": "text"}
+    asked = CorpusParams.model_validate(
+        {
+            "seeds": [],
+            "sources": [source(home, "second", second)],
+            "deduplicate": {"against": ["previous"]},
+            "boilerplate": {"scope": "host", "documents": 3},
+            "decontaminate": {"suites": [suite]},
+        }
+    )
+    built = build_corpus(asked)
+    assert chain(built) == ["split", "decontaminate", "boilerplate", *after[1:]]
+    texts = texts_of(built)
+    assert len(texts) == 5 and sum(NOTICE in text for text in texts) == 1
+    assert not any(ITEM in text for text in texts)
+    with planning() as planned:
+        build_corpus(asked)
+    assert {plan.status for plan in planned} == {"cached"}

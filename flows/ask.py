@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from tasks.runtime.errors import UserError
 from tasks.runtime.rest import Refused, call
 from tasks.runtime.settings import Settings
 
+KEY = "GRISTMILL_API_KEY"  # the environment variable that holds this person's key
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -20,8 +22,11 @@ def served_models(settings: Settings) -> list[str]:
     reason: Exception | None = None
     models: list[str] = []
     try:
-        models = [model["id"] for model in call(f"{settings.serve}/v1/models")["data"]]
+        listed = call(f"{settings.serve}/v1/models", token=os.environ.get(KEY))
+        models = [model["id"] for model in listed["data"]]
     except Refused as error:
+        if error.status in (401, 403):
+            raise _not_let_in(settings) from error
         reason = error
     except (OSError, HTTPException) as error:
         raise UserError(
@@ -47,10 +52,11 @@ def ask(settings: Settings, question: str, model: str | None = None) -> Iterator
         "stream": True,
         "temperature": 0,
     }
+    headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+    if key := os.environ.get(KEY):
+        headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(
-        f"{settings.serve}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json", "Accept": "text/event-stream"},
+        f"{settings.serve}/v1/chat/completions", json.dumps(body).encode(), headers
     )
     try:
         with _direct.open(request, timeout=120) as response:
@@ -65,7 +71,14 @@ def ask(settings: Settings, question: str, model: str | None = None) -> Iterator
                     if piece := choice["delta"].get("content"):
                         yield piece
     except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise _not_let_in(settings) from error
         said = error.read().decode("utf-8", "replace")[:300]
         raise UserError(f"the endpoint refused the question ({error.code}): {said}") from error
     except (OSError, HTTPException) as error:
         raise UserError(f"the endpoint at {settings.serve} broke off: {error}") from error
+
+
+def _not_let_in(settings: Settings) -> UserError:
+    given = "refuses the key in" if os.environ.get(KEY) else "asks for an API key; put yours into"
+    return UserError(f"{settings.serve} {given} {KEY} (gristmill keys create NAME makes one)")

@@ -11,11 +11,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from flows import ask as command_line
 from flows import cli
 from serve import keys as serving
 from serve.app import create_app
 from serve.keys import Bucket, KeyRing
 from tasks.runtime.errors import UserError
+from tasks.runtime.settings import Settings
 from tasks.state.api_keys import ApiKeys
 from tests.serve.conftest import Endpoint, eventually, listening
 from tests.serve.test_app import CHAT
@@ -64,6 +66,21 @@ def test_the_first_key_closes_the_door(client: httpx.Client, store: ApiKeys) -> 
     store.revoke(key.split("-")[1])
     assert ask(client, key).status_code == 401
     assert ask(client, None).status_code == 401  # the last key's end does not open the door
+
+
+def test_the_command_line_asks_with_the_key_of_its_environment(
+    client: httpx.Client, store: ApiKeys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(home=tmp_path, serve_url=str(client.base_url).rstrip("/"))
+    key = store.create("somebody")
+    monkeypatch.delenv("GRISTMILL_API_KEY", raising=False)
+    with pytest.raises(UserError, match="asks for an API key; put yours into GRISTMILL_API_KEY"):
+        list(command_line.ask(settings, "why?"))
+    monkeypatch.setenv("GRISTMILL_API_KEY", key[:-1])
+    with pytest.raises(UserError, match="refuses the key in GRISTMILL_API_KEY"):
+        list(command_line.ask(settings, "why?"))
+    monkeypatch.setenv("GRISTMILL_API_KEY", key)
+    assert list(command_line.ask(settings, "why?"))
 
 
 def test_a_key_is_nowhere_in_the_database(store: ApiKeys, tmp_path: Path) -> None:

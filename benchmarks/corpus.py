@@ -39,8 +39,8 @@ from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Stage, StageConfig, Workspace, stage
 from tasks.runtime.store import Store
 
-SHARD_MB = 8.0
-WARM_UP_PAGES = 40
+SHARD_MB = 4.0
+WARM_UP_PAGES = 120
 TARGETS: Targets = {
     "trafilatura_pages_per_cpu_second": (">=", 60),
     "resiliparse_pages_per_cpu_second": (">=", 200),

@@ -37,15 +37,17 @@ def read_html(html: str, url: str = "") -> tuple[About, str]:
 
 def _look_over(tree: HTMLTree, with_links: bool) -> About:
     about, document = About(), tree.document
-    for element in _all(document, "html"):
-        about.add_language(element.getattr("lang", "") or element.getattr("xml:lang", ""))
-    for element in _all(document, "meta"):
-        name = element.getattr("name", "") or element.getattr("property", "")
-        about.add_meta(name, element.getattr("http-equiv", ""), element.getattr("content", ""))
-    for element in (*_all(document, "title"), *_all(document, "h1")):
-        about.add_heading(element.text)
-    for element in _all(document, "time"):
-        about.add_time(element.getattr("datetime", ""))
+    for element in _all(document, "html, meta, title, h1, time"):
+        tag = element.tag
+        if tag == "meta":
+            name = element.getattr("name", "") or element.getattr("property", "")
+            about.add_meta(name, element.getattr("http-equiv", ""), element.getattr("content", ""))
+        elif tag == "html":
+            about.add_language(element.getattr("lang", "") or element.getattr("xml:lang", ""))
+        elif tag == "time":
+            about.add_time(element.getattr("datetime", ""))
+        else:
+            about.add_heading(element.text)
     if with_links:
         for element in _all(document, '[rel*=icense], [href*="creativecommons.org/"]'):
             about.add_link(element.getattr("rel", ""), element.getattr("href", ""))
@@ -59,21 +61,24 @@ def _all(node: Any, selector: str) -> list[Any]:
 
 
 def _write_marks(tree: HTMLTree) -> None:
-    body: Any = tree.body
-    for code in _all(body, "pre"):
+    found: dict[str, list[Any]] = {}
+    for element in _all(tree.body, "pre, code, tt, h1, h2, h3, h4, h5, h6, ul, table"):
+        found.setdefault(element.tag, []).append(element)
+    for code in found.get("pre", ()):
         code.text = fenced(code.text.strip("\n"))
-    for code in _all(body, ":not(pre) > code, :not(pre) > tt"):
-        text = code.text
+    for code in (*found.get("code", ()), *found.get("tt", ())):
+        text = code.text or ""  # what stood in a block of code is gone
         if text.strip() and "`" not in text and not code.closest("pre, h1, h2, h3, h4, h5, h6"):
             code.text = f"`{' '.join(text.split())}`"
-    for heading in _all(body, "h1, h2, h3, h4, h5, h6"):
-        heading.prepend(tree.create_text_node("#" * int(heading.tag[1]) + " "))
-    for listed in _all(body, ":not(li) > ul"):
+    for level in range(1, 7):
+        for heading in found.get(f"h{level}", ()):
+            heading.prepend(tree.create_text_node("#" * level + " "))
+    for listed in found.get("ul", ()):
         if _is_content(listed):
             box: Any = tree.create_element("div")
             listed.replace_with(box)
             box.append(listed)
-    for grid in _all(body, "table"):
+    for grid in found.get("table", ()):
         rows = _cells(grid)
         if rows:
             lines: Any = tree.create_element("pre")
@@ -85,7 +90,7 @@ def _is_content(listed: Any) -> bool:
     """Whether a list is mostly no links. resiliparse drops every list that stands bare beside
     paragraphs, as menus do; one in a box of its own it keeps.
     """
-    if listed.closest("nav, header, footer, aside"):
+    if listed.closest("nav, header, footer, aside, li"):
         return False
     linked = sum(len(link.text) for link in _all(listed, "a"))
     return linked < 0.5 * len(" ".join(listed.text.split()))

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.corpus.arrays import is_among
 from tasks.corpus.filters.rule import Rule
 from tasks.corpus.reading import Reading
 from tasks.corpus.shingles import Hashes, Words
@@ -62,19 +63,21 @@ def _words(reading: Reading) -> Words | None:
 
 
 def _recurring(grams: Hashes, among: Places | None) -> tuple[Hashes, Places]:
-    """The grams that stand there more than once, sorted by hash, with their places.
+    """The grams that stand there more than once, sorted by hash, with their places: those of one
+    gram together and in ascending order.
 
     Only `among` is looked at: where a longer gram recurs, each shorter one at its place does. In
     ordinary text few places are left after the first size, and sorting those costs nothing.
     """
     places = np.arange(len(grams)) if among is None else among[among < len(grams)]
+    found = grams if among is None else grams[places]
+    ordered = np.sort(found)
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(again) == 0:
+        return again, places[:0]
+    places = places[is_among(found, again)]
     order = np.argsort(grams[places], kind="stable")
-    places, ordered = places[order], grams[places[order]]
-    same = ordered[1:] == ordered[:-1]
-    several = np.zeros(len(ordered), bool)
-    several[1:] |= same
-    several[:-1] |= same
-    return ordered[several], places[several]
+    return grams[places[order]], places[order]
 
 
 def top_grams(reading: Reading) -> float | None:

@@ -19,6 +19,13 @@ from tasks.corpus.language import LanguageConfig, language
 from tasks.corpus.measure import MeasureConfig, measure
 from tasks.corpus.pii import PIIConfig, pii
 from tasks.corpus.quality import QualityConfig, quality
+from tasks.corpus.quality_model import (
+    QualityModelConfig,
+    QualityModelStageConfig,
+    ScoreConfig,
+    score,
+    train_quality_model,
+)
 from tasks.corpus.report import ReportConfig, report_corpus
 from tasks.corpus.source_config import SourceConfig
 from tasks.corpus.split import SplitConfig, split
@@ -47,6 +54,7 @@ class CorpusParams(StageConfig):
     extract: ExtractConfig = ExtractConfig()
     language: LanguageConfig = LanguageConfig()
     quality: QualityConfig = QualityConfig()
+    quality_model: QualityModelConfig = QualityModelConfig()
     pii: PIIConfig = PIIConfig()
     deduplicate: DeduplicateConfig = DeduplicateConfig()
     boilerplate: BoilerplateConfig = BoilerplateConfig()
@@ -87,7 +95,11 @@ def build_corpus(params: CorpusParams) -> Manifest:
         documents = inputs["crawled"]
     measured = measure(MeasureConfig(), documents=documents)
     identified = language(params.language, documents=documents, attributes=measured)
-    good = quality(params.quality, documents=identified, attributes=measured)
+    scores: dict[str, Manifest] = {}
+    if params.quality_model.examples:
+        model = train_quality_model(QualityModelStageConfig(**params.quality_model.model_dump()))
+        scores["scores"] = score(ScoreConfig(), documents=documents, model=model)
+    good = quality(params.quality, documents=identified, attributes=measured, **scores)
     if params.pii.action != "keep":
         good = pii(params.pii, documents=good)
     if (forgotten := standing_tombstones()) is not None:

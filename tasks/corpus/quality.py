@@ -27,8 +27,11 @@ from tasks.corpus.filters.address import by_address
 from tasks.corpus.filters.catalogue import RULES
 from tasks.corpus.measure import attributes_of
 from tasks.corpus.sharding import run_shards
+from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+
+MODEL = "model_score"  # the rule of the quality model
 
 
 class QualityConfig(StageConfig):
@@ -92,6 +95,8 @@ class QualityConfig(StageConfig):
     """Most words of abuse in 1,000; 1000 is no limit."""
     max_adult_words: float = Field(1000.0, ge=0, le=1000)
     """Most words of pornography in 1,000; 1000 is no limit."""
+    min_model_score: float = Field(0.0, ge=0, le=1)
+    """Least score by the quality model; needs corpus.quality_model.examples."""
 
     @field_validator("exclude_urls")
     @classmethod
@@ -116,10 +121,20 @@ class QualityConfig(StageConfig):
 
 @stage("quality", version=2)
 def quality(
-    config: QualityConfig, work: Workspace, *, documents: Manifest, attributes: Manifest
+    config: QualityConfig,
+    work: Workspace,
+    *,
+    documents: Manifest,
+    attributes: Manifest,
+    scores: Manifest | None = None,
 ) -> Outcome:
-    """Keep the documents whose measures are within bounds."""
-    items = [(config, documents, name, attributes) for name in document_shards(documents)]
+    """Keep the documents whose measures are within bounds. `scores` are the quality model's."""
+    if config.min_model_score > 0 and scores is None:
+        raise UserError(
+            f"quality.min_model_score is {config.min_model_score:g} and there is no quality model; "
+            "give labelled examples (corpus.quality_model.examples) or set it to 0"
+        )
+    items = [(config, documents, name, attributes, scores) for name in document_shards(documents)]
     reports = run_shards(work, "selected", quality_shard, items, label="Quality")
     tally = Tally.total(reports)
     remedies = {
@@ -134,6 +149,7 @@ def quality(
         "": "crawl more pages",
         "url": "remove a pattern from quality.exclude_urls",
         "host": "remove a domain from quality.exclude_hosts",
+        MODEL: f"lower quality.min_model_score (now: {config.min_model_score})",
         "url-words": "remove a word from quality.exclude_url_words",
     }
     require_some("quality", tally, remedies, "documents")
@@ -149,10 +165,18 @@ def quality_shard(
     documents: Manifest,
     name: str,
     attributes: Manifest,
+    scores: Manifest | None,
 ) -> dict[str, Any]:
     table = work.store.of(documents).read_table(name)
     measured = attributes_of(work, attributes, number, table, [rule.name for rule in RULES])
-    return asdict(write_selection(work, number, table, select(config, table["url"], measured)))
+    removals = select(config, table["url"], measured)
+    if scores is not None:
+        scored = attributes_of(work, scores, number, table, ["score"])["score"].to_pylist()
+        for row, value in enumerate(scored):
+            if removals[row] is None and value < config.min_model_score:
+                reason = f"{MODEL} {value:.4g} < {config.min_model_score:g}"
+                removals[row] = Removal(MODEL, reason)
+    return asdict(write_selection(work, number, table, removals))
 
 
 def select(

@@ -173,9 +173,15 @@ class Index:
         """(places in `grams`, numbers of the gram there) of those that items have too."""
         if len(self.grams) == 0:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        at = np.minimum(np.searchsorted(self.grams, grams), len(self.grams) - 1)
-        hits = np.flatnonzero(self.grams[at] == grams)
-        return hits, at[hits]
+        # A look into a table of bits first: most n-grams of a text are in no suite.
+        bits = min(len(self.grams).bit_length() + 5, 27)
+        shift = np.uint64(64 - bits)
+        known = np.zeros(1 << bits, np.bool_)
+        known[self.grams >> shift] = True
+        maybe = np.flatnonzero(known[grams >> shift])
+        at = np.minimum(np.searchsorted(self.grams, grams[maybe]), len(self.grams) - 1)
+        hits = self.grams[at] == grams[maybe]
+        return maybe[hits], at[hits]
 
 
 def excerpt(text: str) -> str:

@@ -11,10 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.corpus.shingles import Hashes
-from tasks.corpus.word_hashes import places_of, words_of
+from tasks.corpus.word_hashes import TextWords, line_words, places_of
 
-_FENCE = re.compile(r"\s*(```+|~~~+)")
-_TABLE = re.compile(r"\s*\|")
 _WORD = re.compile(r"[^\W_]")
 
 
@@ -31,22 +29,20 @@ def units_of(lines: list[str]) -> Iterator[Unit]:
     """The units of a text, in order; blank lines are none. A fence never closed ends the text."""
     number = 0
     while number < len(lines):
-        start = number
-        if fence := _FENCE.match(lines[number]):
-            mark = fence.group(1)
-            number += 1
-            while number < len(lines) and lines[number].strip()[: len(mark)] != mark:
+        start, said = number, lines[number].lstrip()
+        number += 1
+        if said.startswith(("```", "~~~")):
+            mark = said[: len(said) - len(said.lstrip(said[0]))]
+            while number < len(lines) and not lines[number].lstrip().startswith(mark):
                 number += 1
             number = min(number + 1, len(lines))
             yield Unit("code", start, number)
-        elif _TABLE.match(lines[number]):
-            while number < len(lines) and _TABLE.match(lines[number]):
+        elif said.startswith("|"):
+            while number < len(lines) and lines[number].lstrip().startswith("|"):
                 number += 1
             yield Unit("table", start, number)
-        else:
-            number += 1
-            if lines[start].strip():
-                yield Unit("line", start, number)
+        elif said:
+            yield Unit("line", start, number)
 
 
 @dataclass(frozen=True)
@@ -61,13 +57,18 @@ class Units:
     hashes: Hashes  # (U,) of each unit's words
     words: NDArray[np.int64]  # (U,) how many each has
     segments: list[tuple[int, int, int]]
+    of_lines: TextWords
+    edges: NDArray[np.int64]  # (S, 2), words of each segment
 
     @classmethod
     def of(cls, texts: Sequence[str]) -> Units:
         lines = [text.split("\n") for text in texts]
         units = [(row, unit) for row, own in enumerate(lines) for unit in units_of(own)]
-        said = ["\n".join(lines[row][unit.first : unit.last]) for row, unit in units]
-        words = words_of(said)[0]
+        words = line_words(texts)
+        above = np.cumsum([0, *map(len, lines)]).tolist()
+        firsts = np.array([above[row] + unit.first for row, unit in units], np.int64)
+        # Between units stand blank lines only, which have no words.
+        whole = TextWords(words.hashes, np.append(words.bounds[firsts], len(words.hashes)))
         segments: list[tuple[int, int, int]] = []
         before = -1  # the text whose prose goes on
         for row, unit in units:
@@ -76,16 +77,22 @@ class Units:
             elif unit.kind == "line":
                 segments.append((row, unit.first, unit.last))
             before = row if unit.kind == "line" else -1
-        return cls(lines, units, words.whole(), np.diff(words.bounds), segments)
+        spans = [(above[row] + first, above[row] + last) for row, first, last in segments]
+        edges = words.bounds[np.array(spans, np.int64).reshape(-1, 2)]
+        return cls(lines, units, whole.whole(), np.diff(whole.bounds), segments, words, edges)
 
     def spans(self, n: int) -> tuple[Hashes, NDArray[np.int64], NDArray[np.int64]]:
         """Hashes of all runs of `n` words of prose, the segment of each and its word there."""
-        said = ["\n".join(self.lines[row][first:last]) for row, first, last in self.segments]
-        words = words_of(said)[0]
+        sizes = self.edges[:, 1] - self.edges[:, 0]
+        inside = np.zeros(len(self.of_lines.hashes) + 1, np.int64)
+        np.add.at(inside, self.edges[:, 0], 1)
+        np.add.at(inside, self.edges[:, 1], -1)
+        prose = self.of_lines.hashes[np.cumsum(inside)[:-1] > 0]
+        words = TextWords(prose, np.concatenate([[0], np.cumsum(sizes)]))
         runs, bounds = words.runs(n)
-        owner = np.repeat(np.arange(len(said)), np.diff(bounds))
+        owner = np.repeat(np.arange(len(sizes)), np.diff(bounds))
         place = np.arange(len(runs)) - bounds[owner]
-        long = np.diff(words.bounds)[owner] >= n
+        long = sizes[owner] >= n
         return runs[long], owner[long], place[long]
 
     def places(

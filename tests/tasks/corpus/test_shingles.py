@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tasks.corpus.matching import jaccard_above
 from tasks.corpus.shingles import Words, normalise
-from tasks.corpus.word_hashes import places_of, words_of
+from tasks.corpus.word_hashes import line_words, places_of, words_of
 
 texts = st.text(max_size=200)
 wordy = st.lists(st.sampled_from(["ab", "Ab", "b", "é", "c1", "日本", "x_y", "-"]), max_size=40)
@@ -50,6 +50,14 @@ def test_words_are_found_again_where_they_stand(text: str) -> None:
     expected = normalise(text).split()
     assert len(found) == len(expected)
     assert all(word in whole.split() for word, whole in zip(expected, found, strict=True))
+
+
+@given(st.lists(texts | st.text("aé日\n\r\x85 .", max_size=30), max_size=5))
+def test_lines_have_the_words_they_would_have_alone(several: list[str]) -> None:
+    alone = words_of([line for text in several for line in text.split("\n")])[0]
+    together = line_words(several)
+    assert together.hashes.tolist() == alone.hashes.tolist()
+    assert together.bounds.tolist() == alone.bounds.tolist()
 
 
 def test_words_hash_alike_wherever_blocks_are_cut() -> None:

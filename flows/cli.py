@@ -153,6 +153,17 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> int:
     return 0
 
 
+def forecast(settings: Settings, arguments: argparse.Namespace) -> int:
+    """Say what a pretraining will cost and reach: memory, operations, time, loss."""
+    from flows.forecast import foresee
+
+    values = checked_parameters(settings, arguments)
+    parameters = deployments(settings).parameters(arguments.flow, values)
+    for name, value in foresee(settings, parameters, arguments, say).rows():
+        print(f"{name:<22} {value}")
+    return 0
+
+
 def models(settings: Settings, arguments: argparse.Namespace) -> int:
     """List versions, aliases and scores."""
     reachable(settings.mlflow, "MLflow")
@@ -370,6 +381,13 @@ def parser() -> argparse.ArgumentParser:
     add("cancel", cancel).add_argument("run", help="name or id of a run")
     add("plan", plan, parameters).add_argument("flow")
     forget_commands.add_arguments(add("forget", forget_commands.forget))
+    command = add("forecast", forecast, parameters)
+    command.add_argument(
+        "--device-tflops", type=float, default=989, metavar="N", help="of one GPU in bf16"
+    )
+    command.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help="used of that")
+    command.add_argument("--no-runs", action="store_true", help="no quick runs, so no loss")
+    command.set_defaults(flow="pipeline")
     add("models", models)
     command = add("export", export)
     command.add_argument("model", help="MODEL@VERSION: a number or an alias (default: champion)")

@@ -32,7 +32,7 @@ def train_chat(
     pairs: PairsConfig,
     finetuning: FinetuneConfig,
 ) -> Chat:
-    finetuning.require_context(pretrain.model.context)  # else said only after the pretraining
+    finetuning.require_context(pretrain.require_served().context)  # said before the work
     base = train_base(corpus, tokenizer, pretrain)
     questions = write_instruction_pairs(pairs, corpus=base.corpus)
     model = finetune(finetuning, base=base.model, pairs=questions)

@@ -14,8 +14,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,49 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int = 2) -
     for old in list_checkpoints(directory)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread while training goes on, one at a time and in order.
+
+    `written` is called in that thread with the path of each one that is whole.
+    """
+
+    def __init__(self, directory: Path, written: Callable[[Path, int], None]) -> None:
+        self.directory, self.written = directory, written
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def write(self, checkpoint: Checkpoint, keep: int, folder: str = "") -> None:
+        """Copy the tensors now and write them soon; waits for the checkpoint before."""
+        copied = replace(
+            checkpoint, model=_copied(checkpoint.model), optimizer=_copied(checkpoint.optimizer)
+        )
+        self.wait()
+        arguments = (copied, keep, self.directory / folder)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last one is whole; raises what went wrong with it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, checkpoint: Checkpoint, keep: int, directory: Path) -> None:
+        try:
+            path = save_checkpoint(directory, checkpoint, keep=keep)
+            if directory == self.directory:
+                self.written(path, checkpoint.step)
+        except BaseException as error:
+            self._error = error
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -43,6 +43,10 @@ ROPE = frozenset({"rope_theta"})
 GEMMA_OWN = ROPE | {"query_scale", "full_attention_every"}
 
 
+class FormatError(ValueError):
+    """A directory or a model that cannot be translated. The message says what and why."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """Which of their modules holds which of ours; `{n}` is a layer. Several of ours lie one below
@@ -310,3 +314,26 @@ FAMILIES = (
         ),
     ),
 )
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The architecture that expresses `config`; raises `FormatError` when none does."""
+    misfits = {family: family.misfits(config) for family in FAMILIES}
+    nearest = min(FAMILIES, key=lambda family: len(misfits[family]))
+    if not misfits[nearest]:
+        return nearest
+    default = ModelConfig()
+    flags = [
+        name
+        for name in ModelConfig.__dataclass_fields__
+        if name in FLAGS and getattr(config, name) != getattr(default, name)
+    ]
+    wanted = ", ".join(f"{name} = {value}" for name, value in misfits[nearest].items())
+    raise FormatError(
+        f"no Hugging Face architecture has {' and '.join(flags) or 'these sizes'} together; the "
+        f"nearest, {nearest.model_type}, needs {wanted}"
+    )
+
+
+PLAIN = ("vocab_size", "width", "layers", "context", "heads", "kv_heads", "head_dim", "mlp_width")
+FLAGS = frozenset(ModelConfig.__dataclass_fields__) - {*PLAIN, "norm_eps", "tied_embeddings"}

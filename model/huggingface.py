@@ -19,14 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.config import ConfigError, ModelConfig
-from model.families import FAMILIES, Family, Rule
+from model.families import FAMILIES, Family, FormatError, Rule, family_of
 from model.transformer import Transformer
 
 Weights = dict[str, Tensor]
-
-
-class FormatError(ValueError):
-    """A directory or a model that cannot be translated. The message says what and why."""
 
 
 @dataclass(frozen=True)
@@ -44,29 +40,6 @@ class SpecialTokens:
             raise FormatError(
                 f"pad id {self.pad} is also an end-of-sequence id; give padding its own"
             )
-
-
-def family_of(config: ModelConfig) -> Family:
-    """The architecture that expresses `config`; raises `FormatError` when none does."""
-    misfits = {family: family.misfits(config) for family in FAMILIES}
-    nearest = min(FAMILIES, key=lambda family: len(misfits[family]))
-    if not misfits[nearest]:
-        return nearest
-    default = ModelConfig()
-    flags = [
-        name
-        for name in ModelConfig.__dataclass_fields__
-        if name in FLAGS and getattr(config, name) != getattr(default, name)
-    ]
-    wanted = ", ".join(f"{name} = {value}" for name, value in misfits[nearest].items())
-    raise FormatError(
-        f"no Hugging Face architecture has {' and '.join(flags) or 'these sizes'} together; the "
-        f"nearest, {nearest.model_type}, needs {wanted}"
-    )
-
-
-SIZES = ("vocab_size", "width", "layers", "context", "heads", "kv_heads", "head_dim", "mlp_width")
-FLAGS = frozenset(ModelConfig.__dataclass_fields__) - {*SIZES, "norm_eps", "tied_embeddings"}
 
 
 def export_config(

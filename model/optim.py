@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ConfigError
+from model.sharding import divided_like, whole
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.b
 
 class Muon:
     """Nesterov momentum, orthogonalised; same-shaped matrices go through Newton-Schulz as one
-    batch.
+    batch. Matrices divided among ranks are gathered for it, one shape after another.
 
     The update is scaled by √max(1, rows/columns), so that one rate suits all shapes.
     """
@@ -86,40 +87,42 @@ class Muon:
     ) -> None:
         self.config = config
         self.dtype = dtype
-        self.groups: list[tuple[list[str], list[Tensor], Tensor]] = []
+        self.groups: list[tuple[list[str], list[Tensor], list[Tensor]]] = []
         by_shape: dict[torch.Size, list[str]] = defaultdict(list)
         for name, parameter in parameters.items():
             by_shape[parameter.shape].append(name)
-        for shape, names in by_shape.items():
-            first = parameters[names[0]]
-            momentum = torch.zeros((len(names), *shape), dtype=first.dtype, device=first.device)
-            self.groups.append((names, [parameters[name] for name in names], momentum))
+        for names in by_shape.values():
+            alike = [parameters[name] for name in names]
+            self.groups.append((names, alike, [torch.zeros_like(p) for p in alike]))
 
     @torch.no_grad()
     def step(self, multiplier: float) -> None:
         rate = self.config.muon_learning_rate * multiplier
         beta = self.config.muon_momentum
         for _, parameters, momentum in self.groups:
-            gradients = torch.stack([_gradient(parameter) for parameter in parameters])
-            momentum.lerp_(gradients, 1 - beta)
-            rows, columns = momentum.shape[-2:]
-            direction = gradients.lerp_(momentum, beta).view(-1, rows, columns)
-            update = orthogonalise(direction, dtype=self.dtype).view_as(momentum)
-            updates = update.to(momentum.dtype).contiguous().unbind(0)
+            gradients = [_gradient(parameter) for parameter in parameters]
+            torch._foreach_lerp_(momentum, gradients, 1 - beta)
+            nesterov = torch._foreach_lerp(gradients, momentum, beta)
+            directions = torch.stack([whole(direction) for direction in nesterov])
+            rows, columns = directions.shape[-2:]
+            update = orthogonalise(directions.view(-1, rows, columns), dtype=self.dtype)
+            parts = update.to(directions.dtype).contiguous().view_as(directions).unbind(0)
+            pairs = zip(parts, parameters, strict=True)
+            updates = [divided_like(part, parameter) for part, parameter in pairs]
             if self.config.weight_decay:
                 torch._foreach_mul_(parameters, 1 - rate * self.config.weight_decay)
             torch._foreach_add_(parameters, updates, alpha=-rate * max(1, rows / columns) ** 0.5)
 
     def state(self) -> dict[str, Tensor]:
         return {
-            f"{name}.momentum": momentum[index]
+            f"{name}.momentum": tensor
             for names, _, momentum in self.groups
-            for index, name in enumerate(names)
+            for name, tensor in zip(names, momentum, strict=True)
         }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for key, tensor in self.state().items():
-            tensor.copy_(state[key])
+            tensor.copy_(divided_like(state[key].to(tensor.device), tensor))
 
 
 class Optimizer:
@@ -167,7 +170,8 @@ class Optimizer:
     def clip(self, limit: float | None) -> Tensor:
         """The global gradient norm; gradients are scaled down to `limit` when it is above."""
         gradients = [_gradient(parameter) for parameter in self.parameters]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norms = [whole(norm) for norm in torch._foreach_norm(gradients)]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         if limit is not None:
             torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
@@ -185,8 +189,9 @@ class Optimizer:
         self.muon.load_state(state)
         for name, parameter in zip(self.names, self._adamw_parameters(), strict=True):
             self.adamw.state[parameter] = {
-                key: state[f"{name}.{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+                key: divided_like(state[f"{name}.{key}"].to(parameter.device), parameter).clone()
+                for key in ("exp_avg", "exp_avg_sq")
+            } | {"step": state[f"{name}.step"].clone()}
 
     def _adamw_parameters(self) -> Iterable[Tensor]:
         return (parameter for group in self.adamw.param_groups for parameter in group["params"])

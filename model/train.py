@@ -10,9 +10,7 @@ checkpoint goes on with the same batches, and on one CPU with the same threads w
 import contextlib
 import json
 import math
-import resource
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,20 +29,23 @@ from torch.nn.parallel import DistributedDataParallel
 from model.checkpoint import (
     Checkpoint,
     CheckpointError,
+    CheckpointWriter,
     latest_checkpoint,
     load_checkpoint,
-    save_checkpoint,
 )
 from model.config import ConfigError, ModelConfig
 from model.flops import training_flops_per_token
 from model.loader import Batch, Loader, rank_slice
-from model.losses import bits_per_byte, cross_entropy_sum
+from model.losses import cross_entropy_sum
+from model.meter import Meter, StepRecord, device_peak
 from model.moe import balance
 from model.optim import OptimConfig, Optimizer
 from model.precision import Precision, resolve_precision
 from model.schedule import Schedule
+from model.sharding import load_whole_state, shard, whole, whole_state
 from model.spikes import SpikeGuard
 from model.transformer import Transformer
+from model.validation import OVERALL, heldout_losses
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ class TrainConfig:
     before it is not taken (`model.spikes`), None: all are; balance_rate: how fast experts' biases
     follow their load (`model.moe`); activation_checkpointing: keep only what enters a block and
     compute the rest again, for less memory; peak_flops: what one device could do in a second, for
-    the share of it that is used, None: known or not shown.
+    the share of it that is used, None: known or not shown; sharded: divide weights and optimiser
+    state among the ranks (FSDP2) instead of copying them to each; heldout_every: steps between
+    looks at the loss on held-out text; heldout_sequences: of each source; keep_best: checkpoints
+    kept in `best/` because theirs was least, beside the newest.
     """
 
     total_tokens: int
@@ -73,10 +77,14 @@ class TrainConfig:
     balance_rate: float = 1e-3
     activation_checkpointing: bool = False
     peak_flops: float | None = None
+    sharded: bool = False
+    heldout_every: int = 50
+    heldout_sequences: int = 32
+    keep_best: int = 0
 
     def __post_init__(self) -> None:
         names = "total_tokens", "batch", "micro_batch", "checkpoint_every", "log_every"
-        for name in (*names, "keep_checkpoints"):
+        for name in (*names, "keep_checkpoints", "heldout_every", "heldout_sequences"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
         if self.clip is not None and self.clip <= 0:
@@ -101,27 +109,12 @@ PLACES = (
     "precision",
     "activation_checkpointing",
     "peak_flops",
+    "sharded",
+    "heldout_every",
+    "heldout_sequences",
+    "keep_best",
 )
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by device name
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One line of the curve. loss and bits_per_byte: means over the steps since the last."""
-
-    step: int  # steps completed
-    steps: int
-    tokens: int  # consumed since the beginning, over all ranks
-    loss: float  # nats per counted target
-    bits_per_byte: float | None  # None when the bytes of each token are not known
-    learning_rate: float  # of the matrices inside the blocks; the other rates move with it
-    grad_norm: float  # before clipping, of the last step
-    tokens_per_second: float  # since the last record, over all ranks
-    memory_mb: float  # peak resident (CPU) or allocated (GPU) memory of this rank
-    eta_seconds: float
-    mfu: float | None = None  # share of the devices' peak used for the model's own arithmetic
-    skipped: int = 0  # steps not taken because of a loss spike, since the beginning
-    imbalance: float | None = None  # load of the busiest expert over the mean, of the last step
+BEST = "best"  # folder of the checkpoints with the least held-out loss
 
 
 class DivergedError(RuntimeError):
@@ -154,8 +147,10 @@ def train(
     *,
     checkpoints: Path | None = None,
     token_bytes: Tensor | None = None,
+    heldout: Mapping[str, Loader] | None = None,
     on_step: Callable[[StepRecord], None] = lambda record: None,
-    on_checkpoint: Callable[[Path | None, int], None] = lambda path, step: None,
+    on_heldout: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
+    on_checkpoint: Callable[[Path, int], None] = lambda path, step: None,
 ) -> list[StepRecord]:
     """Train `model` in place to `config.total_tokens`; returns the curve from its first step on,
     also the part that an earlier, killed run took.
@@ -164,8 +159,11 @@ def train(
     token_bytes: (V,) int, the UTF-8 bytes each token stands for, for bits per byte.
     on_step: called for every record of the curve, on every rank alike; after a restart first again
         for those before the checkpoint, which the killed run may not have got rid of.
-    on_checkpoint: called on every rank after a checkpoint is whole, with its path (None on ranks
-        other than 0) and the step; a checkpoint is also made after the last step.
+    heldout: loaders of text that is not trained on, by the name of its source.
+    on_heldout: called on every rank with the losses `model.validation` found after a step; the
+        model is as that step left it.
+    on_checkpoint: called on rank 0 when a checkpoint is whole, in the thread that wrote it; one is
+        also made after the last step. When this function returns all are whole.
 
     Raises `ConfigError` for settings that contradict each other or the checkpoint,
     `CheckpointError` for a damaged checkpoint, `DivergedError` when loss or gradient is not finite.
@@ -188,28 +186,53 @@ def train(
         )
     device = model.output_weight.device
     precision = resolve_precision(config.precision, device.type)
-    optimizer = Optimizer(model, config.optim, bf16=precision == "bf16")
+    bf16 = precision == "bf16"
     model.remat = config.activation_checkpointing
-    guard = SpikeGuard(config.spike)
+    bare: nn.Module = _Loss(model)
+    if config.sharded and world > 1:
+        bare = shard(bare, model)
+    optimizer = Optimizer(model, config.optim, bf16=bf16)
     steps = config.steps(loader.sequence)
     identity = {
         "train": config.identity() | {"precision": precision, "sequence": loader.sequence},
         "model": model.config.to_dict(),
     }
-    first, records = _resume(model, optimizer, guard, checkpoints, identity)
-    for record in records:
+    past = _History(SpikeGuard(config.spike))
+    first = _resume(model, optimizer, past, checkpoints, identity)
+    for record in past.curve:
         on_step(record)
-    module: nn.Module = _Loss(model)
-    if world > 1:
+    for step, losses in past.heldout:
+        on_heldout(step, losses)
+    module = bare
+    if world > 1 and not config.sharded:
         # Every parameter is used in every step; the gradient is the sum over ranks, which DDP
         # averages.
-        module = DistributedDataParallel(module, broadcast_buffers=False)
+        module = DistributedDataParallel(
+            module, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     model.train()
     if token_bytes is not None:
         token_bytes = token_bytes.to(device)
 
     flops = training_flops_per_token(model.config, loader.sequence) / world
-    meter = _Meter(loader.sequence * config.batch, first, steps, flops, _peak(config, device))
+    peak = device_peak(config.peak_flops, device)
+    meter = Meter(loader.sequence * config.batch, first, steps, flops, peak)
+    writer = None if checkpoints is None else CheckpointWriter(checkpoints, on_checkpoint)
+
+    def save(folder: str, keep: int) -> None:
+        """What every rank does for a checkpoint; rank 0 writes it."""
+        tensors = whole_state(model), {k: whole(t) for k, t in optimizer.state().items()}
+        if rank == 0 and writer is not None:
+            state = {"identity": identity} | past.state()
+            writer.write(Checkpoint(done, *tensors, state), keep, folder)
+
+    def settle() -> None:
+        """Until every checkpoint is whole, for every rank."""
+        if writer is not None:
+            writer.wait()
+        if world > 1:
+            dist.barrier()
+
     for step in range(first, steps):
         ids = loader.order(step * config.batch, config.batch)
         counted = loader.targets(ids)
@@ -219,9 +242,8 @@ def train(
         for number, piece in enumerate(micro):
             piece = piece.to(device)
             last = number == len(micro) - 1
-            sync = contextlib.nullcontext() if last or world == 1 else module.no_sync()  # type: ignore[operator]
-            with sync:
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with _synchronised(module, last, world):
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     nats = module(piece)
                 (nats * (world / max(counted, 1))).backward()
             totals[0] += nats.detach().double().cpu()
@@ -237,13 +259,14 @@ def train(
                 f"sequences"
             )
         multiplier = config.schedule.multiplier(step, steps)
-        if guard.takes(loss):
+        if past.guard.takes(loss):
             optimizer.step(multiplier)
-        elif guard.lost and checkpoints is not None:
+        elif past.guard.lost and checkpoints is not None:
             # Several in a row: the weights are at fault, not the batches. On with older weights and
             # the data that follows.
+            settle()
             _restore(model, optimizer, latest_checkpoint(checkpoints))
-            guard.reset()
+            past.guard.reset()
         optimizer.zero_grad()
         imbalance = balance(model, config.balance_rate) if model.config.experts else None
         meter.add(float(totals[0]), counted, int(totals[1]))
@@ -251,51 +274,76 @@ def train(
         if done % config.log_every == 0 or done == steps:
             rate = multiplier * config.optim.matrix_rate
             record = meter.record(done, rate, grad_norm, device)
-            records.append(replace(record, skipped=guard.skipped, imbalance=imbalance))
-            on_step(records[-1])
+            record = replace(record, skipped=past.guard.skipped, imbalance=imbalance)
+            past.curve.append(record)
+            on_step(record)
+        if heldout and (done % config.heldout_every == 0 or done == steps):
+            model.eval()
+            losses = heldout_losses(
+                bare, heldout, config.heldout_sequences, config.micro_batch, device, bf16=bf16
+            )
+            least = min((earlier[OVERALL] for _, earlier in past.heldout), default=math.inf)
+            past.heldout.append((done, losses))
+            on_heldout(done, losses)
+            model.train()
+            if losses[OVERALL] < least and config.keep_best:
+                save(BEST, config.keep_best)
         if checkpoints is not None and (done % config.checkpoint_every == 0 or done == steps):
-            path = None
-            if rank == 0:
-                state = {
-                    "identity": identity,
-                    "curve": [asdict(record) for record in records],
-                    "guard": guard.state(),
-                }
-                saved = Checkpoint(done, model.state_dict(), optimizer.state(), state)
-                path = save_checkpoint(checkpoints, saved, keep=config.keep_checkpoints)
-            if world > 1:
-                dist.barrier()
-            on_checkpoint(path, done)
-    return records
+            save("", config.keep_checkpoints)
+    settle()
+    return past.curve
 
 
-def _peak(config: TrainConfig, device: torch.device) -> float | None:
-    """What the device can do in a second, if that is known."""
-    if config.peak_flops is not None or device.type != "cuda":
-        return config.peak_flops
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+@dataclass
+class _History:
+    """What a run remembers of its steps; in its checkpoints, so that it goes on alike."""
+
+    guard: SpikeGuard
+    curve: list[StepRecord] = field(default_factory=list)
+    heldout: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+
+    def state(self) -> dict[str, Any]:
+        curve = [asdict(record) for record in self.curve]
+        return {"curve": curve, "guard": self.guard.state(), "heldout": list(self.heldout)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.guard.load_state(state.get("guard"))
+        self.curve = [StepRecord(**record) for record in state["curve"]]
+        self.heldout = [(step, losses) for step, losses in state.get("heldout", ())]
+
+
+@contextlib.contextmanager
+def _synchronised(module: nn.Module, last: bool, world: int) -> Iterator[None]:
+    """Gradients go between ranks with the last micro-batch of a step only."""
+    if world == 1:
+        yield
+    elif isinstance(module, DistributedDataParallel):
+        with contextlib.nullcontext() if last else module.no_sync():
+            yield
+    else:
+        module.set_requires_gradient_sync(last)  # type: ignore[operator]  # FSDP2's
+        yield
 
 
 def _restore(model: Transformer, optimizer: Optimizer, path: Path | None) -> None:
     """Weights and optimiser state of a checkpoint, if there is one."""
     if path is not None:
         checkpoint = load_checkpoint(path)
-        model.load_state_dict(dict(checkpoint.model))
+        load_whole_state(model, checkpoint.model)
         optimizer.load_state(dict(checkpoint.optimizer))
 
 
 def _resume(
     model: Transformer,
     optimizer: Optimizer,
-    guard: SpikeGuard,
+    past: _History,
     checkpoints: Path | None,
     identity: dict[str, Any],
-) -> tuple[int, list[StepRecord]]:
-    """Load the newest checkpoint, if there is one; returns its steps and the curve up to there."""
+) -> int:
+    """Load the newest checkpoint, if there is one; returns its steps."""
     path = None if checkpoints is None else latest_checkpoint(checkpoints)
     if path is None:
-        return 0, []
+        return 0
     checkpoint = load_checkpoint(path)
     # A setting that did not exist then had its default.
     unsaid = {f.name: f.default for kind in (TrainConfig, ModelConfig) for f in fields(kind)}
@@ -308,10 +356,10 @@ def _resume(
                     f"checkpoint {path.name} was made with {part} setting {name} = {saved}, "
                     f"not {value}; delete {checkpoints} to start anew"
                 )
-    model.load_state_dict(dict(checkpoint.model))
+    load_whole_state(model, checkpoint.model)
     optimizer.load_state(dict(checkpoint.optimizer))
-    guard.load_state(checkpoint.state.get("guard"))
-    return checkpoint.step, [StepRecord(**record) for record in checkpoint.state["curve"]]
+    past.load_state(checkpoint.state)
+    return checkpoint.step
 
 
 def _bytes(batch: Batch, token_bytes: Tensor | None) -> int:
@@ -319,45 +367,3 @@ def _bytes(batch: Batch, token_bytes: Tensor | None) -> int:
         return 0
     sizes = token_bytes[batch.targets]
     return int((sizes if batch.mask is None else sizes * batch.mask).sum())
-
-
-class _Meter:
-    """Sums between two records."""
-
-    def __init__(
-        self, step_tokens: int, first: int, steps: int, flops: float, peak: float | None
-    ) -> None:
-        self.step_tokens, self.steps = step_tokens, steps
-        self.flops, self.peak = flops, peak  # of a token on each rank; of a rank's device
-        self._reset(first)
-
-    def _reset(self, step: int) -> None:
-        self._since, self._started = step, time.perf_counter()
-        self._nats, self._counted, self._bytes = 0.0, 0, 0
-
-    def add(self, nats: float, counted: int, bytes_: int) -> None:
-        self._nats += nats
-        self._counted += counted
-        self._bytes += bytes_
-
-    def record(self, step: int, rate: float, grad_norm: float, device: torch.device) -> StepRecord:
-        seconds = (time.perf_counter() - self._started) / (step - self._since)
-        if device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(device) / 2**20
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        record = StepRecord(
-            step=step,
-            steps=self.steps,
-            tokens=step * self.step_tokens,
-            loss=self._nats / max(self._counted, 1),
-            bits_per_byte=bits_per_byte(self._nats, self._bytes) if self._bytes else None,
-            learning_rate=rate,
-            grad_norm=grad_norm,
-            tokens_per_second=self.step_tokens / seconds,
-            memory_mb=memory,
-            eta_seconds=seconds * (self.steps - step),
-            mfu=self.flops * self.step_tokens / seconds / self.peak if self.peak else None,
-        )
-        self._reset(step)
-        return record

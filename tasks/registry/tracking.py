@@ -174,6 +174,7 @@ class MetricLogger:
         self._mlflow = MlflowClient(tracking_uri)
         self._run_id = run_id
         self._points: list[Metric] = []
+        self._texts: list[tuple[str, str]] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._logged_to = self._last_step(last_key)
@@ -196,6 +197,11 @@ class MetricLogger:
         with self._lock:
             self._points += [Metric(key, float(value), now, step) for key, value in metrics.items()]
 
+    def text(self, name: str, body: str) -> None:
+        """Keep a text to be shown among the run's artifacts."""
+        with self._lock:
+            self._texts.append((name, body))
+
     def close(self, patience: float = 30.0) -> None:
         self._closing.set()
         self._thread.join(patience)
@@ -215,5 +221,11 @@ class MetricLogger:
                     break
                 with self._lock:
                     del self._points[: len(batch)]
+            while self._texts and not self._points:  # a server that took no points is down
+                name, body = self._texts.pop(0)
+                try:
+                    self._mlflow.log_text(self._run_id, body, name)
+                except Exception as error:
+                    logger.warning("MLflow did not take %s: %s", name, error)
             if closing:
                 return

@@ -4,12 +4,15 @@ One output shard for each input shard: `tokens-00000.npy`, uint16 (uint32 from a
 65,536 on), documents one after another, each `<s> text </s>`; and `tokens-00000.documents.npy`,
 int64, where each document starts. A document of a weighted source stands there as often as its
 weight says (`tasks.corpus.weights`). The training split gives `tokens-*`, the held-out split
-`heldout-tokens-*`.
+`heldout-tokens-*`. Documents of a source other than the crawl go to shards of their own,
+`tokens-SOURCE-00000.npy`, so that a training can weigh and judge them apart.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from tasks.runtime.manifest import Manifest
 from tasks.runtime.ray_session import ray_session
 from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
 
+CRAWLED = "seeds"  # the source of what was crawled
 SPLITS = {"train": "tokens", "heldout": "heldout-tokens"}
 
 
@@ -29,13 +33,13 @@ class ShardsConfig(StageConfig):
     """Token shards follow from the corpus and the tokenizer; there is nothing to choose yet."""
 
 
-@stage("token-shards", version=1)
+@stage("token-shards", version=2)
 def write_token_shards(
     config: ShardsConfig, work: Workspace, *, corpus: Manifest, tokenizer: Manifest
 ) -> Outcome:
     """Write both splits of the corpus as token ids, shard by shard."""
     items = [
-        (work, corpus, tokenizer, name, f"{output}-{number:05d}")
+        (work, corpus, tokenizer, name, output, f"{number:05d}")
         for split, output in SPLITS.items()
         for number, name in enumerate(corpus.names(f"{split}-", ".parquet"))
     ]
@@ -44,28 +48,36 @@ def write_token_shards(
         for prefix in ("", "heldout_")
         for unit in ("documents", "bytes", "tokens")
     }
+    by_source: dict[tuple[str, str], list[int]] = {}
     with ray_session() as session:
-        for index, (documents, size, tokens) in session.map(_write_shard, items, label="Tokens"):
+        for index, report in session.map(_write_shard, items, label="Tokens"):
             prefix = "heldout_" if items[index][4].startswith("heldout") else ""
-            counts[f"{prefix}documents"] += documents
-            counts[f"{prefix}bytes"] += size
-            counts[f"{prefix}tokens"] += tokens
+            for source, amounts in report.items():
+                row = by_source.setdefault((prefix, source), [0, 0, 0])
+                for place, (unit, amount) in enumerate(
+                    zip(("documents", "bytes", "tokens"), amounts, strict=True)
+                ):
+                    counts[f"{prefix}{unit}"] += amount
+                    row[place] += amount
     if counts["tokens"] == 0:
         raise UserError("the training split holds no text to write as tokens; crawl more documents")
     rate = counts["bytes"] / counts["tokens"]
     table = [
         {
-            "split": split,
-            "documents": counts[f"{prefix}documents"],
-            "bytes": counts[f"{prefix}bytes"],
-            "tokens": counts[f"{prefix}tokens"],
+            "split": "held out" if prefix else "train",
+            "source": source,
+            "documents": documents,
+            "bytes": size,
+            "tokens": tokens,
         }
-        for split, prefix in (("train", ""), ("held out", "heldout_"))
+        for (prefix, source), (documents, size, tokens) in sorted(by_source.items())
     ]
+    if len({source for _, source in by_source}) > 1:
+        counts |= {f"{p}tokens_{source}": row[2] for (p, source), row in by_source.items()}
     return Outcome(
         counts=counts,
         metrics={"bytes_per_token": round(rate, 4)},
-        reports=(Report("token-shards", "table", table, "Documents, bytes and tokens by split"),),
+        reports=(Report("token-shards", "table", table, "Documents, bytes and tokens"),),
     )
 
 
@@ -82,26 +94,51 @@ def encode_documents(
     return np.array(ids, dtype=kind), np.array(starts, dtype=np.int64)
 
 
+def source_of(warc: str) -> str:
+    """The source that a document came from: `NAME:file`, or a file of the crawl."""
+    name, colon, _ = warc.partition(":")
+    return name if colon else CRAWLED
+
+
+def shard_sources(names: Iterable[str], prefix: str) -> dict[str, list[str]]:
+    """The shards of a split (`tokens` or `heldout-tokens`) by source, from all files' names."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        stem = PurePath(name).stem
+        if stem.startswith(f"{prefix}-") and name.endswith(".npy") and "." not in stem:
+            source, _, _ = stem.removeprefix(f"{prefix}-").rpartition("-")
+            found.setdefault(source or CRAWLED, []).append(name)
+    return found
+
+
 def _write_shard(
     work: Workspace,
     corpus: Manifest,
     tokenizer: Manifest,
-    source: str,
-    target: str,
-) -> tuple[int, int, int]:
-    """In a Ray worker: one shard, unless an earlier attempt wrote it; documents, bytes, tokens."""
+    name: str,
+    output: str,
+    number: str,
+) -> dict[str, tuple[int, int, int]]:
+    """In a Ray worker: an input shard's sources, each unless an earlier attempt wrote it; their
+    documents, bytes and tokens."""
     store = work.store
-    table = store.of(corpus).read_table(source)
-    order = rounds(copies_of(table)) if source.startswith("train-") else range(table.num_rows)
-    every = table["text"].to_pylist()
-    texts = [every[row] for row in order]
-    size = sum(len(text.encode("utf-8", "replace")) for text in texts)
-    if not work.has(f"{target}.npy"):
-        model = Tokenizer.load(store.local(tokenizer, "tokenizer.model"))
-        ids, starts = encode_documents(model, texts)
-        work.write_bytes(f"{target}.documents.npy", _npy(starts))
-        work.write_bytes(f"{target}.npy", _npy(ids))
-    return len(texts), size, _length(work.read_bytes(f"{target}.npy"))
+    table = store.of(corpus).read_table(name)
+    order = rounds(copies_of(table)) if name.startswith("train-") else range(table.num_rows)
+    every, origins = table["text"].to_pylist(), table["warc"].to_pylist()
+    by_source: dict[str, list[str]] = {}
+    for row in order:
+        by_source.setdefault(source_of(origins[row]), []).append(every[row])
+    report = {}
+    for source, texts in by_source.items():
+        target = "-".join((output, *(() if source == CRAWLED else (source,)), number))
+        if not work.has(f"{target}.npy"):
+            model = Tokenizer.load(store.local(tokenizer, "tokenizer.model"))
+            ids, starts = encode_documents(model, texts)
+            work.write_bytes(f"{target}.documents.npy", _npy(starts))
+            work.write_bytes(f"{target}.npy", _npy(ids))
+        size = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        report[source] = (len(texts), size, _length(work.read_bytes(f"{target}.npy")))
+    return report
 
 
 def _npy(array: NDArray[Any]) -> bytes:

@@ -48,7 +48,12 @@ def finetune(
     config: FinetuneConfig, work: Workspace, *, base: Manifest, pairs: Manifest
 ) -> Outcome:
     """Teach the base model to answer the corpus's questions, by Ray Train."""
-    config.require_context(int(base.config["model"]["context"]))
+    config.require_context(base.counts.get("context") or int(base.config["model"]["context"]))
+    if base.config["model"].get("family") == "bert":
+        raise UserError(
+            "a bert model guesses masked tokens and cannot learn to answer; choose another "
+            "pretrain.model.family"
+        )
     store = Store.open()
     tokenizer = store.get("tokenizer", base.inputs["tokenizer"])
     shards = store.get("token-shards", base.inputs["shards"]) if config.replay else None

@@ -63,6 +63,9 @@ class TrainingJob(BaseModel):
     shards: Manifest | None
     base: Manifest | None  # the model to start from; None: a new one
     pairs: PairsData | None
+    source_weights: dict[str, float] = {}  # of pretraining; empty: sources as they lie
+    mask_share: float = 0.15  # of a model that is not causal
+    start_from: str | None = None  # a Hugging Face directory that every worker sees
     run: RunOptions
     tracking_uri: str
     run_id: str

@@ -48,8 +48,14 @@ def launch(job: TrainingJob, work: Workspace) -> Outcome:
         "bits_per_byte": last["bits_per_byte"],
         "tokens_per_second": round(sum(r["tokens_per_second"] for r in curve) / len(curve), 1),
         "peak_memory_mb": max(record["memory_mb"] for record in curve),
+        "train_seconds": round(result["seconds"], 1),
         "mlflow_run_id": job.run_id,
     }
+    heldout = result.get("heldout", [])
+    if heldout:
+        metrics["heldout_loss"] = heldout[-1]["heldout_loss"]
+    words = "Held-out loss by source"
+    judged = [Report(f"{job.stage}-heldout", "table", _judged(heldout), words)] if heldout else []
     return Outcome(
         counts={"steps": last["step"], "tokens": last["tokens"], **result["counts"]},
         metrics=metrics,
@@ -57,7 +63,8 @@ def launch(job: TrainingJob, work: Workspace) -> Outcome:
         reports=(
             Report(f"{job.stage}-loss", "markdown", _plotted(curve), "The loss over the run"),
             Report(f"{job.stage}-curve", "table", _shown(curve), "Points of the curve"),
-            Report(f"{job.stage}-run", "link", run_page(job.run_id), "All curves in MLflow"),
+            Report(f"{job.stage}-run", "link", run_page(job.run_id), "All curves and samples"),
+            *judged,
         ),
     )
 
@@ -108,6 +115,13 @@ class _Watch:
 def _plotted(curve: list[dict[str, Any]]) -> str:
     tokens, loss = ([record[key] for record in curve] for key in ("tokens", "loss"))
     return plot(tokens, loss, "tokens", "loss (nats per token)")
+
+
+def _judged(heldout: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """Held-out losses, the source's name in the place of the metric's."""
+    names = {key: key.removeprefix("heldout_loss").lstrip("_") or "all" for key in heldout[-1]}
+    names["step"] = "step"
+    return [{names[key]: round(value, 4) for key, value in row.items()} for row in heldout]
 
 
 def _shown(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:

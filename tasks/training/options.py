@@ -6,61 +6,14 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from model.config import ConfigError, ModelConfig
+from model.config import ConfigError
 from model.precision import resolve_precision
 from model.schedule import Schedule
 from tasks.runtime.fingerprint import place
 from tasks.runtime.stage import StageConfig
-
-
-class ModelOptions(StageConfig):
-    """The shape of the model."""
-
-    width: int = Field(256, ge=2)
-    """Channels of the residual stream."""
-    layers: int = Field(4, ge=1)
-    """Transformer blocks."""
-    heads: int = Field(4, ge=1)
-    """Attention heads."""
-    kv_heads: int = Field(0, ge=0)
-    """Key-value heads (grouped-query attention); 0: as many as heads."""
-    mlp_width: int = Field(1024, ge=0)
-    """Channels of the feed-forward blocks; 0: 8/3 of the width, rounded up to 64s."""
-    context: int = Field(256, ge=2)
-    """Longest text the model can read, in tokens; more than it was trained on is guesswork."""
-    sliding_window: int = Field(0, ge=0)
-    """Tokens each token can look back on, itself included (Mistral); 0: all."""
-    qk_norm: bool = False
-    """Normalise queries and keys of each head (Qwen3)."""
-    rope_theta: float = Field(10_000.0, gt=1)
-    """Base of the rotary positions."""
-    tied_embeddings: bool = True
-    """Use the embedding matrix as the output matrix, too."""
-
-    @model_validator(mode="after")
-    def exists(self) -> Self:
-        try:
-            self.config(vocab_size=1)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
-        return self
-
-    def config(self, vocab_size: int) -> ModelConfig:
-        return ModelConfig(
-            vocab_size=vocab_size,
-            width=self.width,
-            layers=self.layers,
-            heads=self.heads,
-            kv_heads=self.kv_heads or None,
-            mlp_width=self.mlp_width or None,
-            context=self.context,
-            sliding_window=self.sliding_window or None,
-            qk_norm=self.qk_norm,
-            rope_theta=self.rope_theta,
-            tied_embeddings=self.tied_embeddings,
-        )
+from tasks.training.shapes import ModelOptions
 
 
 class OptimizerOptions(StageConfig):
@@ -117,8 +70,19 @@ class RunOptions(StageConfig):
     """Steps between checkpoints: what a crash can lose."""
     log_every: int = Field(5, ge=1)
     """Steps between points of the curve."""
+    activation_checkpointing: bool = False
+    """Keep only what enters each block and compute the rest again: less memory, a third slower."""
+    sharded: bool = False
+    """Divide weights and optimiser state among the workers (FSDP2) instead of copying them."""
+    heldout_every: int = Field(50, ge=1)
+    """Steps between looks at the loss on held-out documents, and at samples of what it writes."""
+    heldout_sequences: int = Field(32, ge=0)
+    """Held-out sequences of each source that are looked at; 0: none."""
     restarts: int = Field(3, ge=0)
     """How often workers that die are started again, from the last checkpoint."""
+
+
+__all__ = ["ModelOptions", "OptimizerOptions", "RunOptions", "ScheduleOptions", "TrainingConfig"]
 
 
 def shown_first(*names: str) -> Callable[[dict[str, Any]], None]:
@@ -140,11 +104,20 @@ class TrainingConfig(StageConfig):
     schedule: ScheduleOptions = ScheduleOptions()
     clip: float = Field(1.0, ge=0)
     """Global gradient norm above which gradients are scaled down; 0: never."""
+    spike: float = Field(0.0, ge=0)
+    """Leave out steps whose loss lies so many standard deviations above those before; 0: never."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of the computation; auto: bf16 where the machine multiplies it in hardware."""
     seed: int = Field(0, ge=0)
     """Chooses initial weights and the order of the data."""
     run: RunOptions = place(RunOptions())
+
+    @field_validator("spike")
+    @classmethod
+    def above_the_noise(cls, value: float) -> float:
+        if 0 < value <= 1:
+            raise ValueError(f"spike {value} must be above 1 standard deviation, 6 is usual")
+        return value
 
     @model_validator(mode="after")
     def everyone_has_work(self) -> Self:
@@ -167,7 +140,12 @@ class TrainingConfig(StageConfig):
             "optim": self.optimizer.model_dump(),
             "schedule": asdict(Schedule(**self.schedule.model_dump())),
             "clip": self.clip or None,
+            "spike": self.spike or None,
             "precision": self.precision,
             "checkpoint_every": self.run.checkpoint_every,
             "log_every": self.run.log_every,
+            "activation_checkpointing": self.run.activation_checkpointing,
+            "sharded": self.run.sharded,
+            "heldout_every": self.run.heldout_every,
+            "heldout_sequences": max(self.run.heldout_sequences, 1),
         }

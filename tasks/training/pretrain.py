@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
+from pathlib import Path
 from typing import Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from model.config import ModelConfig
 from model.flops import count_parameters
-from tasks.registry.tracking import tracked
+from tasks.corpus.source_config import allowed
+from tasks.registry.tracking import log_metrics, tracked
 from tasks.runtime.errors import UserError
+from tasks.runtime.fingerprint import place
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Workspace, stage
+from tasks.training.foreseen import errors
 from tasks.training.job import TrainingJob
 from tasks.training.launch import launch
 from tasks.training.options import ModelOptions, ScheduleOptions, TrainingConfig, shown_first
+from tasks.training.shapes import SERVED
 
 
 class PretrainConfig(TrainingConfig):
@@ -28,18 +36,104 @@ class PretrainConfig(TrainingConfig):
     """Tokens of one training sequence."""
     document_masking: bool = False
     """Keep documents that share a sequence from seeing each other."""
+    source_weights: dict[str, float] = Field(default_factory=dict)
+    """Weight of each source of the corpus, by name (seeds: what was crawled), which gives its share
+    of every stretch of the run; empty: as much as there is of each."""
+    mask_share: float = Field(0.15, gt=0, lt=1)
+    """Share of the tokens that is hidden and guessed; of the family bert only."""
+    start_from: str = place("")
+    """Directory of a Hugging Face checkpoint to go on from, below a source root; its shape counts
+    then instead of the model's below. The tokenizer must be the checkpoint's own."""
+    start_digest: str = ""
+    """What lies in that directory; filled in by itself."""
     model: ModelOptions = ModelOptions()
     # Fine-tuning goes on with the documents, so the rate need not fall far before it.
     schedule: ScheduleOptions = ScheduleOptions(decay=0.1)
 
+    @field_validator("source_weights")
+    @classmethod
+    def positive(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, weight in value.items():
+            if not 0 < weight < float("inf"):
+                raise ValueError(
+                    f"weight {weight} of source {name!r} must be a number above 0; leave it out"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def means_something(self) -> Self:
+        if self.mask_share != 0.15 and self.model.causal:
+            raise ValueError("mask_share is of the family bert; leave it out with any other")
+        return self
+
     @model_validator(mode="after")
     def fits_the_context(self) -> Self:
-        if self.sequence > self.model.context:
+        if not self.start_from and self.sequence > self.model.context:
             raise ValueError(
                 f"sequence {self.sequence} is longer than the model's context "
                 f"{self.model.context}; lower one or raise the other"
             )
         return self
+
+    def resolve(self) -> Self:
+        resolved = super().resolve()
+        if not self.start_from:
+            return resolved.model_copy(update={"start_digest": ""})
+        return resolved.model_copy(update={"start_digest": checkpoint_digest(self.start_from)})
+
+    def require_served(self) -> ModelConfig:
+        """The shape. Raises UserError when our engine, which evaluates and serves, lacks it."""
+        shape = self.shape(vocabulary=1)
+        if beyond := shape.beyond_llama():
+            raise UserError(
+                f"our engine, which evaluates and serves, runs {', '.join(SERVED)}, no model with "
+                f"{', '.join(beyond)}; choose one of them as pretrain.model.family, or run the "
+                f"flow pretrain, whose models other programs load"
+            )
+        return shape
+
+    def shape(self, vocabulary: int) -> ModelConfig:
+        """The model's shape. Raises UserError when a checkpoint to start from does not fit."""
+        if not self.start_from:
+            return self.model.config(vocabulary)
+        from model.huggingface import FormatError, load_config  # brings torch
+
+        try:
+            shape = load_config(checkpoint_directory(self.start_from))
+        except FormatError as error:
+            raise UserError(f"pretrain.start_from: {error}") from error
+        if self.sequence > shape.context:
+            raise UserError(
+                f"pretrain.sequence {self.sequence} is longer than the context {shape.context} of "
+                f"the checkpoint in {self.start_from}; lower it"
+            )
+        if vocabulary > shape.vocab_size:
+            raise UserError(
+                f"the tokenizer has {vocabulary} pieces, the checkpoint in {self.start_from} only "
+                f"{shape.vocab_size}; take its own with tokenizer.import_from"
+            )
+        return shape
+
+
+def checkpoint_directory(path: str) -> Path:
+    """The directory, if it lies below a source root and is there."""
+    directory = allowed(Path(path), Settings.load(), "pretrain.start_from")
+    if not (directory / "config.json").is_file():
+        raise UserError(
+            f"pretrain.start_from {path!r} holds no config.json; name the directory of a Hugging "
+            f"Face checkpoint"
+        )
+    return directory
+
+
+def checkpoint_digest(path: str) -> str:
+    """SHA-256 over the shape and the weights that lie there."""
+    directory = checkpoint_directory(path)
+    told = hashlib.sha256()
+    for file in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+        with open(file, "rb") as stream:
+            told.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
+    return told.hexdigest()
 
 
 @stage("pretrain", version=1)
@@ -52,11 +146,11 @@ def pretrain(
             f"the corpus has {shards.counts.get('tokens', 0)} tokens, fewer than one sequence of "
             f"{config.sequence} + 1; lower pretrain.sequence or crawl more documents"
         )
-    shape = config.model.config(tokenizer.counts["vocabulary"])
+    shape = config.shape(tokenizer.counts["vocabulary"])
     inputs = {"shards": shards, "tokenizer": tokenizer}
     params = {**config.model_dump(), "parameters": count_parameters(shape).total}
     with tracked("pretrain", work.fingerprint, params, inputs) as run_id:
-        return launch(
+        outcome = launch(
             TrainingJob(
                 stage="pretrain",
                 fingerprint=work.fingerprint,
@@ -69,9 +163,22 @@ def pretrain(
                 shards=shards,
                 base=None,
                 pairs=None,
+                source_weights=config.source_weights,
+                mask_share=config.mask_share,
+                start_from=str(checkpoint_directory(config.start_from))
+                if config.start_from
+                else None,
                 run=config.run,
                 tracking_uri=Settings.load().mlflow,
                 run_id=run_id,
             ),
             work,
         )
+        reached = {
+            "loss": outcome.metrics.get("heldout_loss"),
+            "seconds": outcome.metrics.get("train_seconds"),
+        }
+        told = errors(config, Settings.load(), reached)
+        if told:
+            log_metrics(run_id, told)
+        return replace(outcome, metrics={**outcome.metrics, **told})

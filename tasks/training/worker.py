@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,17 +27,20 @@ from model.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from model.config import ConfigError, ModelConfig
 from model.huggingface import FormatError, SpecialTokens, load_directory, save_directory
 from model.loader import DataError, Loader, WindowLoader
-from model.mixing import MixedLoader
+from model.masking import MaskedLoader
+from model.mixing import MixedLoader, WeightedLoader
 from model.optim import OptimConfig
 from model.packing import Example, PackedLoader
 from model.precision import cpu_flags
 from model.schedule import Schedule
+from model.sharding import whole_model
 from model.tokenizer_files import tokenizer_files
 from model.transformer import Transformer
 from tasks.registry.tracking import MetricLogger
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import Directory, Store
+from tasks.tokenizer.shards import shard_sources
 from tasks.training.job import CHECKPOINTS, FAILURE, PROGRESS, RESULT, TrainingJob
 
 SECONDS_BETWEEN_REPORTS = 1.0
@@ -46,6 +49,7 @@ HOPELESS = (ConfigError, DataError, FormatError, CheckpointError, training.Diver
 
 logger = logging.getLogger("gristmill.training")
 TRIM_EVERY = 50  # steps
+SAMPLES, OPENING, CONTINUATION = 3, 24, 40  # held-out sequences, tokens shown, tokens added
 
 
 def return_free_memory() -> None:
@@ -77,11 +81,14 @@ def _train(job: TrainingJob, directory: Directory) -> None:
     torch.set_flush_denormal(True)
     store = Store.open(Settings.load())
     tokenizer = Tokenizer.load(store.local(job.tokenizer, "tokenizer.model"))
-    loader, tokens, counts = _data(job, store, tokenizer)
-    config = _config(job, tokens)
     torch.manual_seed(job.seed)
     model = _model(job, store).to(ray.train.torch.get_device() if job.run.gpu else "cpu")
-    sizes = torch.tensor([len(piece) for piece in tokenizer.token_bytes])
+    loader, tokens, counts = training_data(job, store, tokenizer, model.config)
+    heldout = heldout_data(job, store, tokenizer, model.config)
+    config = _config(job, tokens)
+    sizes = torch.zeros(model.config.vocab_size, dtype=torch.int64)
+    sizes[: len(tokenizer)] = torch.tensor([len(piece) for piece in tokenizer.token_bytes])
+    losses: list[dict[str, float]] = []
     with _checkpoints(directory, rank) as (checkpoints, push), _reporter(job, rank) as report:
         if world > 1:
             dist.barrier()  # rank 0 may have just removed a damaged checkpoint
@@ -91,11 +98,18 @@ def _train(job: TrainingJob, directory: Directory) -> None:
         progress = _Progress(directory, resumed)
 
         def on_step(record: training.StepRecord) -> None:
-            report(record)
+            report.curve(record)
             if record.step % TRIM_EVERY == 0:
                 return_free_memory()
             if rank == 0:
                 progress.write(record)
+
+        def on_heldout(step: int, found: dict[str, float]) -> None:
+            losses.append({"step": step, **found})
+            report.heldout(step, found)
+            if rank == 0 and step > resumed and model.config.causal and not job.run.sharded:
+                openings = next(iter(heldout.values())).order(0, SAMPLES)
+                report.samples(step, samples(model, tokenizer, heldout, openings))
 
         curve = training.train(
             model,
@@ -103,15 +117,20 @@ def _train(job: TrainingJob, directory: Directory) -> None:
             config,
             checkpoints=checkpoints,
             token_bytes=sizes,
+            heldout=heldout,
             on_step=on_step,
+            on_heldout=on_heldout,
             on_checkpoint=push,
         )
         seconds = time.monotonic() - begun
+    model = whole_model(model)
     if rank == 0:
         _save_model(model, tokenizer, directory)
+        counts |= {"parameters": sum(p.numel() for p in model.parameters())}
         result = {
             "curve": [asdict(record) for record in curve],
-            "counts": counts | {"parameters": sum(p.numel() for p in model.parameters())},
+            "heldout": losses,
+            "counts": counts | {"context": model.config.context},
             "seconds": seconds,
             "world": {
                 "workers": world,
@@ -124,6 +143,23 @@ def _train(job: TrainingJob, directory: Directory) -> None:
         directory.write_json(RESULT, result)
 
 
+@torch.no_grad()
+def samples(
+    model: Transformer, tokenizer: Tokenizer, heldout: Mapping[str, Loader], openings: Any
+) -> str:
+    """How the model goes on with the openings of some held-out sequences, greedily."""
+    rows = next(iter(heldout.values())).read(openings).tokens[:, :OPENING]
+    tokens = rows.to(model.output_weight.device)
+    for _ in range(min(CONTINUATION, model.config.context - tokens.shape[1])):
+        last = torch.full((len(tokens), 1), tokens.shape[1] - 1, device=tokens.device)
+        following = model(tokens, logits_at=last)[:, 0, : len(tokenizer)].argmax(-1, keepdim=True)
+        tokens = torch.cat((tokens, following), dim=1)
+    return "\n\n".join(
+        f"{tokenizer.decode(row[:OPENING])} ▶ {tokenizer.decode(row[OPENING:])}"
+        for row in tokens.tolist()
+    )
+
+
 def _config(job: TrainingJob, tokens: int) -> training.TrainConfig:
     parts = {
         "optim": OptimConfig(**job.loop["optim"]),
@@ -133,29 +169,31 @@ def _config(job: TrainingJob, tokens: int) -> training.TrainConfig:
 
 
 def _model(job: TrainingJob, store: Store) -> Transformer:
+    if job.start_from is not None:
+        return load_directory(Path(job.start_from))
     if job.base is None:
         return Transformer(ModelConfig.from_dict(job.shape))
     files = [store.local(job.base, name) for name in ("config.json", "model.safetensors")]
     return load_directory(files[0].parent)
 
 
-def _data(
-    job: TrainingJob, store: Store, tokenizer: Tokenizer
+def training_data(
+    job: TrainingJob, store: Store, tokenizer: Tokenizer, shape: ModelConfig
 ) -> tuple[Loader, int, dict[str, int]]:
     """(the data, tokens of the whole run, counts for the manifest)."""
-    windows = None
+    windows: Loader | None = None
+    counts: dict[str, int] = {}
     if job.shards is not None:
-        windows = WindowLoader(
-            local_shards(store, job.shards),
-            job.sequence,
-            job.seed,
-            document_masking=job.document_masking,
-            vocab_size=len(tokenizer),
-        )
+        sources = _windows(job, store, job.shards, "tokens", len(tokenizer), apart=True)
+        counts = {"corpus_tokens": sum(source.tokens for source in sources.values())}
+        if job.source_weights:
+            windows = WeightedLoader(sources, job.source_weights)
+        else:
+            (windows,) = _windows(job, store, job.shards, "tokens", len(tokenizer)).values()
+        windows = _masked(job, windows, tokenizer, shape)
     if job.pairs is None:
         assert windows is not None
-        tokens = int(job.loop["total_tokens"])
-        return windows, tokens, {"corpus_tokens": windows.tokens}
+        return windows, int(job.loop["total_tokens"]), counts
     examples, too_long = read_examples(store, job.pairs.pairs, tokenizer, job.sequence)
     packed = PackedLoader(examples, job.sequence, job.seed, pad=tokenizer.pad)
     rows = packed.rows(job.pairs.passes)
@@ -168,10 +206,62 @@ def _data(
     return mixed, steps * batch * job.sequence, counts
 
 
-def local_shards(store: Store, shards: Manifest) -> list[Path]:
-    """Local paths of the training split's token shards, each beside its documents file."""
-    paths = [store.local(shards, name) for name in shards.names("tokens-", ".npy")]
-    return [path for path in paths if not path.name.endswith(".documents.npy")]
+def heldout_data(
+    job: TrainingJob, store: Store, tokenizer: Tokenizer, shape: ModelConfig
+) -> dict[str, Loader]:
+    """Held-out documents by source, for pretraining; sources shorter than a sequence are left out.
+
+    Fine-tuning is judged by its answers, in the evaluation.
+    """
+    if job.shards is None or job.pairs is not None or not job.run.heldout_sequences:
+        return {}
+    found = _windows(job, store, job.shards, "heldout-tokens", len(tokenizer), apart=True)
+    return {name: _masked(job, windows, tokenizer, shape) for name, windows in found.items()}
+
+
+def _masked(job: TrainingJob, source: Loader, tokenizer: Tokenizer, shape: ModelConfig) -> Loader:
+    """The data as the model's objective wants it: some tokens hidden from one that looks ahead."""
+    if shape.causal:
+        return source
+    return MaskedLoader(
+        source,
+        mask=tokenizer.mask,
+        vocab_size=len(tokenizer),
+        seed=job.seed,
+        share=job.mask_share,
+    )
+
+
+def _windows(
+    job: TrainingJob,
+    store: Store,
+    shards: Manifest,
+    split: str,
+    vocabulary: int,
+    *,
+    apart: bool = False,
+) -> dict[str, WindowLoader]:
+    """The windows of a split of the corpus: all together, or each source's apart."""
+    sources = shard_sources(shards.names(), split)
+    if not apart:
+        sources = {"all": [name for names in sources.values() for name in names]}
+    for name in shards.names(f"{split}-", ".documents.npy"):
+        store.local(shards, name)  # beside its shard, wherever that is read from
+    loaders = {}
+    for source, names in sources.items():
+        paths = [store.local(shards, name) for name in names]
+        try:
+            loaders[source] = WindowLoader(
+                paths,
+                job.sequence,
+                job.seed,
+                document_masking=job.document_masking,
+                vocab_size=vocabulary,
+            )
+        except DataError:
+            if split == "tokens" and (not apart or source in job.source_weights):
+                raise
+    return loaders
 
 
 def read_examples(
@@ -246,9 +336,7 @@ class _Remote:
                     target = folder / step / name.removeprefix(prefix)
                     target.write_bytes(self.directory.read_bytes(name))
 
-    def push(self, path: Path | None, step: int) -> None:
-        if path is None:
-            return
+    def push(self, path: Path, step: int) -> None:
         older = self._steps()[:-1]
         for file in sorted(path.iterdir(), key=lambda file: file.name == "checkpoint.json"):
             self.directory.put(file, f"{CHECKPOINTS}/{path.name}/{file.name}")
@@ -257,21 +345,34 @@ class _Remote:
             self.directory.filesystem.delete_dir(location)
 
 
-@contextmanager
-def _reporter(job: TrainingJob, rank: int) -> Iterator[Any]:
-    """A function that sends a record to MLflow; rank 0's, the others' does nothing."""
-    if rank != 0:
-        yield lambda record: None
-        return
-    metrics = MetricLogger(job.tracking_uri, job.run_id)
+class _Reporter:
+    """Sends to MLflow what rank 0 sees; that of other ranks has no logger and sends nothing."""
 
-    def report(record: training.StepRecord) -> None:
+    def __init__(self, metrics: MetricLogger | None) -> None:
+        self.metrics = metrics
+
+    def curve(self, record: training.StepRecord) -> None:
         values = asdict(record)
         values = {k: v for k, v in values.items() if k not in ("step", "steps") and v is not None}
-        metrics.log(record.step, values)
+        self.heldout(record.step, values)
 
+    def heldout(self, step: int, values: Mapping[str, float]) -> None:
+        if self.metrics is not None:
+            self.metrics.log(step, values)
+
+    def samples(self, step: int, text: str) -> None:
+        if self.metrics is not None:
+            self.metrics.text(f"samples/step-{step:08d}.txt", text)
+
+
+@contextmanager
+def _reporter(job: TrainingJob, rank: int) -> Iterator[_Reporter]:
+    if rank != 0:
+        yield _Reporter(None)
+        return
+    metrics = MetricLogger(job.tracking_uri, job.run_id)
     try:
-        yield report
+        yield _Reporter(metrics)
     finally:
         metrics.close()
 

@@ -17,6 +17,7 @@ import torch
 from model.checkpoint import (
     Checkpoint,
     CheckpointError,
+    CheckpointWriter,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
@@ -26,6 +27,7 @@ from model.loader import WindowLoader
 from model.masking import MaskedLoader
 from model.optim import OptimConfig
 from model.packing import Example, PackedLoader
+from model.sharding import whole_model
 from model.train import DivergedError, TrainConfig, train
 from model.transformer import Transformer
 
@@ -110,8 +112,8 @@ def test_fine_tuning_learns_only_what_it_is_asked_to(tmp_path: Path) -> None:
     assert records[-1].loss < 0.5 < records[0].loss
 
 
-def test_two_ranks_follow_the_curve_of_one(loader: WindowLoader, tmp_path: Path) -> None:
-    expected = [r.loss for r in train(tiny_model(), loader, replace(CONFIG, precision="fp32"))]
+def two_ranks(folder: Path, *how: str) -> list[dict]:
+    """What each of two processes of this file says, run with these words."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = str(sock.getsockname()[1])
@@ -124,38 +126,103 @@ def test_two_ranks_follow_the_curve_of_one(loader: WindowLoader, tmp_path: Path)
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
+            [sys.executable, __file__, str(folder), *how],
             env=env | {"RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    curves = []
+    said = []
     for process in ranks:
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 0
-        *_, curve, threads = map(json.loads, out.splitlines())
-        curves.append(curve)
-        # Threads of the process group that live on may abort the process at its exit.
-        assert not [name for name in threads if "gloo" in name]
-    assert curves[0] == curves[1]
-    np.testing.assert_allclose(curves[0], expected, rtol=1e-4)
-    assert [path.name for path in list_checkpoints(tmp_path / "c")] == [
-        "step-00000008",
-        "step-00000012",
+        said.append(json.loads(out.splitlines()[-1]))
+    return said
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ("copied", "muon"),
+        ("sharded", "muon"),
+        pytest.param(("sharded", "adamw"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_two_ranks_follow_the_curve_of_one(loader: WindowLoader, tmp_path: Path, how) -> None:
+    config = replace(CONFIG, precision="fp32", optim=OptimConfig(kind=how[1]))
+    model = tiny_model()
+    seen: dict[int, dict[str, float]] = {}
+    records = train(model, loader, config, heldout={"a": loader}, on_heldout=seen.__setitem__)
+    expected = [r.loss for r in records]
+    first, second = two_ranks(tmp_path, *how)
+    assert first["curve"] == second["curve"]
+    np.testing.assert_allclose(first["curve"], expected, rtol=1e-4)
+    assert first["heldout"] == second["heldout"]
+    assert first["heldout"] == pytest.approx(seen[12]["heldout_loss"], rel=1e-3)
+    # Threads of the process group that live on may abort the process at its exit. (The mesh of
+    # divided weights holds the group until then.)
+    assert how[0] == "sharded" or not [
+        name for name in first["threads"] + second["threads"] if "gloo" in name
     ]
+    steps = list_checkpoints(tmp_path / "c")
+    assert [path.name for path in steps] == ["step-00000008", "step-00000012"]
+    # What two ranks wrote, divided or not, is whole: one goes on with it.
+    alone = tiny_model()
+    train(alone, loader, config, checkpoints=tmp_path / "c")
+    assert first["sum"] == pytest.approx(
+        alone.output_weight.detach().double().abs().sum().item(), rel=1e-6
+    )
 
 
-def _one_rank(folder: Path) -> None:
+def _one_rank(folder: Path, how: str, kind: str) -> None:
     torch.distributed.init_process_group("gloo")
     loader = WindowLoader([folder / "tokens-00000.npy"], 32, seed=1)
-    config = replace(CONFIG, precision="fp32")
-    records = train(tiny_model(), loader, config, checkpoints=folder / "c")
-    print(json.dumps([record.loss for record in records]))
+    config = replace(CONFIG, precision="fp32", optim=OptimConfig(kind=kind))
+    config = replace(config, sharded=how == "sharded")
+    seen: dict[int, dict[str, float]] = {}
+    model = tiny_model()
+    options = {"checkpoints": folder / "c", "on_heldout": seen.__setitem__}
+    records = train(model, loader, config, heldout={"a": loader}, **options)
+    said = {
+        "curve": [record.loss for record in records],
+        "heldout": seen[12]["heldout_loss"],
+        "sum": whole_model(model).output_weight.detach().double().abs().sum().item(),
+    }
     torch.distributed.destroy_process_group()
     tasks = Path("/proc/self/task").glob("*/comm")
-    print(json.dumps([task.read_text().strip() for task in tasks]))
+    print(json.dumps(said | {"threads": [task.read_text().strip() for task in tasks]}))
+
+
+def test_held_out_text_is_looked_at_and_the_best_is_kept(loader, tmp_path) -> None:
+    seen: dict[int, dict[str, float]] = {}
+    (tmp_path / "noise").mkdir()
+    noise = np.random.default_rng(0).integers(0, 128, 3000, dtype=np.uint16)
+    np.save(tmp_path / "noise" / "tokens-00000.npy", noise)
+    other = WindowLoader([tmp_path / "noise" / "tokens-00000.npy"], 32, seed=1)
+    config = replace(CONFIG, total_tokens=24 * 8 * 32, heldout_every=4, keep_best=1)
+    options = {"checkpoints": tmp_path / "c", "on_heldout": seen.__setitem__}
+    model = tiny_model()
+    records = train(model, loader, config, heldout={"text": loader, "noise": other}, **options)
+    assert list(seen) == [4, 8, 12, 16, 20, 24]
+    last = seen[24]
+    assert last["heldout_loss_text"] < last["heldout_loss"] < last["heldout_loss_noise"]
+    best = min(seen, key=lambda step: seen[step]["heldout_loss"])
+    (kept,) = list_checkpoints(tmp_path / "c" / "best")
+    assert load_checkpoint(kept).step == best
+    # To look changes nothing of what is learned.
+    blind = tiny_model()
+    assert [r.loss for r in train(blind, loader, config)] == [r.loss for r in records]
+    assert torch.equal(blind.output_weight, model.output_weight)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "c").write_text("a file where a directory should be")
+    writer = CheckpointWriter(tmp_path / "c", lambda path, step: None)
+    writer.write(Checkpoint(1, {}, {}, {}), 2)
+    with pytest.raises(FileExistsError):
+        writer.wait()
 
 
 def test_a_diverged_run_names_the_step_and_the_sequences(loader: WindowLoader) -> None:
@@ -300,4 +367,4 @@ def test_half_written_checkpoints_are_invisible_and_old_ones_go(tmp_path: Path) 
 
 
 if __name__ == "__main__":
-    _one_rank(Path(sys.argv[1]))
+    _one_rank(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,42 @@
+"""`gristmill forecast`: what a pretraining will cost and reach."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from tasks.runtime.settings import Settings
+from tasks.runtime.store import Store
+from tasks.tokenizer.train import TokenizerConfig
+from tasks.training.forecast import Forecast, forecast
+from tasks.training.foreseen import keep
+from tasks.training.pretrain import PretrainConfig
+
+
+def foresee(
+    settings: Settings,
+    parameters: Any,
+    arguments: argparse.Namespace,
+    say: Callable[[str], None],
+) -> Forecast:
+    """The forecast for the pretraining among a flow's parameters; it is kept for the run to judge.
+
+    The loss needs tokens to try small models on: those of the newest corpus in the store.
+    """
+    config: PretrainConfig = parameters.pretrain
+    tokenizer: TokenizerConfig = parameters.tokenizer
+    shards = None if arguments.no_runs else Store.open(settings).latest("token-shards")
+    if shards is None and not arguments.no_runs:
+        say("no tokens in the store, so no loss is foreseen; make some: gristmill run tokenizer")
+    found = forecast(
+        config,
+        tokenizer.vocab_size,
+        shards,
+        device_flops=arguments.device_tflops * 1e12,
+        mfu=arguments.mfu,
+        say=say,
+    )
+    keep(asdict(found), config, settings)
+    return found

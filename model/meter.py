@@ -1,0 +1,80 @@
+"""What a run says of itself: the records of its curve, and the sums they are made from."""
+
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+
+from model.losses import bits_per_byte
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by device name
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of the curve. loss and bits_per_byte: means over the steps since the last."""
+
+    step: int  # steps completed
+    steps: int
+    tokens: int  # consumed since the beginning, over all ranks
+    loss: float  # nats per counted target
+    bits_per_byte: float | None  # None when the bytes of each token are not known
+    learning_rate: float  # of the matrices inside the blocks; the other rates move with it
+    grad_norm: float  # before clipping, of the last step
+    tokens_per_second: float  # since the last record, over all ranks
+    memory_mb: float  # peak resident (CPU) or allocated (GPU) memory of this rank
+    eta_seconds: float
+    mfu: float | None = None  # share of the devices' peak used for the model's own arithmetic
+    skipped: int = 0  # steps not taken because of a loss spike, since the beginning
+    imbalance: float | None = None  # load of the busiest expert over the mean, of the last step
+
+
+def device_peak(stated: float | None, device: torch.device) -> float | None:
+    """What the device can do in a second: what is stated, else what is known of it."""
+    if stated is not None or device.type != "cuda":
+        return stated
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+class Meter:
+    """Sums between two records."""
+
+    def __init__(
+        self, step_tokens: int, first: int, steps: int, flops: float, peak: float | None
+    ) -> None:
+        self.step_tokens, self.steps = step_tokens, steps
+        self.flops, self.peak = flops, peak  # of a token on each rank; of a rank's device
+        self._reset(first)
+
+    def _reset(self, step: int) -> None:
+        self._since, self._started = step, time.perf_counter()
+        self._nats, self._counted, self._bytes = 0.0, 0, 0
+
+    def add(self, nats: float, counted: int, bytes_: int) -> None:
+        self._nats += nats
+        self._counted += counted
+        self._bytes += bytes_
+
+    def record(self, step: int, rate: float, grad_norm: float, device: torch.device) -> StepRecord:
+        seconds = (time.perf_counter() - self._started) / (step - self._since)
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(device) / 2**20
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        record = StepRecord(
+            step=step,
+            steps=self.steps,
+            tokens=step * self.step_tokens,
+            loss=self._nats / max(self._counted, 1),
+            bits_per_byte=bits_per_byte(self._nats, self._bytes) if self._bytes else None,
+            learning_rate=rate,
+            grad_norm=grad_norm,
+            tokens_per_second=self.step_tokens / seconds,
+            memory_mb=memory,
+            eta_seconds=seconds * (self.steps - step),
+            mfu=self.flops * self.step_tokens / seconds / self.peak if self.peak else None,
+        )
+        self._reset(step)
+        return record

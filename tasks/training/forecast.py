@@ -1,0 +1,283 @@
+"""What a pretraining will cost and reach, before anything is spent.
+
+Parameters, operations and memory follow from formulae. The time follows from operations and a rate:
+measured here in a few steps when the run is for CPUs, assumed of a GPU. The loss comes from a
+scaling law (Hoffmann et al., arXiv:2203.15556)
+
+    loss = E + A / parameters^0.34 + B / tokens^0.28
+
+whose three amounts are fitted to quick runs of small models on the corpus's own tokens; exponents
+are the paper's, since a few minutes of small runs cannot tell them. What was foreseen is kept in
+the home (`tasks.training.foreseen`), and the run it was made for says how wrong it was.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.config import ModelConfig
+from model.flops import count_parameters, training_flops_per_token
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.store import Store
+from tasks.training.pretrain import PretrainConfig
+
+PARAMETER_EXPONENT, TOKEN_EXPONENT = 0.34, 0.28
+# Width, layers and tokens of the quick runs: sizes and lengths vary apart, so that both amounts of
+# the law can be told.
+QUICK_RUNS = ((64, 2, 60_000), (64, 2, 240_000), (128, 2, 60_000), (128, 4, 240_000))
+TIMED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """memory_gb: of one worker; loss: nats per token of held-out text, None without a corpus."""
+
+    parameters: int
+    tokens: int
+    flops: float
+    memory_gb: float
+    seconds: float
+    device_hours: float
+    rate: str  # where the time comes from, in words
+    loss: float | None = None
+    bits_per_byte: float | None = None
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For people."""
+        rows = [
+            ("parameters", f"{self.parameters:,}"),
+            ("tokens", f"{self.tokens:,}"),
+            ("operations", f"{self.flops:.3g}"),
+            ("memory of a worker", f"{self.memory_gb:.1f} GB"),
+            ("time", f"{_span(self.seconds)}, {self.rate}"),
+            ("device hours", f"{self.device_hours:,.2f}"),
+        ]
+        if self.loss is not None:
+            rows.append(("loss on held-out text", f"{self.loss:.3f} nats per token"))
+        if self.bits_per_byte is not None:
+            rows.append(("bits per byte of it", f"{self.bits_per_byte:.3f}"))
+        return rows
+
+
+def _span(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+@dataclass(frozen=True)
+class Law:
+    """The three amounts of the scaling law."""
+
+    floor: float
+    per_parameters: float
+    per_tokens: float
+
+    def loss(self, parameters: float, tokens: float) -> float:
+        return (
+            self.floor
+            + self.per_parameters / parameters**PARAMETER_EXPONENT
+            + self.per_tokens / tokens**TOKEN_EXPONENT
+        )
+
+    @classmethod
+    def fitted(cls, runs: Sequence[tuple[float, float, float]]) -> Law:
+        """To (parameters, tokens, loss) of three runs or more: least squares, no amount below 0."""
+        rows = [[1.0, n**-PARAMETER_EXPONENT, d**-TOKEN_EXPONENT] for n, d, _ in runs]
+        terms, losses = np.array(rows), np.array([loss for _, _, loss in runs])
+        used = [0, 1, 2]
+        while True:
+            found, *_ = np.linalg.lstsq(terms[:, used], losses, rcond=None)
+            if (found >= 0).all():
+                break
+            used.pop(int(found.argmin()))
+        amounts = np.zeros(3)
+        amounts[used] = found
+        return cls(*amounts.tolist())
+
+
+def memory_bytes(shape: ModelConfig, config: PretrainConfig, workers: int) -> float:
+    """Of one worker: fp32 weights and gradients, optimiser state, activations of a micro-batch.
+
+    Muon keeps one number for a weight in the blocks, AdamW two for any. Activations are 34 bytes
+    for each token, channel and layer where attention keeps no matrix (Korthikanti et al.,
+    arXiv:2205.05198, in bf16), more with a wide feed-forward; with checkpointing 2, and one layer.
+    On a CPU the attention matrix of short sequences is kept too (model/kernels.py).
+    """
+    count = count_parameters(shape)
+    states = 2 * count.total
+    if config.optimizer.kind == "muon":
+        states -= count.matrices
+    held: float = 4 * (2 * count.total + states)
+    if config.run.sharded:
+        held /= workers
+    rows = min(config.run.micro_batch, -(-config.batch // workers))
+    tokens = rows * config.sequence
+    wide = 4 * max(shape.mlp_size, 1) / (8 * shape.width) * 16
+    layer = tokens * shape.width * (18 + wide)
+    if not config.run.gpu and config.sequence <= 1024:
+        layer += tokens * shape.heads * config.sequence * 4
+    if config.precision == "fp32":
+        layer *= 2
+    if config.run.activation_checkpointing:
+        activations = layer + tokens * shape.width * 2 * shape.layers
+    else:
+        activations = layer * shape.layers
+    return held + activations
+
+
+def forecast(
+    config: PretrainConfig,
+    vocabulary: int,
+    shards: Manifest | None,
+    *,
+    device_flops: float,
+    mfu: float,
+    say: Callable[[str], None] = lambda line: None,
+) -> Forecast:
+    """`shards`: tokens of the corpus, for the quick runs; None: no loss is foreseen."""
+    config = config.resolve()
+    shape = config.shape(vocabulary)
+    operations = training_flops_per_token(shape, config.sequence) * config.tokens
+    gpu = config.run.gpu
+    workers = config.run.workers or (1 if gpu else min(2, os.cpu_count() or 1, config.batch))
+    if gpu:
+        seconds = operations / (workers * device_flops * mfu)
+        rate = f"at {mfu:.0%} of {device_flops / 1e12:.0f} TFLOP/s on {workers} GPU"
+    else:
+        say("timing a few steps of the model")
+        per_second = measured_rate(config, shape)
+        seconds = config.tokens / per_second
+        rate = f"at {per_second:,.0f} tokens/s, measured here"
+    found = Forecast(
+        parameters=count_parameters(shape).total,
+        tokens=config.tokens,
+        flops=operations,
+        memory_gb=memory_bytes(shape, config, workers) / 1e9,
+        seconds=seconds,
+        device_hours=seconds * workers / 3600,
+        rate=rate,
+    )
+    if shards is None:
+        return found
+    runs = []
+    for width, layers, tokens in QUICK_RUNS:
+        say(f"a quick run: width {width}, {layers} layers, {tokens:,} tokens")
+        runs.append(quick_run(config, width, layers, tokens, shards))
+    loss = Law.fitted(runs).loss(_without_tables(shape), config.tokens)
+    per_token = shards.metrics.get("bytes_per_token")
+    bits = loss / math.log(2) / float(per_token) if per_token else None
+    return replace(found, loss=loss, bits_per_byte=bits)
+
+
+def _without_tables(shape: ModelConfig) -> float:
+    """The law's parameters: without the embedding, as its authors and Kaplan's count them."""
+    count = count_parameters(shape)
+    return count.total - count.embedding - count.idle
+
+
+def measured_rate(config: PretrainConfig, shape: ModelConfig) -> float:
+    """Tokens a second of this machine, from a few steps on random tokens."""
+    import torch
+
+    from model.loader import WindowLoader
+    from model.transformer import Transformer
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ids = np.random.default_rng(0).integers(0, shape.vocab_size, 400_000)
+        np.save(folder / "tokens-00000.npy", ids.astype(np.uint32))
+        loader = WindowLoader([folder / "tokens-00000.npy"], config.sequence, 0)
+        torch.manual_seed(0)
+        return _timed(config, Transformer(shape), _for_objective(loader, shape))
+
+
+def _for_objective(loader: Any, shape: ModelConfig) -> Any:
+    """With tokens hidden, for a model that looks both ways."""
+    from model.masking import MaskedLoader
+
+    if shape.causal:
+        return loader
+    return MaskedLoader(loader, mask=0, vocab_size=shape.vocab_size, seed=0)
+
+
+def _timed(config: PretrainConfig, model: Any, loader: Any) -> float:
+    from model.train import train
+
+    ticks: list[float] = []
+    settings = _train_config(config, (TIMED_STEPS + 2) * config.batch * config.sequence)
+    train(
+        model,
+        loader,
+        replace(settings, log_every=1),
+        on_step=lambda record: ticks.append(time.perf_counter()),
+    )
+    steps = np.diff(ticks)[1:]
+    return config.batch * config.sequence / float(np.median(steps))
+
+
+def quick_run(
+    config: PretrainConfig, width: int, layers: int, tokens: int, shards: Manifest
+) -> tuple[float, float, float]:
+    """(parameters, tokens, loss on held-out text) of a small model on the corpus."""
+    import torch
+
+    from model.loader import WindowLoader
+    from model.train import train
+    from model.transformer import Transformer
+    from tasks.tokenizer.shards import shard_sources
+
+    store = Store.open()
+    options = config.model.model_copy(
+        update={"width": width, "layers": layers, "heads": 2, "kv_heads": 0, "head_width": 0}
+        | {"mlp_width": 0, "context": 128}
+    )
+    shape = options.config(_vocabulary(store, shards))
+    loaders = {
+        split: WindowLoader(
+            [
+                store.local(shards, name)
+                for names in shard_sources(shards.names(), split).values()
+                for name in names
+            ],
+            128,
+            seed=0,
+        )
+        for split in ("tokens", "heldout-tokens")
+    }
+    loaders = {split: _for_objective(loader, shape) for split, loader in loaders.items()}
+    losses: list[float] = []
+    settings = _train_config(config.model_copy(update={"batch": 16}), tokens)
+    torch.manual_seed(0)
+    train(
+        Transformer(shape),
+        loaders["tokens"],
+        replace(settings, micro_batch=16, heldout_every=10**9, heldout_sequences=64),
+        heldout={"all": loaders["heldout-tokens"]},
+        on_heldout=lambda step, found: losses.append(found["heldout_loss"]),
+    )
+    return _without_tables(shape), tokens, losses[-1]
+
+
+def _vocabulary(store: Store, shards: Manifest) -> int:
+    return store.get("tokenizer", shards.inputs["tokenizer"]).counts["vocabulary"]
+
+
+def _train_config(config: PretrainConfig, tokens: int) -> Any:
+    from model.optim import OptimConfig
+    from model.schedule import Schedule
+    from model.train import TrainConfig
+
+    loop = config.loop()
+    parts = {"optim": OptimConfig(**loop["optim"]), "schedule": Schedule(**loop["schedule"])}
+    return TrainConfig(**(loop | parts | {"total_tokens": tokens, "sharded": False}))

@@ -1,0 +1,174 @@
+"""What the pretraining form means: families, sources by weight, masked tokens, a checkpoint."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.families import family_of
+from model.huggingface import save_directory
+from model.masking import MaskedLoader
+from model.transformer import Transformer
+from tasks.runtime.errors import UserError
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.settings import Settings
+from tasks.runtime.store import Store
+from tasks.tokenizer.shards import shard_sources, source_of
+from tasks.training.job import TrainingJob
+from tasks.training.options import ModelOptions
+from tasks.training.pretrain import PretrainConfig
+from tasks.training.shapes import FAMILIES, WINDOWED
+from tasks.training.worker import heldout_data, samples, training_data
+from tests.tiny_models import VOCABULARY, tokenizer, transformer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_of_the_form_has_its_name_outside(family: str) -> None:
+    window = 8 if family in WINDOWED else 0
+    options = ModelOptions(family=family, width=64, layers=3, sliding_window=window)
+    shape = options.config(vocab_size=300)
+    assert family_of(shape).model_type.removesuffix("_text") == family
+    assert shape.causal == options.causal
+    Transformer(shape)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": {"family": "mistral"}}, "mistral looks through a window: give sliding_window"),
+        ({"model": {"experts": {"count": 4}}}, "experts are of the families deepseek_v2 and"),
+        ({"model": {"family": "gpt2", "qk_norm": True}}, "learned positions go with neither"),
+        ({"model": {"family": "bert", "sliding_window": 4}}, "sliding_window is of causal models"),
+        ({"model": {"family": "gemma", "sliding_window": 4}}, "'gemma2', 'gemma3'"),
+        ({"model": {"family": "deepseek_v3", "experts": {"per_token": 9}}}, "experts_per_token 9"),
+        ({"mask_share": 0.3}, "mask_share is of the family bert"),
+        ({"source_weights": {"notes": 0}}, "weight 0.0 of source 'notes' must be a number above 0"),
+        ({"spike": 0.5}, "spike 0.5 must be above 1 standard deviation"),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        PretrainConfig.model_validate(values)
+    assert len(error.value.errors()) == 1
+
+
+def test_a_family_that_the_engine_lacks_is_refused_before_anything_runs() -> None:
+    with pytest.raises(UserError, match="no model with positions, norm, activation, gated_mlp"):
+        PretrainConfig(model=ModelOptions(family="gpt2")).require_served()
+    served = PretrainConfig(model=ModelOptions(family="qwen2")).require_served()
+    assert served.qkv_bias
+
+
+@pytest.fixture
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
+    """Two sources, told apart by their tokens, and held-out text of each."""
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path))
+    directory = Store.open(Settings.load()).directory("token-shards", "some-shards")
+    entries = []
+    for split in ("tokens", "heldout-tokens"):
+        for source, token in (("", 300), ("notes-", 400)):
+            for part, array in (
+                ("", np.full(900, token, np.uint16)),
+                (".documents", np.arange(0, 900, 30)),
+            ):
+                stream = io.BytesIO()
+                np.save(stream, array)
+                name = f"{split}-{source}00000{part}.npy"
+                entries.append(directory.write_bytes(name, stream.getvalue()))
+    marks = {"stage": "token-shards", "version": 2, "fingerprint": "some-shards", "content": ""}
+    return Manifest(files=tuple(entries), **marks)
+
+
+def job(shards: Manifest, **values: object) -> TrainingJob:
+    config = PretrainConfig(sequence=16, model=ModelOptions(width=32, heads=2, context=16))
+    return TrainingJob(
+        **{
+            "stage": "pretrain",
+            "fingerprint": "",
+            "shape": config.model.config(VOCABULARY).to_dict(),
+            "loop": config.loop() | {"total_tokens": 1600},
+            "sequence": 16,
+            "document_masking": True,
+            "seed": 0,
+            "tokenizer": shards,
+            "shards": shards,
+            "base": None,
+            "pairs": None,
+            "run": config.run,
+            "tracking_uri": "",
+            "run_id": "",
+            **values,
+        }
+    )
+
+
+def test_sources_are_mixed_by_weight_and_judged_apart(shards: Manifest) -> None:
+    names, store = tokenizer(), Store.open()
+    shape = ModelOptions(width=32, heads=2, context=16).config(VOCABULARY)
+    weights = {"notes": 3.0, "seeds": 1.0}
+    loader, tokens, counts = training_data(job(shards, source_weights=weights), store, names, shape)
+    batch = loader.read(loader.order(0, 40))
+    assert (tokens, counts) == (1600, {"corpus_tokens": 1800})
+    assert int((batch.tokens[:, 0] == 400).sum()) == 30
+    assert batch.segments is not None  # documents do not see each other
+    heldout = heldout_data(job(shards), store, names, shape)
+    assert {n: int(h.read(h.order(0, 1)).tokens[0, 0]) for n, h in heldout.items()} == {
+        "seeds": 300,
+        "notes": 400,
+    }
+    with pytest.raises(ValueError, match="weights are for mail, sources are notes, seeds"):
+        training_data(job(shards, source_weights={"mail": 1.0}), store, names, shape)
+
+
+def test_bert_guesses_masked_tokens(shards: Manifest) -> None:
+    names = tokenizer()
+    shape = ModelOptions(family="bert", width=32, heads=2, context=16).config(VOCABULARY)
+    masked = job(shards, mask_share=0.25)
+    loader, _, _ = training_data(masked, Store.open(), names, shape)
+    assert isinstance(loader, MaskedLoader) and loader.targets(loader.order(0, 2)) == 8
+    assert all(
+        isinstance(source, MaskedLoader)
+        for source in heldout_data(masked, Store.open(), names, shape).values()
+    )
+
+
+def test_samples_show_an_opening_and_what_the_model_adds(shards: Manifest) -> None:
+    model, names = transformer(context=16), tokenizer()
+    heldout = heldout_data(job(shards), Store.open(), names, model.config)
+    lines = samples(model, names, heldout, heldout["seeds"].order(0, 2)).split("\n\n")
+    opening = names.decode([300] * 16)
+    assert len(lines) == 2 and all(line.startswith(f"{opening} ▶ ") for line in lines)
+
+
+def test_shards_are_found_by_source() -> None:
+    names = ["tokens-00000.npy", "tokens-00000.documents.npy", "tokens-my-notes-00001.npy"]
+    names += ["heldout-tokens-00000.npy", "report.json"]
+    assert shard_sources(names, "tokens") == {
+        "seeds": ["tokens-00000.npy"],
+        "my-notes": ["tokens-my-notes-00001.npy"],
+    }
+    assert (source_of("warc/00000.warc.gz"), source_of("notes:a/b.txt")) == ("seeds", "notes")
+
+
+def test_a_checkpoint_to_start_from_is_known_by_its_content(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path))
+    monkeypatch.setenv("GRISTMILL_SOURCE_ROOTS", str(tmp_path / "sources"))
+    folder = tmp_path / "sources" / "theirs"
+    torch.manual_seed(0)
+    shape = ModelOptions(width=32, heads=2, context=64).config(500)
+    save_directory(folder, Transformer(shape))
+    config = PretrainConfig(start_from=str(folder), sequence=64)
+    assert config.shape(500) == shape
+    assert (PretrainConfig().resolve().start_digest, len(config.resolve().start_digest)) == ("", 64)
+    with pytest.raises(UserError, match="the tokenizer has 501 pieces, the checkpoint in"):
+        config.shape(501)
+    with pytest.raises(UserError, match="sequence 256 is longer than the context 64"):
+        PretrainConfig(start_from=str(folder)).shape(500)
+    with pytest.raises(UserError, match="lies outside the directories"):
+        PretrainConfig(start_from=str(tmp_path)).resolve()
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        PretrainConfig(start_from=str(folder.parent)).resolve()

@@ -1,0 +1,112 @@
+"""Presets parse and have the size they are named for; forecasts follow formulae and judge runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from flows.deployments import parameters
+from flows.parameters import PRESETS
+from model.flops import count_parameters
+from model.transformer import Transformer
+from tasks.runtime.settings import Settings
+from tasks.training.forecast import Law, forecast, memory_bytes
+from tasks.training.foreseen import errors, keep
+from tasks.training.options import ModelOptions, RunOptions
+from tasks.training.pretrain import PretrainConfig
+
+SIZES = {
+    "demo": 5.2e6,
+    "tiny": 133e3,
+    "gpu-124m": 124e6,
+    "gpu-350m": 355e6,
+    "cluster-1b": 1.1e9,
+    "cluster-8b": 8.05e9,
+}
+
+
+def preset(name: str) -> PretrainConfig:
+    values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+    checked = parameters("pipeline", values)
+    return checked.pretrain
+
+
+@pytest.mark.parametrize("name", [path.stem for path in PRESETS.glob("*.yaml")])
+def test_a_preset_is_valid_and_as_large_as_it_says(name: str) -> None:
+    values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
+    checked = parameters("pipeline", values)
+    shape = checked.pretrain.require_served()
+    assert checked.finetune.sequence <= shape.context
+    count = count_parameters(checked.pretrain.model.config(checked.tokenizer.vocab_size))
+    assert count.total == pytest.approx(SIZES[name], rel=0.03)
+
+
+def test_the_demo_preset_is_the_defaults() -> None:
+    values = yaml.safe_load((PRESETS / "demo.yaml").read_text())
+    assert parameters("pipeline", values) == parameters("pipeline", {})
+
+
+def test_the_law_is_found_again_from_its_own_points() -> None:
+    law = Law(2.0, 40.0, 90.0)
+    points = [(n, d, law.loss(n, d)) for n in (1e5, 4e5, 1e6) for d in (1e5, 1e6)]
+    found = Law.fitted(points)
+    assert found.loss(1e7, 1e7) == pytest.approx(law.loss(1e7, 1e7))
+    # No amount is negative, whatever the runs say.
+    odd = Law.fitted([(n, d, 5 - 1e3 / n - 1e3 / d) for n in (1e4, 1e5) for d in (1e4, 1e5)])
+    assert min(odd.floor, odd.per_parameters, odd.per_tokens) >= 0
+
+
+def test_a_gpu_forecast_is_operations_over_the_rate() -> None:
+    config = preset("gpu-124m")
+    found = forecast(config, 50_304, None, device_flops=989e12, mfu=0.4)
+    assert found.seconds == pytest.approx(found.flops / (989e12 * 0.4))
+    assert found.flops == pytest.approx(6 * 124e6 * 2.5e9, rel=0.3)
+    assert 10 < found.memory_gb < 80 and found.loss is None
+    eight = preset("cluster-8b")
+    shape = eight.model.config(131_072)
+    whole = eight.model_copy(update={"run": RunOptions(gpu=True, sharded=False)})
+    assert memory_bytes(shape, eight, 64) < 40e9 < 100e9 < memory_bytes(shape, whole, 64)
+
+
+def test_weights_and_optimiser_are_counted_to_the_byte() -> None:
+    options = ModelOptions(width=32, layers=2, heads=2, context=16)
+    config = PretrainConfig(sequence=16, batch=1, model=options, run=RunOptions(micro_batch=1))
+    shape = options.config(300)
+    model = Transformer(shape)
+    total = sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for n, p in model.named_parameters() if "layers" in n and p.ndim == 2)
+    states = 4 * (total + total + matrices + 2 * (total - matrices))
+    small = config.model_copy(update={"sequence": 0})
+    assert memory_bytes(shape, small, 1) == states
+
+
+def test_a_run_says_how_wrong_its_forecast_was(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path))
+    settings, config = Settings.load(), PretrainConfig(tokens=1000)
+    assert errors(config, settings, {"loss": 3.0}) == {}
+    path = keep({"loss": 4.0, "seconds": 10.0}, config, settings)
+    assert json.loads(path.read_text())["loss"] == 4.0
+    elsewhere = config.model_copy(update={"run": RunOptions(workers=1)})
+    found = errors(elsewhere, settings, {"loss": 3.0, "seconds": 15.0})
+    assert found == {
+        "forecast_loss": 4.0,
+        "forecast_loss_error": -0.25,
+        "forecast_seconds": 10.0,
+        "forecast_seconds_error": 0.5,
+    }
+    other = config.model_copy(update={"tokens": 2000})
+    assert errors(other, settings, {"loss": 3.0}) == {}
+
+
+def test_the_time_on_a_cpu_is_measured(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path))
+    threads = torch.get_num_threads()
+    options = ModelOptions(width=32, layers=1, heads=2, context=32)
+    config = PretrainConfig(sequence=32, batch=2, tokens=10_000, model=options)
+    found = forecast(config, 300, None, device_flops=1.0, mfu=1.0)
+    assert found.seconds > 0 and "measured here" in found.rate
+    assert torch.get_num_threads() == threads

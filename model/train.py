@@ -33,6 +33,7 @@ from model.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
 )
+from model.compiling import compile_blocks
 from model.config import ConfigError, ModelConfig
 from model.flops import training_flops_per_token
 from model.loader import Batch, Loader, rank_slice
@@ -58,7 +59,8 @@ class TrainConfig:
     follow their load (`model.moe`); activation_checkpointing: keep only what enters a block and
     compute the rest again, for less memory; peak_flops: what one device could do in a second, for
     the share of it that is used, None: known or not shown; sharded: divide weights and optimiser
-    state among the ranks (FSDP2) instead of copying them to each; heldout_every: steps between
+    state among the ranks (FSDP2) instead of copying them to each; compiled: have torch.compile make
+    kernels of the blocks, where it finds a compiler; heldout_every: steps between
     looks at the loss on held-out text; heldout_sequences: of each source; keep_best: checkpoints
     kept in `best/` because theirs was least, beside the newest.
     """
@@ -78,6 +80,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     peak_flops: float | None = None
     sharded: bool = False
+    compiled: bool = False
     heldout_every: int = 50
     heldout_sequences: int = 32
     keep_best: int = 0
@@ -110,6 +113,7 @@ PLACES = (
     "activation_checkpointing",
     "peak_flops",
     "sharded",
+    "compiled",
     "heldout_every",
     "heldout_sequences",
     "keep_best",
@@ -188,6 +192,8 @@ def train(
     precision = resolve_precision(config.precision, device.type)
     bf16 = precision == "bf16"
     model.remat = config.activation_checkpointing
+    if config.compiled:
+        compile_blocks(model)
     bare: nn.Module = _Loss(model)
     if config.sharded and world > 1:
         bare = shard(bare, model)

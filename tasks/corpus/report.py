@@ -24,6 +24,7 @@ from tasks.corpus.weights import copies_of, rounds
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
 from tasks.runtime.store import REPORT, Store
+from tasks.tokenizer.shards import CRAWLED, source_of
 
 PAGE = "report.html"
 COLUMNS = ("url", "language", "bytes", "date", "fetched_at", "warc")
@@ -140,7 +141,8 @@ def describe_shard(
     table = directory.read_table(name)
     words = pc.count_substring_regex(table["text"], r"\S+").to_pylist()
     order = rounds(copies_of(table)) if name.startswith("train-") else range(table.num_rows)
-    counted = _token_counts(work.store, tokens, starts, list(order), table.num_rows)
+    sources = [source_of(warc) for warc in table["warc"].to_pylist()]
+    counted = _token_counts(work.store, tokens, starts, list(order), sources)
     found = Composition()
     rows = table.select(list(COLUMNS)).to_pylist()
     for row, word_count, token_count in zip(rows, words, counted, strict=True):
@@ -164,25 +166,27 @@ def describe_shard(
     return asdict(found)
 
 
-def source_of(warc: str) -> str:
-    """Which source a document came from: `name:file` of a gathered one, a file of the crawl."""
-    name, colon, _ = (warc or "").partition(":")
-    return name if colon else "seeds"
-
-
 def _token_counts(
-    store: Store, tokens: Manifest | None, name: str, order: list[int], rows: int
+    store: Store, tokens: Manifest | None, name: str, order: list[int], sources: list[str]
 ) -> list[int]:
-    """Tokens of each document of a shard, all copies of it; zeros where there are no shards."""
-    counted = [0] * rows
-    if tokens is None or name not in tokens.names():
-        return counted
+    """Tokens of each document of a shard, whose sources these are; zeros without token shards.
+
+    Each source has a shard of its own, with its rows of `order`, all copies of a document.
+    """
+    counts = [0] * len(sources)
+    if tokens is None:
+        return counts
     directory = store.of(tokens)
-    starts = read_array(directory, name)
-    end = len(read_array(directory, name.replace(".documents.npy", ".npy")))
-    for row, size in zip(order, np.diff([*starts.tolist(), end]).tolist(), strict=True):
-        counted[row] += size
-    return counted
+    for source in sorted(set(sources)):
+        file = name if source == CRAWLED else name.replace("tokens-", f"tokens-{source}-", 1)
+        if file not in tokens.names():
+            continue
+        starts = read_array(directory, file)
+        end = len(read_array(directory, file.replace(".documents.npy", ".npy")))
+        rows = [row for row in order if sources[row] == source]
+        for row, count in zip(rows, np.diff([*starts, end]).tolist(), strict=True):
+            counts[row] += count
+    return counts
 
 
 def examples_shard(

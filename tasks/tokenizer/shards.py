@@ -94,9 +94,9 @@ def encode_documents(
     return np.array(ids, dtype=kind), np.array(starts, dtype=np.int64)
 
 
-def source_of(warc: str) -> str:
+def source_of(warc: str | None) -> str:
     """The source that a document came from: `NAME:file`, or a file of the crawl."""
-    name, colon, _ = warc.partition(":")
+    name, colon, _ = (warc or "").partition(":")
     return name if colon else CRAWLED
 
 

@@ -22,6 +22,7 @@ from model.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from model.compiling import compile_blocks, missing_compiler
 from model.config import ConfigError, ModelConfig
 from model.loader import WindowLoader
 from model.masking import MaskedLoader
@@ -215,6 +216,22 @@ def test_held_out_text_is_looked_at_and_the_best_is_kept(loader, tmp_path) -> No
     blind = tiny_model()
     assert [r.loss for r in train(blind, loader, config)] == [r.loss for r in records]
     assert torch.equal(blind.output_weight, model.output_weight)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_follow_the_same_curve(loader: WindowLoader) -> None:
+    if missing_compiler("cpu"):
+        pytest.skip("no compiler on this machine")
+    config = replace(CONFIG, precision="fp32", micro_batch=8, total_tokens=3 * 8 * 32)
+    expected = [record.loss for record in train(tiny_model(), loader, config)]
+    compiled = train(tiny_model(), loader, replace(config, compiled=True))
+    np.testing.assert_allclose([record.loss for record in compiled], expected, rtol=1e-3)
+
+
+def test_without_a_compiler_blocks_stay_as_they_are(monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "needs a C++ compiler; install g++" in str(missing_compiler("cpu"))
+    assert compile_blocks(tiny_model()) is False
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path: Path) -> None:

@@ -86,10 +86,13 @@ def shards_of(config: TokensConfig, work: Workspace, *, corpus: Manifest) -> Out
     """Three tokens a document, as the stage lays them out."""
     for split, output in (("train-", "tokens"), ("heldout-", "heldout-tokens")):
         for number, name in enumerate(corpus.names(split, ".parquet")):
-            count = work.store.of(corpus).read_table(name, ["id"]).num_rows
-            write_array(work, f"{output}-{number:05d}.npy", np.zeros(3 * count, np.uint16))
-            starts = np.arange(0, 3 * count, 3)
-            write_array(work, f"{output}-{number:05d}.documents.npy", starts)
+            origins = work.store.of(corpus).read_table(name, ["warc"])["warc"].to_pylist()
+            sources = [source_of(origin) for origin in origins]
+            for source in set(sources):
+                count = sources.count(source)
+                target = f"{output}-{'' if source == 'seeds' else source + '-'}{number:05d}"
+                write_array(work, f"{target}.npy", np.zeros(3 * count, np.uint16))
+                write_array(work, f"{target}.documents.npy", np.arange(0, 3 * count, 3))
     return Outcome()
 
 

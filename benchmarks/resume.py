@@ -1,0 +1,114 @@
+"""A training whose worker is killed again and again: is the model the same, to the bit?
+
+    python benchmarks/resume.py [--quick] [--workers N]
+
+The pretrain stage runs twice on a stack of its own, with the same settings and threads: once
+unbroken, once with `kill -9` of a worker at random steps (five times; `--quick`: twice). Compared
+are the files of weights, byte by byte, and the curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.report import Targets, finish
+from benchmarks.training_stack import Trainings, trainings
+from tasks.runtime.manifest import Manifest
+from tasks.training.options import ModelOptions, RunOptions
+from tasks.training.pretrain import PretrainConfig
+
+STEPS, CHECKPOINT, BATCH, SEQUENCE = 1500, 50, 16, 128
+TARGETS: Targets = {"tensors_that_differ": ("<=", 0), "steps_that_differ": ("<=", 0)}
+
+
+def settings(workers: int) -> PretrainConfig:
+    return PretrainConfig(
+        tokens=STEPS * BATCH * SEQUENCE,
+        sequence=SEQUENCE,
+        batch=BATCH,
+        model=ModelOptions(width=128, layers=2, heads=2, context=SEQUENCE),
+        run=RunOptions(
+            workers=workers, threads=1, checkpoint_every=CHECKPOINT, log_every=5, restarts=20
+        ),
+    )
+
+
+def killed(runs: Trainings, config: PretrainConfig, kills: int) -> tuple[Manifest, list[int]]:
+    """The artifact of a training of which a worker was killed so often, and at which steps."""
+    draw = random.Random(0)
+    process = runs.start(config)
+    told: list[int] = []
+    victims: set[int] = set()
+    for number in range(kills):
+        # Anywhere in its share of the steps, so that all kills find a training under way.
+        target = draw.randrange(number * STEPS // kills + 20, (number + 1) * STEPS // kills - 60)
+        while process.poll() is None:
+            step = _step(runs)
+            alive = [worker for worker in runs.workers() if worker.pid not in victims]
+            if step >= target and alive:
+                victim = draw.choice(alive)
+                victims.add(victim.pid)
+                with contextlib.suppress(Exception):
+                    victim.send_signal(signal.SIGKILL)
+                    told.append(step)
+                    print(f"killed a worker at step {step}", file=sys.stderr, flush=True)
+                break
+            time.sleep(0.02)
+    return runs.ended(process), told
+
+
+def _step(runs: Trainings) -> int:
+    """How far the training under way says it is."""
+    folders = Path(runs.store.directory("pretrain", "").path)
+    for file in folders.glob("*/_progress.json"):
+        with contextlib.suppress(ValueError, OSError):
+            return int(json.loads(file.read_text())["step"])
+    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="two kills instead of five")
+    parser.add_argument("--workers", type=int, default=1, metavar="N")
+    arguments = parser.parse_args()
+    kills = 2 if arguments.quick else 5
+    config = settings(arguments.workers)
+    with trainings() as runs:
+        import numpy as np
+        from safetensors.numpy import load
+
+        unbroken = runs.ended(runs.start(config))
+        kept = runs.store.of(unbroken)
+        weights = load(kept.read_bytes("model.safetensors"))
+        curve = kept.read_table("curve.parquet").select(["step", "loss", "grad_norm"]).to_pylist()
+        kept.remove()  # it has the same fingerprint, and would be found instead of made again
+        begun = time.monotonic()
+        broken, told = killed(runs, config, kills)
+        seconds = time.monotonic() - begun
+        made = runs.store.of(broken)
+        again = load(made.read_bytes("model.safetensors"))
+        theirs = made.read_table("curve.parquet").select(["step", "loss", "grad_norm"]).to_pylist()
+    metrics: dict[str, float | None] = {
+        "kills": len(told),
+        "tensors": len(weights),
+        "tensors_that_differ": sum(
+            not np.array_equal(weights[name], again[name]) for name in weights.keys() | again.keys()
+        ),
+        "steps_that_differ": sum(a != b for a, b in zip(curve, theirs, strict=True)),
+        "seconds_unbroken": unbroken.cost["wall_seconds"],
+        "seconds_killed": seconds,
+    }
+    finish("resume", metrics, TARGETS | {"kills": (">=", kills)})
+
+
+if __name__ == "__main__":
+    main()

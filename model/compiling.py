@@ -1,0 +1,34 @@
+"""torch.compile for the blocks of a model, where it can work."""
+
+import importlib.util
+import logging
+import os
+import shutil
+
+from model.transformer import Transformer
+
+logger = logging.getLogger("gristmill.training")
+
+
+def compile_blocks(model: Transformer) -> bool:
+    """Have every block compiled when it first runs; False, with a word why, without a compiler.
+
+    Block by block rather than the whole: all blocks are alike, so one kernel serves them all, and
+    what stands outside (embedding, loss) is written by hand.
+    """
+    missing = missing_compiler(model.output_weight.device.type)
+    if missing is not None:
+        logger.warning("not compiled: %s", missing)
+        return False
+    for block in model.model.layers:
+        block.compile(dynamic=False)
+    return True
+
+
+def missing_compiler(device: str) -> str | None:
+    """What torch.compile lacks on this machine, or None."""
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs triton for a GPU; install it"
+    if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
+        return "torch.compile needs a C++ compiler; install g++"
+    return None

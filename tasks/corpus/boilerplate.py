@@ -41,6 +41,7 @@ from tasks.corpus.signatures import SHARD, place_of, shard_of
 from tasks.corpus.text_units import Units, without
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.store import Directory
 
 ENTRIES = 1 << 22  # counted by a task at a time, more or less: 64 MB
 TOP = 200  # of each range; spans of one passage are many
@@ -86,8 +87,8 @@ class BoilerplateConfig(StageConfig):
 @stage("boilerplate", version=1)
 def boilerplate(config: BoilerplateConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """Cut lines and spans that too many documents share, except from the first of them."""
-    names = document_shards(documents)
-    items = [(config, documents, name) for name in names]
+    names, where = document_shards(documents), work.store.of(documents)
+    items = [(config, where, name) for name in names]
     entries = run_shards(work, "hashed", hash_shard, items, label="Lines and spans")
     partitions = ranges(-(-sum(entries) // ENTRIES))
     found = run_shards(
@@ -102,13 +103,13 @@ def boilerplate(config: BoilerplateConfig, work: Workspace, *, documents: Manife
         work,
         "cut",
         cut_shard,
-        [(config, documents, name, partitions) for name in names],
+        [(config, where, name, partitions) for name in names],
         label="Boilerplate",
     )
     tally = Tally.total(report["tally"] for report in reports)
     require_some("boilerplate", tally, REMEDIES, "documents")
     most = sorted((top for report in found for top in report["top"]), reverse=True)[:TOP]
-    texts = _texts(config, work, documents, names, most)
+    texts = _texts(config, where, names, most)
     work.write_table("boilerplate.parquet", pa.Table.from_pylist(texts, TEXTS))
     rows = [{k: row[k] for k in ("documents", "kind", "host", "text", "url")} for row in texts]
     none = {"documents": 0, "kind": "none", "host": "", "text": "", "url": ""}
@@ -128,10 +129,10 @@ def boilerplate(config: BoilerplateConfig, work: Workspace, *, documents: Manife
 
 
 def hash_shard(
-    work: Workspace, number: int, config: BoilerplateConfig, documents: Manifest, name: str
+    work: Workspace, number: int, config: BoilerplateConfig, where: Directory, name: str
 ) -> int:
     """`_hashes-NNNNN`: an ENTRY for each different unit and span of a document."""
-    hashed = _hashed(config, work.store.of(documents).read_table(name, ["url", "text"]))
+    hashed = _hashed(config, where.read_table(name, ["url", "text"]))
     counted = hashed.keys != 0
     keys, rows = hashed.keys[counted], hashed.rows[counted].astype(np.uint64)
     by = np.lexsort((rows, keys))
@@ -209,12 +210,12 @@ def cut_shard(
     work: Workspace,
     number: int,
     config: BoilerplateConfig,
-    documents: Manifest,
+    where: Directory,
     name: str,
     partitions: int,
 ) -> dict[str, Any]:
     """One shard without what too many documents have, unless this is the first of them."""
-    table = work.store.of(documents).read_table(name).replace_schema_metadata()
+    table = where.read_table(name).replace_schema_metadata()
     parts = [read_part(work, f"_common-{part:05d}", number) for part in range(partitions)]
     common = np.frombuffer(b"".join(parts), COMMON)
     common = common[~common["first"]]
@@ -283,15 +284,14 @@ def _single(keys: Hashes, rows: NDArray[np.int64]) -> Hashes:
 
 def _texts(
     config: BoilerplateConfig,
-    work: Workspace,
-    documents: Manifest,
+    where: Directory,
     names: list[str],
     most: list[list[int]],
 ) -> list[dict[str, Any]]:
     """What the commonest keys stand for, read where they stay; of a passage one span."""
     found: dict[tuple[int, int, int], dict[str, Any]] = {}
     for shard in sorted({row >> int(SHARD) for _, row, _ in most}):
-        table = work.store.of(documents).read_table(names[shard], ["url", "text"])
+        table = where.read_table(names[shard], ["url", "text"])
         for count, row, key in most:
             if row >> int(SHARD) != shard:
                 continue

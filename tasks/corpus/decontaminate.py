@@ -39,6 +39,7 @@ from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.store import Directory
 
 SHOWN = 20
 REMEDIES = {"": "crawl more pages", "contaminated": "set decontaminate.action=cut"}
@@ -115,12 +116,12 @@ def decontaminate(config: DecontaminateConfig, work: Workspace, *, documents: Ma
     index, short = Index.of(items, config.ngram_words)
     index.write(work, "_index-")
     work.write_table("_items.parquet", pa.Table.from_pylist([asdict(item) for item in items]))
-    names = document_shards(documents)
+    names, where = document_shards(documents), work.store.of(documents)
     run_shards(
         work,
         "searched",
         search_shard,
-        [(config, documents, name) for name in names],
+        [(config, where, name) for name in names],
         label="Evaluation n-grams",
     )
     seen = np.zeros(len(index.grams), np.int64)
@@ -133,7 +134,7 @@ def decontaminate(config: DecontaminateConfig, work: Workspace, *, documents: Ma
         work,
         "cleaned",
         clean_shard,
-        [(config, documents, name) for name in names],
+        [(config, where, name) for name in names],
         label="Decontaminate",
     )
     tally = Tally.total(report["tally"] for report in reports)
@@ -158,12 +159,12 @@ def decontaminate(config: DecontaminateConfig, work: Workspace, *, documents: Ma
 
 
 def search_shard(
-    work: Workspace, number: int, config: DecontaminateConfig, documents: Manifest, name: str
+    work: Workspace, number: int, config: DecontaminateConfig, where: Directory, name: str
 ) -> int:
     """`_hits-NNNNN` (3, H): document, word and n-gram of what a shard shares with the suites;
     `_seen-NNNNN` (2, S): n-gram, documents of the shard that have it.
     """
-    texts = work.store.of(documents).read_table(name, ["text"])["text"].to_pylist()
+    texts = where.read_table(name, ["text"])["text"].to_pylist()
     runs, bounds = words_of(texts)[0].runs(config.ngram_words)
     places, grams = Index.read(work, "_index-").find(runs)
     owners = np.searchsorted(bounds, places, side="right") - 1
@@ -176,10 +177,10 @@ def search_shard(
 
 
 def clean_shard(
-    work: Workspace, number: int, config: DecontaminateConfig, documents: Manifest, name: str
+    work: Workspace, number: int, config: DecontaminateConfig, where: Directory, name: str
 ) -> dict[str, Any]:
     """One shard without what it holds of the suites, and what that was."""
-    table = work.store.of(documents).read_table(name).replace_schema_metadata()
+    table = where.read_table(name).replace_schema_metadata()
     owners, places, grams = read_array(work, f"_hits-{number:05d}.npy")
     rare = ~read_array(work, "_common.npy")[grams]
     owners, places, grams = owners[rare], places[rare], grams[rare]

@@ -44,6 +44,7 @@ from tasks.corpus.signatures import SHARD, SignatureConfig, Signed, Sources, sig
 from tasks.runtime.fingerprint import place
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+from tasks.runtime.store import Directory
 
 SHARDS_PER_PARTITION = 4  # whose keys a match task holds: about 4 KB a document
 _KNOWN = "all of it was known; name fewer corpora in deduplicate.against, or none"
@@ -99,13 +100,13 @@ def deduplicate(
 
     `earlier` are signatures of other corpora (`earlier.earlier_corpora`), whose documents stay.
     """
-    names = document_shards(documents)
+    names, where = document_shards(documents), work.store.of(documents)
     signing = config.signatures()
     signed = run_shards(
         work,
         "signed",
         sign_shard,
-        [(signing, "_", documents, name) for name in names],
+        [(signing, "_", where, name) for name in names],
         label="Signatures",
     )
     known = tuple(
@@ -140,7 +141,7 @@ def deduplicate(
             work,
             "selected",
             select_shard,
-            [(documents, name, partitions, sources) for name in names],
+            [(where, name, partitions, sources) for name in names],
             label="Deduplicate",
         )
     )
@@ -159,10 +160,10 @@ def deduplicate(
 
 
 def select_shard(
-    work: Workspace, number: int, documents: Manifest, name: str, partitions: int, sources: Sources
+    work: Workspace, number: int, where: Directory, name: str, partitions: int, sources: Sources
 ) -> dict[str, Any]:
     """One shard divided into what stays and what went, by what the rounds before have decided."""
-    table = work.store.of(documents).read_table(name)
+    table = where.read_table(name)
     copies = copies_for(work, partitions, number)
     gone = np.frombuffer(read_part(work, "_gone", number), GONE)
     belongs = np.frombuffer(read_part(work, "_belongs", number), BELONGS)

@@ -34,8 +34,8 @@ from tasks.corpus.buckets import (
 from tasks.corpus.clusters import connected
 from tasks.corpus.sharding import run_shards
 from tasks.corpus.signatures import SHARD, place_of, shard_of
-from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Workspace
+from tasks.runtime.store import Directory
 
 SHARDS_PER_RANGE = 64  # whose keys a task holds: 32 bytes a document
 KEY = np.dtype([("key", "<u8"), ("row", "<u8")])
@@ -70,13 +70,13 @@ class Chosen:
     held: NDArray[np.bool_]
 
 
-def choose(rule: Rule, work: Workspace, documents: Manifest, names: list[str]) -> Choice:
+def choose(rule: Rule, work: Workspace, where: Directory, names: list[str]) -> Choice:
     """Group all documents and choose the groups to hold out, one at least and not all of them.
 
     `chosen` then tells it shard by shard. With fewer than two groups nothing is chosen.
     """
     shards = len(names)
-    items = [(rule, documents, name) for name in names]
+    items = [(rule, where, name) for name in names]
     sizes = run_shards(work, "keyed", key_shard, items, label="Groups")
     count = ranges(-(-shards // SHARDS_PER_RANGE))
     run_shards(
@@ -117,10 +117,10 @@ def choose(rule: Rule, work: Workspace, documents: Manifest, names: list[str]) -
 
 
 def key_shard(
-    work: Workspace, number: int, rule: Rule, documents: Manifest, name: str
+    work: Workspace, number: int, rule: Rule, where: Directory, name: str
 ) -> dict[str, int]:
     """`_keys-NNNNN`, what documents are grouped by; `_weights-NNNNN`, size and address of each."""
-    table = work.store.of(documents).read_table(name, ["url", "cluster", "bytes"])
+    table = where.read_table(name, ["url", "cluster", "bytes"])
     patterns = [re.compile(pattern) for pattern in rule.patterns]
     keys: list[tuple[int, int]] = []
     weights: list[bytes] = []

@@ -120,8 +120,8 @@ def place_of(rows: NDArray[np.uint64]) -> NDArray[np.int64]:
 @stage("signatures", version=1)
 def signatures(config: SignatureConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """What later corpora are compared with: the signatures of an earlier one, made once."""
-    names = document_shards(documents)
-    items = [(config, "", documents, name) for name in names]
+    names, where = document_shards(documents), work.store.of(documents)
+    items = [(config, "", where, name) for name in names]
     signed = run_shards(work, "signed", sign_shard, items, label="Signatures of earlier documents")
     return Outcome(counts={"documents": sum(signed), "shards": len(names)})
 
@@ -131,11 +131,11 @@ def sign_shard(
     number: int,
     config: SignatureConfig,
     prefix: str,
-    documents: Manifest,
+    where: Directory,
     name: str,
 ) -> int:
     """Write the four files of one shard; returns how many documents it has."""
-    table = work.store.of(documents).read_table(name, ["id", "url", "text", "bytes"])
+    table = where.read_table(name, ["id", "url", "text", "bytes"])
     ids, urls = table["id"].to_pylist(), table["url"].to_pylist()
     words, plain = words_of(table["text"].to_pylist())
     runs, bounds = words.runs(config.shingle_words)

@@ -36,6 +36,7 @@ from tasks.corpus.shingles import Hashes
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.store import Directory
 
 EXAMPLES = 5
 KINDS = ("windows", "names")
@@ -76,15 +77,15 @@ class SplitConfig(StageConfig):
 @stage("split", version=1)
 def split(config: SplitConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """Hold whole groups of similar documents out and cut their text out of the rest."""
-    names = document_shards(documents)
+    names, where = document_shards(documents), work.store.of(documents)
     rule = Rule(config.group_urls, config.seed, config.fraction, config.largest_group)
-    choice = choose(rule, work, documents, names)
+    choice = choose(rule, work, where, names)
     if choice.groups < 2:
         raise UserError(
             f"{choice.documents} documents form {choice.groups} group of similar ones, and a "
             "held-out split needs two; crawl more pages, or raise deduplicate.cluster_threshold"
         )
-    items = [(documents, name) for name in names]
+    items = [(where, name) for name in names]
     run_shards(work, "marked", mark_shard, items, label="Held-out marks")
     for kind in KINDS:
         parts = [read_array(work, f"_{kind}-{number:05d}.npy") for number in range(len(names))]
@@ -95,10 +96,10 @@ def split(config: SplitConfig, work: Workspace, *, documents: Manifest) -> Outco
     return _outcome(choice, reports, common)
 
 
-def mark_shard(work: Workspace, number: int, documents: Manifest, name: str) -> int:
+def mark_shard(work: Workspace, number: int, where: Directory, name: str) -> int:
     """Marks of the held-out documents of one shard: `_windows-NNNNN.npy`, `_names-NNNNN.npy`."""
     held = chosen(work, number).held
-    texts = work.store.of(documents).read_table(name, ["text"])["text"].to_pylist()
+    texts = where.read_table(name, ["text"])["text"].to_pylist()
     marks = [own_marks(text) for text, is_held in zip(texts, held, strict=True) if is_held]
     none = np.zeros(0, np.uint64)
     for kind in ("windows", "names"):
@@ -107,11 +108,11 @@ def mark_shard(work: Workspace, number: int, documents: Manifest, name: str) -> 
     return len(marks)
 
 
-def shared_shard(work: Workspace, number: int, documents: Manifest, name: str) -> dict[str, int]:
+def shared_shard(work: Workspace, number: int, where: Directory, name: str) -> dict[str, int]:
     """(mark, group) for the held-out marks that documents of one shard have: `_shared-…`."""
     held = Marks(read_array(work, "_windows.npy"), read_array(work, "_names.npy"))
     groups = chosen(work, number).groups
-    texts = work.store.of(documents).read_table(name, ["text"])["text"].to_pylist()
+    texts = where.read_table(name, ["text"])["text"].to_pylist()
     found: dict[str, list[NDArray[np.void]]] = {kind: [np.zeros(0, MARK)] for kind in KINDS}
     for text, group in zip(texts, groups, strict=True):
         shared = shared_marks(line_marks(text), held)
@@ -166,11 +167,11 @@ def common_range(
     return len(entries)
 
 
-def divide_shard(work: Workspace, number: int, documents: Manifest, name: str) -> dict[str, Any]:
+def divide_shard(work: Workspace, number: int, where: Directory, name: str) -> dict[str, Any]:
     """One shard divided: `train-`, `heldout-` and `rejected-NNNNN.parquet` where not empty."""
     marks = Marks(read_array(work, "_own-windows.npy"), read_array(work, "_own-names.npy"))
     held = chosen(work, number).held
-    table = work.store.of(documents).read_table(name)
+    table = where.read_table(name)
     tally, trimmed = Tally(), list[dict[str, Any]]()
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": [], "rejected": []}
     for document, is_held in zip(table.to_pylist(), held, strict=True):

@@ -14,12 +14,12 @@ from pydantic import ValidationError
 from shared_data import shared
 
 from tasks.corpus.clusters import connected, keep_best
-from tasks.corpus.dedup import DeduplicateConfig, deduplicate
+from tasks.corpus.dedup import DeduplicateConfig, deduplicate, select_shard
 from tasks.corpus.documents import document_id
-from tasks.corpus.matching import jaccard_above
+from tasks.corpus.matching import jaccard_above, verify_shard
 from tasks.corpus.minhash import Bands, candidate_pairs, minima
 from tasks.corpus.shingles import normalise
-from tasks.corpus.signatures import order_of
+from tasks.corpus.signatures import order_of, sign_shard
 from tasks.corpus.word_hashes import words_of
 from tasks.runtime.store import Store
 
@@ -76,6 +76,37 @@ def test_planted_edits_are_found_above_and_left_below_the_threshold() -> None:
     assert all(
         re.fullmatch(r"Jaccard similarity 0\.\d\d with http\S+", r["reason"]) for r in gone.values()
     )
+
+
+def test_a_run_that_failed_goes_on_with_the_shards_that_are_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = random.Random(5)
+    base = [f"w{n}" for n in range(200)]
+    texts = {f"http://h/{n}": edited(base, n % 5, rng) for n in range(20)}
+    given = documents(texts)
+    whole = deduplicate(DeduplicateConfig(shingle_words=4), documents=given)
+    ran: Counter[str] = Counter()
+
+    def counted(function, fails_at: int = -1):
+        def shard(work, number, *item):
+            if number == fails_at and not ran["failures"]:
+                ran["failures"] += 1
+                raise RuntimeError("killed")
+            ran[function.__name__] += 1
+            return function(work, number, *item)
+
+        return shard
+
+    for function, fails_at in ((sign_shard, -1), (verify_shard, 3), (select_shard, -1)):
+        monkeypatch.setattr(f"tasks.corpus.dedup.{function.__name__}", counted(function, fails_at))
+    monkeypatch.setattr("tasks.corpus.dedup.SHARDS_PER_PARTITION", 2)
+    with pytest.raises(RuntimeError, match="killed"):
+        deduplicate(DeduplicateConfig(), documents=given)
+    again = deduplicate(DeduplicateConfig(), documents=given)
+    assert ran == {"sign_shard": 5, "verify_shard": 5, "select_shard": 5, "failures": 1}
+    assert len(rows(again, "rejected-")) == len(rows(whole, "rejected-")) > 5
+    assert not [name for name in Store.open().of(again).names() if name.startswith("_")]
 
 
 def test_exact_copies_leave_the_address_that_is_no_copy() -> None:

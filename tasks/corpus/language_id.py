@@ -32,22 +32,22 @@ class VectorisedIdentifier(LanguageIdentifier):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.moves = np.asarray(self.tk_nextmove)
-        self.rows = np.asarray(self._rowbase, np.int64)
-        self.features = np.asarray(self.tk_output, np.int64)
+        self.moves = np.asarray(self.tk_nextmove).astype(np.int32)
+        self.rows = np.asarray(self._rowbase, np.int32)
+        self.features = np.asarray(self.tk_output, np.int32)
         self.weights = self.nb_ptc.astype(np.float32)  # half floats would be widened each time
         self.depth = _depth(self.moves, self.rows)
         self.gathered = np.empty((4096, self.weights.shape[1]), np.float32)
 
-    def counts(self, text: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def counts(self, text: bytes) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """(features found, how often each), features in ascending order."""
-        data = np.frombuffer(text, np.uint8)
-        states = np.zeros(len(data), np.int64)
+        data = np.frombuffer(text, np.uint8).astype(np.int32)
+        states = np.zeros(len(data), np.int32)
         for back in range(min(self.depth, len(data)) - 1, -1, -1):
-            places = self.rows[states[back:]]
+            places = self.rows.take(states[back:], mode="clip")
             places += data[: len(data) - back]
-            states[back:] = self.moves[places]
-        found = self.features[states]
+            self.moves.take(places, out=states[back:], mode="clip")
+        found = self.features.take(states, mode="clip")
         return np.unique(found[found >= 0], return_counts=True)
 
     def _raw_score(self, text: bytes) -> NDArray[np.float32]:
@@ -64,7 +64,7 @@ class VectorisedIdentifier(LanguageIdentifier):
         return scores + self.nb_pc
 
 
-def _depth(moves: NDArray[Any], rows: NDArray[np.int64]) -> int:
+def _depth(moves: NDArray[Any], rows: NDArray[np.int32]) -> int:
     """Bytes of the longest n-gram: how far the farthest state is from the start."""
     seen = np.zeros(len(rows), bool)
     front, depth = np.zeros(1, np.int64), 0

@@ -18,7 +18,7 @@ from tasks.corpus.documents import (
     selection_reports,
     write_selection,
 )
-from tasks.corpus.personal import KINDS, count, mask
+from tasks.corpus.personal import KINDS, mask
 from tasks.corpus.sharding import run_shards
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
@@ -74,7 +74,8 @@ def pii_shard(
     removals: list[Removal | None] = []
     masked = Tally()
     for text in table["text"].to_pylist():
-        found = sum(number for kind, number in count(text).items() if kind in kinds)
+        clean, finds = mask(text, kinds)
+        found = sum(finds.values())
         removal = None
         if config.action == "drop" and found > config.most:
             removal = Removal("pii", f"{found} finds > {config.most}")
@@ -82,7 +83,6 @@ def pii_shard(
         if not found:
             texts.append(text)
             continue
-        clean, finds = mask(text, kinds)
         texts.append(clean)
         if removal is None:
             for kind, number_found in finds.items():

@@ -5,6 +5,8 @@ Measured on prose; letters of every script count. Technical pages are exempt: th
 and tables of constants.
 """
 
+from itertools import filterfalse
+
 from tasks.corpus.filters.rule import Rule
 from tasks.corpus.reading import Reading
 
@@ -15,7 +17,8 @@ def alphabetic_share(reading: Reading) -> float | None:
     words = reading.prose_words
     if reading.is_technical or len(words) < LEAST_WORDS:
         return None
-    return sum(word.isalpha() or any(map(str.isalpha, word)) for word in words) / len(words)
+    doubtful = filterfalse(str.isalpha, words)
+    return 1 - sum(not any(map(str.isalpha, word)) for word in doubtful) / len(words)
 
 
 ALPHABETIC = Rule("alphabetic_words", alphabetic_share, low="min_alphabetic_words")

@@ -39,8 +39,8 @@ from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Stage, StageConfig, Workspace, stage
 from tasks.runtime.store import Store
 
-SHARD_MB = 4.0
-WARM_UP_PAGES = 120
+SHARD_MB = 8.0
+WARM_UP_PAGES = 250
 TARGETS: Targets = {
     "trafilatura_pages_per_cpu_second": (">=", 60),
     "resiliparse_pages_per_cpu_second": (">=", 200),
@@ -173,7 +173,7 @@ def main() -> None:
         folder, extractor, workers = options.worker
         print(json.dumps({"rows": run(Path(folder), extractor, int(workers))}))
         return
-    count = 600 if options.quick else 3000
+    count = 1000 if options.quick else 3000
     os.environ["RAY_AUTH_MODE"] = "disabled"
     with tempfile.TemporaryDirectory(prefix="gristmill-bench-") as directory:
         with one_core(Path(directory)):

@@ -8,9 +8,9 @@ Rounds, each a shard function on Ray that sees its part only:
     select        a shard of documents     → what stays and what went, and why
 
 Nothing needs the whole corpus in one process. A match task holds the keys of about four shards, a
-verify task the shingle sets of two. The driver alone sees all pairs that resemble: about 100 bytes
-for each of them while it decides, nothing for a document that resembles no other, and never text
-or addresses.
+verify task the shingle sets of two. The driver alone sees all pairs of duplicates, and at most one
+pair more for a document in each shard: about 100 bytes for each while it decides, nothing for a
+document that resembles no other, and never text or addresses.
 
 Which copy stays: the longest text, in steps of a tenth; among equals the address that does not look
 like a copy's (`/latest/`, `/print/`, a query, …), then the shorter one, then alphabetical order. A
@@ -131,7 +131,7 @@ def deduplicate(
         work,
         "verified",
         verify_shard,
-        [(partitions, sources, config.cluster_threshold)] * len(names),
+        [(partitions, sources, config.cluster_threshold, config.threshold)] * len(names),
         label="Verify",
     )
     decisions = decide(work, sources, partitions, config.threshold)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from tasks.corpus.arrays import distinct, is_among
 from tasks.corpus.buckets import cut_by, read_all, read_part, read_range, write_parts
+from tasks.corpus.clusters import connected
 from tasks.corpus.minhash import Folded, candidate_pairs
 from tasks.corpus.signatures import ENTRY, SHARD, Sources, place_of, shard_of
 from tasks.runtime.stage import Workspace
@@ -123,12 +124,18 @@ def _first_of(entries: NDArray[np.void], *fields: str) -> NDArray[np.bool_]:
 
 
 def verify_shard(
-    work: Workspace, number: int, partitions: int, sources: Sources, threshold: float
+    work: Workspace,
+    number: int,
+    partitions: int,
+    sources: Sources,
+    threshold: float,
+    duplicate: float,
 ) -> int:
     """True Jaccard similarity of the candidates of one shard: `_resembling-NNNNN`.
 
-    Only pairs that reach the threshold are written; returns how many there were to look at. In
-    memory: the sets wanted of this shard, and of one other shard at a time.
+    Written are the pairs that reach `duplicate`, and of those that only reach `threshold` as many
+    as say who is connected with whom. Returns how many there were to look at. In memory: the sets
+    wanted of this shard, and of one other shard at a time.
     """
     parts = [read_part(work, f"_pairs-{part:05d}", number) for part in range(partitions)]
     pairs = _distinct(np.frombuffer(b"".join(parts), PAIR), "better", "worse")
@@ -154,6 +161,7 @@ def verify_shard(
         resembling[field] = pairs[field][reached]
     resembling["similarity"] = similarity[reached]
     _settle_ties(resembling, sources)
+    resembling = spanning(resembling, duplicate)
     work.write_bytes(f"_resembling-{number:05d}", resembling.tobytes())
     return len(pairs)
 
@@ -166,6 +174,22 @@ def _settle_ties(pairs: NDArray[np.void], sources: Sources) -> None:
     for place, better, worse in zip(tied.tolist(), *(rows.tolist() for rows in ends), strict=True):
         if (names[worse][1], worse) < (names[better][1], better):
             pairs["better"][place], pairs["worse"][place] = worse, better
+
+
+def spanning(pairs: NDArray[np.void], duplicate: float) -> NDArray[np.void]:
+    """The pairs from `duplicate` on, and so few of the others that everything connected stays so.
+
+    Each of those leads from a document to the first one that all pairs together connect it with.
+    """
+    rows, dense = np.unique(np.concatenate([pairs["better"], pairs["worse"]]), return_inverse=True)
+    ends = dense.reshape(2, -1).T
+    alike = pairs["similarity"] >= duplicate
+    near, all_of_them = connected(len(rows), ends[alike]), connected(len(rows), ends)
+    heads = np.unique(near)
+    heads = heads[all_of_them[heads] != heads]
+    links = np.zeros(len(heads), RESEMBLING)
+    links["better"], links["worse"] = rows[all_of_them[heads]], rows[heads]
+    return np.concatenate([pairs[alike], links])
 
 
 class _Sets:

@@ -16,7 +16,7 @@ from shared_data import shared
 from tasks.corpus.clusters import connected, keep_best
 from tasks.corpus.dedup import DeduplicateConfig, deduplicate, select_shard
 from tasks.corpus.documents import document_id
-from tasks.corpus.matching import jaccard_above, verify_shard
+from tasks.corpus.matching import RESEMBLING, jaccard_above, spanning, verify_shard
 from tasks.corpus.minhash import Bands, candidate_pairs, minima
 from tasks.corpus.shingles import normalise
 from tasks.corpus.signatures import order_of, sign_shard
@@ -177,6 +177,21 @@ def test_the_best_are_kept_as_if_taken_one_by_one(drawn: set, rng: random.Random
 def test_labels_are_the_smallest_of_what_is_connected(drawn: set) -> None:
     graph = labels_by_walking(12, drawn)
     assert connected(12, np.array(sorted(drawn), np.int64).reshape(-1, 2)).tolist() == graph
+
+
+@given(graphs, st.randoms(use_true_random=False))
+def test_few_pairs_say_who_is_connected(drawn: set, rng: random.Random) -> None:
+    drawn = {(a, b) for a, b in drawn if a < b}
+    pairs = np.zeros(len(drawn), RESEMBLING)
+    for field, end in (("better", 0), ("worse", 1)):
+        pairs[field] = [pair[end] for pair in sorted(drawn)]
+    pairs["similarity"] = [rng.choice([0.6, 0.9]) for _ in drawn]
+    kept = spanning(pairs, 0.8)
+    alike = pairs[pairs["similarity"] >= 0.8]
+    assert kept[: len(alike)].tolist() == alike.tolist()
+    assert len(kept) - len(alike) <= 11 and (kept["similarity"][len(alike) :] < 0.8).all()
+    links = set(zip(kept["better"].tolist(), kept["worse"].tolist(), strict=True))
+    assert labels_by_walking(12, links) == labels_by_walking(12, drawn)
 
 
 def labels_by_walking(count: int, pairs: set) -> list[int]:

@@ -23,10 +23,17 @@ _META = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IG
 # What the Encoding Standard (WHATWG) reads these labels as.
 _WINDOWS = {"iso8859-1": "cp1252", "ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030"}
 _SAMPLE = 5000
+_MIXED = "gristmill-mixed"
+# Well-formed UTF-8 beyond ASCII (RFC 3629), near enough to count it.
+_CHARACTER = re.compile(
+    rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
+)
+_HIGH = re.compile(rb"[\x80-\xff]+")
 
 
 def decode(body: bytes, content_type: str = "") -> tuple[str, tuple[str, ...]]:
-    """The text, and what had to be mended: `nul-bytes`, `wrong-charset`, `undecodable-bytes`."""
+    """The text, and what had to be mended: `nul-bytes`, `mixed-charset`, `wrong-charset`,
+    `undecodable-bytes`."""
     for mark, encoding in _MARKS:
         if body.startswith(mark):
             return body.decode(encoding, "replace").replace("\x00", ""), ()
@@ -41,6 +48,8 @@ def decode(body: bytes, content_type: str = "") -> tuple[str, tuple[str, ...]]:
             return body.decode(encoding), tuple(mended)
         except (UnicodeDecodeError, LookupError):
             continue
+    if _is_mostly_utf8(body):
+        return body.decode("utf-8", _MIXED), (*mended, "mixed-charset")
     # charset_normalizer reads every byte many times over: the ends of a long page are enough.
     sample = body if len(body) <= 2 * _SAMPLE else body[:_SAMPLE] + body[-_SAMPLE:]
     for match in from_bytes(sample):
@@ -49,6 +58,25 @@ def decode(body: bytes, content_type: str = "") -> tuple[str, tuple[str, ...]]:
         except (UnicodeDecodeError, LookupError):
             continue
     return body.decode("utf-8", "replace"), (*mended, "undecodable-bytes")
+
+
+def _is_mostly_utf8(body: bytes) -> bool:
+    """Whether more characters beyond ASCII are right in UTF-8 than bytes are wrong in it: a page
+    put together from pieces of several encodings, rather than one in another.
+    """
+    right = len(_CHARACTER.findall(body))
+    wrong = sum(map(len, _HIGH.findall(_CHARACTER.sub(b"", body))))
+    return right > 2 * wrong
+
+
+def _as_windows(error: UnicodeError) -> tuple[str, int]:
+    """The bytes that are no UTF-8 as the encoding most pieces come from."""
+    assert isinstance(error, UnicodeDecodeError)
+    piece = error.object[error.start : error.end]
+    return piece.decode("cp1252", "replace"), error.end
+
+
+codecs.register_error(_MIXED, _as_windows)
 
 
 def _declared(body: bytes, content_type: str) -> list[str]:

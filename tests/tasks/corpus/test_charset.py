@@ -50,3 +50,10 @@ def test_nul_bytes_go_and_are_counted() -> None:
 def test_no_bytes_and_no_header_break_it(body: bytes, header: str) -> None:
     text, _ = decode(body, f"text/html; charset={header}")
     assert "\x00" not in text
+
+
+def test_pieces_of_another_encoding_do_not_spoil_the_page() -> None:
+    body = "Grüße aus Köln – naïve. ".encode() * 3 + "café".encode("cp1252") + b" and more"
+    text, mended = decode(body, "text/html; charset=utf-8")
+    assert text == "Grüße aus Köln – naïve. " * 3 + "café and more"
+    assert mended == ("mixed-charset",)

@@ -53,7 +53,7 @@ def ancestry(store: Store, artifact: Manifest) -> Iterator[Manifest]:
     while queue:
         manifest = queue.popleft()
         yield manifest
-        for fingerprint in manifest.inputs.values():
+        for fingerprint in manifest.made_of:
             if fingerprint in seen:
                 continue
             seen.add(fingerprint)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from tasks.corpus.dedup import DeduplicateConfig, deduplicate
 from tasks.corpus.signatures import signatures
 from tasks.runtime.errors import UserError
-from tasks.runtime.manifest import Manifest
+from tasks.runtime.manifest import COMPARED, Manifest
 from tasks.runtime.store import Store
 
 PREVIOUS = "previous"
@@ -37,7 +37,7 @@ def earlier_corpora(config: DeduplicateConfig, documents: Manifest) -> dict[str,
         found[corpus.fingerprint] = corpus
     signing = config.signatures()
     return {
-        f"earlier_{number:03d}": signatures(signing, documents=corpus)
+        f"{COMPARED}{number:03d}": signatures(signing, documents=corpus)
         for number, corpus in enumerate(found.values())
     }
 
@@ -65,7 +65,7 @@ def _before(documents: Manifest) -> list[Manifest]:
     compared = [
         known[fingerprint].inputs["documents"]
         for key, fingerprint in newest.inputs.items()
-        if key.startswith("earlier_") and fingerprint in known
+        if key.startswith(COMPARED) and fingerprint in known
     ]
     return [newest, *(corpus for corpus in corpora if corpus.fingerprint in compared)]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+COMPARED = "earlier_"  # names of inputs that a stage only compares its work with begin so
 Scalar = int | float | str | bool | None
 
 
@@ -60,6 +61,11 @@ class Manifest(BaseModel):
         (), description="erasures since; `files` are as they lie there now, `counts` as made"
     )
     not_replayable: str = Field("", description="why it could not be made again, or empty")
+
+    @property
+    def made_of(self) -> list[str]:
+        """Fingerprints of the inputs it was made of, not of those it was only compared with."""
+        return [mark for key, mark in self.inputs.items() if not key.startswith(COMPARED)]
 
     def file(self, name: str) -> FileEntry:
         for entry in self.files:

@@ -230,7 +230,7 @@ class Store:
         """An artifact and all it was made from, as far as they are still there, oldest first."""
         stages = self.stages()
         found = {manifest.fingerprint: manifest}
-        todo = list(manifest.inputs.values())
+        todo = manifest.made_of
         while todo:
             mark = todo.pop()
             if mark in found:
@@ -238,7 +238,7 @@ class Store:
             made = next((m for stage in stages if (m := self.find(stage, mark))), None)
             if made is not None:
                 found[mark] = made
-                todo += made.inputs.values()
+                todo += made.made_of
         return sorted(found.values(), key=lambda m: (m.created, m.fingerprint))
 
     def latest(self, stage: str) -> Manifest | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flows.corpus import CorpusParams, build_corpus
+from tasks.corpus.report import ReportConfig, report_corpus
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import planning
 from tasks.runtime.store import Store
@@ -94,6 +95,12 @@ def test_every_option_is_a_stage_of_the_chain_and_none_by_default(home: Path) ->
     texts = texts_of(built)
     assert len(texts) == 5 and sum(NOTICE in text for text in texts) == 1
     assert not any(ITEM in text for text in texts)
+    # What a corpus was compared with is no part of it: the report tells of one chain.
+    stages = [made.stage for made in Store.open().lineage(built)]
+    assert sorted(stages) == sorted(set(stages)) and "signatures" not in stages
+    report = report_corpus(ReportConfig(), corpus=built)
+    page = Store.open().of(report).read_bytes("report.html").decode()
+    assert "earlier-exact-duplicate" in page and "contaminated" in page
     with planning() as planned:
         build_corpus(asked)
     assert {plan.status for plan in planned} == {"cached"}

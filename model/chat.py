@@ -142,8 +142,14 @@ class Tokenizer:
         return str(self._pieces.IdToPiece(token))
 
     def score(self, token: int) -> float:
-        """Minus the rank of the merge that made this piece; 0 for bytes and special tokens."""
+        """Of BPE minus the rank of the merge that made this piece, of Unigram its log probability;
+        0 for bytes and special tokens."""
         return float(self._pieces.GetScore(token))
+
+    @cached_property
+    def is_bpe(self) -> bool:
+        """Whether pieces are joined by rank; else the likeliest are chosen (Unigram)."""
+        return all(self.score(token).is_integer() for token in range(len(self)))
 
     def stream(self) -> "StreamDecoder":
         return StreamDecoder(self)

@@ -21,6 +21,8 @@ from model.chat import (
     Tokenizer,
 )
 
+NEVER = -1e6  # the score of a Unigram piece that must not be chosen
+
 
 def tokenizer_files(tokenizer: Tokenizer, context: int | None = None) -> dict[str, bytes]:
     """File name → content. context: the model's, in tokens, for callers that cut to it."""
@@ -45,7 +47,6 @@ def tokenizer_files(tokenizer: Tokenizer, context: int | None = None) -> dict[st
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """What the `tokenizers` library loads."""
-    vocabulary = {tokenizer.piece(token): token for token in range(len(tokenizer))}
     begin = {"SpecialToken": {"id": BEGIN_PIECE, "type_id": 0}}
     sequence = {"Sequence": {"id": "A", "type_id": 0}}
     return {
@@ -82,19 +83,36 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
                 {"type": "Fuse"},
             ],
         },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": UNKNOWN_PIECE,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": vocabulary,
-            "merges": _merges(tokenizer, vocabulary),
-        },
+        "model": _bpe(tokenizer) if tokenizer.is_bpe else _unigram(tokenizer),
     }
+
+
+def _bpe(tokenizer: Tokenizer) -> dict[str, Any]:
+    vocabulary = {tokenizer.piece(token): token for token in range(len(tokenizer))}
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": UNKNOWN_PIECE,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": True,
+        "ignore_merges": False,
+        "vocab": vocabulary,
+        "merges": _merges(tokenizer, vocabulary),
+    }
+
+
+def _unigram(tokenizer: Tokenizer) -> dict[str, Any]:
+    """There every piece may stand for its letters, also a byte's (`<0x41>`) or a special token's:
+    these get a score below which no text is cut. Only where a vocabulary lacks the very letters of
+    `<0x41>` is that text read as the byte."""
+    fixed = SPECIAL_TOKENS + BYTE_TOKENS
+    rows = [
+        [tokenizer.piece(token), NEVER if token < fixed else tokenizer.score(token)]
+        for token in range(len(tokenizer))
+    ]
+    return {"type": "Unigram", "unk_id": tokenizer.unknown, "vocab": rows, "byte_fallback": True}
 
 
 def _merges(tokenizer: Tokenizer, vocabulary: dict[str, int]) -> list[list[str]]:

@@ -65,6 +65,11 @@ def architecture(config: ModelConfig) -> str:
 
 def add_vocabulary(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     """SentencePiece's pieces and scores; rows of the model beyond them are marked as unused."""
+    if not tokenizer.is_bpe:
+        raise FormatError(
+            "llama.cpp writes what a Unigram vocabulary lacks as unknown, not as bytes; use "
+            "--format hf"
+        )
     pieces = [tokenizer.piece(token).encode() for token in range(len(tokenizer))]
     unused = size - len(pieces)
     learned = len(pieces) - SPECIAL_TOKENS - BYTE_TOKENS

@@ -1,4 +1,4 @@
-"""The tokenizer stage: a SentencePiece BPE vocabulary from a bounded sample of the training split.
+"""The tokenizer stage: a SentencePiece vocabulary from a bounded sample of the training split.
 
 The settings make the round trip lossless: no normalisation, no invented leading space, bytes for
 whatever the vocabulary lacks. Newlines are ordinary characters here, learned inside pieces
@@ -12,24 +12,30 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
+import pyarrow as pa
 import sentencepiece
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from model import chat
 from model.chat import BYTE_TOKENS, CONTROL_SYMBOLS, SPACE_MARK, SPECIAL_TOKENS, Tokenizer
 from model.tokenizer_files import tokenizer_files
 from tasks.corpus.sampling import sample_documents
 from tasks.runtime.errors import UserError
+from tasks.runtime.fingerprint import place
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.ray_session import ray_session
 from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
 from tasks.runtime.store import Store
+from tasks.tokenizer.imported import digest_of, import_tokenizer, imported_file
 
 SENTENCE_CHARACTERS = 4000  # of one training "sentence"; SentencePiece leaves out longer ones
 MEASURED = 2_000_000  # characters the compression is measured on
+GROUPS = 30  # languages and domains shown
 EXAMPLES = 4
 
 
@@ -38,6 +44,13 @@ class TokenizerConfig(StageConfig):
 
     vocab_size: int = Field(4096, le=1_000_000)
     """Pieces in the vocabulary, with 256 bytes and 16 special tokens among them."""
+    kind: Literal["bpe", "unigram"] = "bpe"
+    """How pieces are found: joined from frequent pairs, or those that make the text most likely."""
+    import_from: str = place("")
+    """A SentencePiece model or tokenizer.json made elsewhere, below a source root, instead of
+    learning one here."""
+    import_digest: str = ""
+    """What that file holds; filled in by itself."""
     sample_megabytes: float = Field(32.0, gt=0)
     """Training text looked at; more than this is sampled by document."""
     character_coverage: float = Field(0.9999, gt=0.9, le=1.0)
@@ -56,6 +69,21 @@ class TokenizerConfig(StageConfig):
             )
         return value
 
+    @model_validator(mode="after")
+    def learns_or_imports(self) -> Self:
+        learned = ("vocab_size", "kind", "sample_megabytes", "character_coverage", "longest_piece")
+        for name in learned if self.import_from else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is of a vocabulary that is learned, not of one that is imported; "
+                    "leave it out"
+                )
+        return self
+
+    def resolve(self) -> Self:
+        digest = digest_of(self.import_from) if self.import_from else ""
+        return self.model_copy(update={"import_digest": digest})
+
 
 @stage("tokenizer", version=1)
 def train_tokenizer(config: TokenizerConfig, work: Workspace, *, corpus: Manifest) -> Outcome:
@@ -68,7 +96,7 @@ def train_tokenizer(config: TokenizerConfig, work: Workspace, *, corpus: Manifes
             )
         )
     return Outcome(
-        counts={"vocabulary": config.vocab_size, "sample_bytes": trained.sample_bytes},
+        counts={"vocabulary": trained.vocabulary, "sample_bytes": trained.sample_bytes},
         metrics={
             "bytes_per_token": round(trained.bytes_per_token, 4),
             "heldout_bytes_per_token": round(trained.heldout_bytes_per_token, 4),
@@ -79,7 +107,7 @@ def train_tokenizer(config: TokenizerConfig, work: Workspace, *, corpus: Manifes
                 "table",
                 [
                     {
-                        "vocabulary": config.vocab_size,
+                        "vocabulary": trained.vocabulary,
                         "bytes per token": round(trained.bytes_per_token, 3),
                         "on held-out documents": round(trained.heldout_bytes_per_token, 3),
                         "sample": f"{trained.sample_bytes / 1e6:.1f} MB",
@@ -87,6 +115,7 @@ def train_tokenizer(config: TokenizerConfig, work: Workspace, *, corpus: Manifes
                 ],
                 "The vocabulary and how far it compresses",
             ),
+            Report("tokenizer-groups", "table", trained.groups, "By language and domain"),
             Report("tokenizer-examples", "markdown", trained.examples, "Held-out text in tokens"),
         ),
     )
@@ -94,19 +123,24 @@ def train_tokenizer(config: TokenizerConfig, work: Workspace, *, corpus: Manifes
 
 @dataclass(frozen=True)
 class Trained:
+    vocabulary: int
     sample_bytes: int
     bytes_per_token: float
     heldout_bytes_per_token: float
+    groups: list[dict[str, Any]]
     examples: str
 
 
 def _train(config: TokenizerConfig, work: Workspace, corpus: Manifest) -> Trained:
     """In a Ray worker: train, write the files, measure."""
-    budget = int(config.sample_megabytes * 1e6)
-    texts = _sample(work.store, corpus, "train-", budget)
-    proto = train_sentencepiece(
-        texts, config.vocab_size, config.character_coverage, config.longest_piece
-    )
+    texts: list[str] = []
+    if config.import_from:
+        proto = import_tokenizer(imported_file(config.import_from))
+    else:
+        texts = _sample(work.store, corpus, "train-", int(config.sample_megabytes * 1e6))
+        proto = train_sentencepiece(
+            texts, config.vocab_size, config.character_coverage, config.longest_piece, config.kind
+        )
     tokenizer = Tokenizer(proto)
     work.write_bytes("tokenizer.model", proto)
     for name, body in tokenizer_files(tokenizer).items():
@@ -114,11 +148,46 @@ def _train(config: TokenizerConfig, work: Workspace, corpus: Manifest) -> Traine
     measured = _sample(work.store, corpus, "train-", MEASURED)
     heldout = _sample(work.store, corpus, "heldout-", MEASURED)
     return Trained(
+        len(tokenizer),
         sum(len(text.encode()) for text in texts),
         bytes_per_token(tokenizer, measured),
         bytes_per_token(tokenizer, heldout or measured),
+        by_group(tokenizer, lambda columns: work.store.tables(corpus, "train-", columns)),
         _examples(tokenizer, heldout or measured),
     )
+
+
+def by_group(
+    tokenizer: Tokenizer, tables: Callable[[list[str]], Iterable[pa.Table]]
+) -> list[dict[str, Any]]:
+    """Bytes per token of each language and of each domain, of a sample of the documents; those with
+    most text first. A vocabulary that suits one of them ill shows here. tables: the documents, with
+    the columns asked for; they are read twice, and never held.
+    """
+    sampled = {d.id: d.text for d in sample_documents(tables(["id", "text"]), MEASURED)}
+    amounts: dict[tuple[str, str], list[int]] = {}
+    for table in tables(["id", "url", "language"]):
+        for row in table.to_pylist():
+            text = sampled.pop(row["id"], None)
+            if text is None:
+                continue
+            found = len(text.encode("utf-8", "replace")), len(tokenizer.encode(text))
+            domain = urlsplit(row["url"] or "").netloc or "files"
+            for group in (("language", row["language"] or "not stated"), ("domain", domain)):
+                counts = amounts.setdefault(group, [0, 0, 0])
+                for which, amount in enumerate((1, *found)):
+                    counts[which] += amount
+    rows = sorted(amounts.items(), key=lambda entry: (entry[0][0] == "domain", -entry[1][1]))
+    return [
+        {
+            "of": kind,
+            "name": name,
+            "documents": documents,
+            "bytes": size,
+            "bytes per token": round(size / max(tokens, 1), 3),
+        }
+        for (kind, name), (documents, size, tokens) in rows[:GROUPS]
+    ]
 
 
 def _sample(store: Store, corpus: Manifest, prefix: str, budget: int) -> list[str]:
@@ -131,6 +200,7 @@ def train_sentencepiece(
     vocab_size: int,
     character_coverage: float = 0.9999,
     longest_piece: int = 24,
+    kind: Literal["bpe", "unigram"] = "bpe",
 ) -> bytes:
     """A serialised SentencePiece model with our special tokens; the same texts give the same bytes.
 
@@ -144,7 +214,7 @@ def train_sentencepiece(
         sentencepiece.SentencePieceTrainer.Train(
             sentence_iterator=iter(sentences),
             model_writer=model,
-            model_type="bpe",
+            model_type=kind,
             vocab_size=vocab_size,
             character_coverage=character_coverage,
             max_sentencepiece_length=longest_piece,

@@ -43,7 +43,9 @@ class PretrainConfig(TrainingConfig):
     """Share of the tokens that is hidden and guessed; of the family bert only."""
     start_from: str = place("")
     """Directory of a Hugging Face checkpoint to go on from, below a source root; its shape counts
-    then instead of the model's below. The tokenizer must be the checkpoint's own."""
+    then instead of the model's below. It must have the tokenizer of this run: give its directory
+    as tokenizer.import_from, too. One that was exported from here has; a vocabulary in another
+    layout gets other ids on import, and its weights would mean nothing."""
     start_digest: str = ""
     """What lies in that directory; filled in by itself."""
     model: ModelOptions = ModelOptions()
@@ -126,6 +128,16 @@ def checkpoint_directory(path: str) -> Path:
     return directory
 
 
+def require_tokenizer(directory: Path, ours: bytes) -> None:
+    """Raises UserError when a checkpoint's tokenizer is not this one: its ids would mean others."""
+    theirs = directory / "tokenizer.model"
+    if not theirs.is_file() or theirs.read_bytes() != ours:
+        raise UserError(
+            f"the checkpoint in {directory} was not made with this run's tokenizer; give the same "
+            f"directory as tokenizer.import_from, which keeps the ids of one exported from here"
+        )
+
+
 def checkpoint_digest(path: str) -> str:
     """SHA-256 over the shape and the weights that lie there."""
     directory = checkpoint_directory(path)
@@ -147,6 +159,9 @@ def pretrain(
             f"{config.sequence} + 1; lower pretrain.sequence or crawl more documents"
         )
     shape = config.shape(tokenizer.counts["vocabulary"])
+    start = checkpoint_directory(config.start_from) if config.start_from else None
+    if start is not None:
+        require_tokenizer(start, work.store.of(tokenizer).read_bytes("tokenizer.model"))
     inputs = {"shards": shards, "tokenizer": tokenizer}
     params = {**config.model_dump(), "parameters": count_parameters(shape).total}
     with tracked("pretrain", work.fingerprint, params, inputs) as run_id:
@@ -165,9 +180,7 @@ def pretrain(
                 pairs=None,
                 source_weights=config.source_weights,
                 mask_share=config.mask_share,
-                start_from=str(checkpoint_directory(config.start_from))
-                if config.start_from
-                else None,
+                start_from=None if start is None else str(start),
                 run=config.run,
                 tracking_uri=Settings.load().mlflow,
                 run_id=run_id,

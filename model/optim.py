@@ -79,7 +79,11 @@ class Muon:
     """Nesterov momentum, orthogonalised; same-shaped matrices go through Newton-Schulz as one
     batch. Matrices divided among ranks are gathered for it, one shape after another.
 
-    The update is scaled by √max(1, rows/columns), so that one rate suits all shapes.
+    The update is scaled by √max(1, rows/columns), so that one rate suits all shapes and widths: its
+    spectral norm then asks of every layer the same relative change of what it puts out, which is
+    the condition for rates to transfer across widths (arXiv:2310.17813). AdamW's rates here are for
+    norms, biases and embeddings, whose best rate hardly depends on the width; with kind adamw, and
+    for an untied output matrix, lower them with 1/width yourself (µP, arXiv:2203.03466).
     """
 
     def __init__(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
 import time
+from urllib.parse import urlsplit
 
 import pytest
 
+from serve import transport
 from tests.serve.conftest import Endpoint, eventually, spec
 from tests.tiny_models import model_directory
 
@@ -231,6 +234,31 @@ def test_a_body_beyond_the_limit_is_not_read_to_its_end(endpoint: Endpoint) -> N
 
     headers = {"content-type": "application/json"}
     assert error(endpoint, "/v1/completions", content=endless(), headers=headers)[0] == 413
+
+
+def test_clients_that_drip_their_bodies_end_by_themselves_and_hold_up_nobody(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "BODY_SECONDS", 1.0)
+    address = urlsplit(endpoint.url)
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 1000\r\n\r\n{"
+    )
+    with contextlib.ExitStack() as opened, endpoint.client() as client:
+        slow = [
+            opened.enter_context(socket.create_connection((address.hostname, address.port), 30))
+            for _ in range(50)
+        ]
+        for connection in slow:
+            connection.sendall(head)
+        assert client.post("/v1/completions", json=TEXT | {"max_tokens": 3}).status_code == 200
+        for connection in slow:
+            with contextlib.suppress(OSError):  # refused already
+                connection.sendall(b'"')
+            answer = connection.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 408") and b"did not arrive within 1 s" in answer
+    assert endpoint.idle()
 
 
 def test_prompts_that_no_model_reads_are_refused(endpoint: Endpoint) -> None:

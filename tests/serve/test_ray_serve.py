@@ -36,6 +36,9 @@ REQUEST = {
 }
 
 
+LONG = 9  # a version with a context long enough for answers of many seconds
+
+
 class Registered:
     """Versions of a tiny model, their artifacts in the stack's own store."""
 
@@ -48,7 +51,8 @@ class Registered:
         fingerprint = hashlib.sha256(f"tiny {seed}".encode()).hexdigest()
         manifest = self.store.find("finetune", fingerprint)
         if manifest is None:
-            source = model_directory(self.scratch / str(seed), seed)
+            context = 4096 if seed == LONG else 128
+            source = model_directory(self.scratch / str(seed), seed, context)
             directory = self.store.directory("finetune", fingerprint)
             files = tuple(directory.put(file, file.name) for file in source.iterdir())
             manifest = Manifest(
@@ -223,6 +227,22 @@ def test_nothing_of_the_endpoint_listens_outside(registered: Registered) -> None
         assert listening
         addresses = {c.laddr.ip.removeprefix("::ffff:") for c in listening}
         assert addresses == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_an_answer_under_way_outlives_the_end_of_its_replica(registered: Registered) -> None:
+    registered.deploy(LONG)
+    body = REQUEST | {"stream": True, "max_tokens": 4000, "ignore_eos": True}
+    url = f"{registered.settings.serve}/v1/chat/completions"
+    with httpx.stream("POST", url, json=body, timeout=120, trust_env=False) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith("data: {")
+        serving.undeploy(registered.settings)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    finish = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in rest[:-1]]
+    assert finish[-1] == "length" and len(rest) > 100
+    registered.deploy(1)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ssl
 import time
@@ -57,16 +58,21 @@ class Answer:
 class Client:
     """HTTP for one partition: one pool of connections, the guard against private addresses."""
 
-    def __init__(self, session: aiohttp.ClientSession, resolver: GuardedResolver) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, resolver: GuardedResolver, parallel: int
+    ) -> None:
         self._session, self._resolver = session, resolver
         self._private = resolver.allowed
+        self._room = asyncio.Semaphore(parallel)
 
     @classmethod
     @contextlib.asynccontextmanager
     async def open(
-        cls, limits: Limits, private: Iterable[tuple[str, int]]
+        cls, limits: Limits, private: Iterable[tuple[str, int]], parallel: int
     ) -> AsyncIterator[Client]:
-        """A client that reaches private addresses only at the endpoints `private`."""
+        """A client that reaches private addresses only at the endpoints `private`, with at most
+        `parallel` requests in flight.
+        """
         proxies = {endpoint(site.proxy) for site in limits.sites if site.proxy}
         resolver = GuardedResolver(private, proxies)
         connector = aiohttp.TCPConnector(resolver=resolver, limit=0, ttl_dns_cache=300)
@@ -90,7 +96,7 @@ class Client:
         ) as session:
             # aiohttp would repeat a request on a dropped connection by itself, without the delay.
             session._retry_connection = False
-            yield cls(session, resolver)
+            yield cls(session, resolver, parallel)
 
     async def ask(
         self,
@@ -108,7 +114,8 @@ class Client:
         """
         try:
             self._resolver.check_literal(url)
-            return await self._exchange(url, headers or {}, types, max_bytes, site)
+            async with self._room:
+                return await self._exchange(url, headers or {}, types, max_bytes, site)
         except CodingError as error:
             known = not isinstance(error, UnknownCoding)
             raise FetchError(_DAMAGED if known else str(error)) from error

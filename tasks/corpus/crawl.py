@@ -192,6 +192,7 @@ def _cut(
             aliases,
             private,
             config.segment_bytes,
+            max(config.parallel_total // len(groups), 1),
         )
         for partition, hosts in sorted(groups.items())
     ]

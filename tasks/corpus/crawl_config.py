@@ -80,6 +80,9 @@ class CrawlOptions(StageConfig):
     timeout: float = place(30.0, gt=0, description="Seconds one request may take in all.")
     retries: int = place(2, ge=0, description="Further attempts after a failure that may pass.")
     parallel: int = place(4, ge=1, description="Requests in flight to one host, at most.")
+    parallel_total: int = place(
+        500, ge=1, description="Requests in flight to all hosts together, at most."
+    )
     round_seconds: float = place(
         10.0, gt=0, description="About how long one round of fetching takes."
     )

@@ -37,7 +37,7 @@ async def _fetch(plan: Plan, segments: Segments, done: list[Outcome]) -> list[Ho
         async with room:
             await fetcher.run()
 
-    async with Client.open(plan.limits, plan.private) as client:
+    async with Client.open(plan.limits, plan.private, plan.parallel) as client:
         fetchers = [HostFetcher(host, plan, client, segments, done) for host in plan.hosts]
         await asyncio.gather(*(fetch_host(fetcher) for fetcher in fetchers))
     return [fetcher.result() for fetcher in fetchers]

@@ -79,6 +79,7 @@ class Plan:
     aliases: Aliases
     private: tuple[tuple[str, int], ...]
     segment_bytes: int
+    parallel: int  # requests of all its hosts in flight, at most
 
 
 @dataclass(frozen=True)

@@ -381,6 +381,9 @@ class Frontier:
                     source=address.url,
                 )
             )
+        if address.canonical and address.canonical != address.url:
+            # Its own name for itself: where that exists, deduplication has the choice.
+            self._add(Address(address.canonical, depth=address.depth + 1, source=address.url))
         for link in links:
             self._add(Address(link, depth=address.depth + 1, source=address.url))
         for sitemap in outcome.sitemaps:

@@ -31,7 +31,10 @@ def page(*links: str, text: str = "Some words.", head: str = "") -> str:
 class LoopbackSite:
     """Serves `pages` (path → HTML, response factory or handler) and notes every request."""
 
-    def __init__(self, pages: dict[str, Any], robots: str | None = None) -> None:
+    def __init__(
+        self, pages: dict[str, Any], robots: str | None = None, host: str = "127.0.0.1"
+    ) -> None:
+        self.host = host
         self.pages = dict(pages)
         if robots is not None:
             self.pages["/robots.txt"] = lambda: web.Response(text=robots)
@@ -51,7 +54,8 @@ class LoopbackSite:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        name = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{name}:{self.port}"
 
     @property
     def paths(self) -> Counter[str]:
@@ -71,7 +75,7 @@ class LoopbackSite:
         application.router.add_get("/{path:.*}", self._answer)
         runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, self.host, 0)
         await site.start()
         self.port = runner.addresses[0][1]
         self._ready.set()

@@ -462,3 +462,48 @@ def test_segments_are_rolled_and_packed_by_size(crawler: Crawler) -> None:
     assert len(result.pages) == 31
     for n in range(30):
         assert (str(n) * 200).encode() in result.pages[f"{site.url}/{n}"].body
+
+
+def test_a_site_is_reached_over_ipv6(crawler: Crawler) -> None:
+    with LoopbackSite(small_site(), host="::1") as site:
+        result = crawler.crawl(site.url.replace("::1", "0:0:0:0:0:0:0:1"))
+    assert set(result.pages) == {f"{site.url}{path}" for path in ("/", "/a", "/b", "/c")}
+
+
+def test_a_site_without_proper_tls_is_named(crawler: Crawler) -> None:
+    with LoopbackSite(small_site()) as site:
+        secure = site.url.replace("http:", "https:")
+        result = crawler.crawl(site.url, f"{secure}/a", retries=2)
+    assert result.reason(f"{secure}/a") == ("error", "TLS error")
+    assert len(result.pages) == 4
+
+
+def test_a_page_is_also_fetched_by_the_name_it_gives_itself(crawler: Crawler) -> None:
+    pages = {
+        "/": page("/print"),
+        "/print": page(head='<link rel="canonical" href="/real">'),
+        "/real": page(text="the real one", head='<link rel="canonical" href="/real">'),
+    }
+    with LoopbackSite(pages) as site:
+        result = crawler.crawl(site.url)
+    assert f"{site.url}/real" in result.pages
+    assert result.addresses[f"{site.url}/real"]["source"] == f"{site.url}/print"
+
+
+def test_requests_in_flight_are_bounded_over_all_hosts(crawler: Crawler) -> None:
+    now = most = 0
+
+    async def slow() -> web.Response:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.02)
+        now -= 1
+        return web.Response(text=page(), content_type="text/html")
+
+    pages = {"/": page(*(f"/{n}" for n in range(12)))} | {f"/{n}": slow for n in range(12)}
+    with LoopbackSite(pages) as site:
+        crawler.crawl(site.url, parallel=8, parallel_total=2)
+        assert most == 2
+        crawler.crawl(site.url, parallel=8, parallel_total=50, epoch=1)
+        assert most > 2

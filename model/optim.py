@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ConfigError
-from model.sharding import divided_like, whole
+from model.sharding import divided_like, is_divided, whole
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.b
 
 class Muon:
     """Nesterov momentum, orthogonalised; same-shaped matrices go through Newton-Schulz as one
-    batch. Matrices divided among ranks are gathered for it, one shape after another.
+    batch. Matrices divided among ranks are gathered for it, one after another.
 
     The update is scaled by √max(1, rows/columns), so that one rate suits all shapes and widths: its
     spectral norm then asks of every layer the same relative change of what it puts out, which is
@@ -107,12 +107,17 @@ class Muon:
             gradients = [_gradient(parameter) for parameter in parameters]
             torch._foreach_lerp_(momentum, gradients, 1 - beta)
             nesterov = torch._foreach_lerp(gradients, momentum, beta)
-            directions = torch.stack([whole(direction) for direction in nesterov])
-            rows, columns = directions.shape[-2:]
-            update = orthogonalise(directions.view(-1, rows, columns), dtype=self.dtype)
-            parts = update.to(directions.dtype).contiguous().view_as(directions).unbind(0)
-            pairs = zip(parts, parameters, strict=True)
-            updates = [divided_like(part, parameter) for part, parameter in pairs]
+            # Divided matrices are gathered one by one: all of a shape would be too large.
+            at_once = 1 if is_divided(parameters[0]) else len(parameters)
+            updates = []
+            for first in range(0, len(parameters), at_once):
+                piece = slice(first, first + at_once)
+                directions = torch.stack([whole(direction) for direction in nesterov[piece]])
+                rows, columns = directions.shape[-2:]
+                update = orthogonalise(directions.view(-1, rows, columns), dtype=self.dtype)
+                parts = update.to(directions.dtype).contiguous().view_as(directions).unbind(0)
+                pairs = zip(parts, parameters[piece], strict=True)
+                updates += [divided_like(part, parameter) for part, parameter in pairs]
             if self.config.weight_decay:
                 torch._foreach_mul_(parameters, 1 - rate * self.config.weight_decay)
             torch._foreach_add_(parameters, updates, alpha=-rate * max(1, rows / columns) ** 0.5)

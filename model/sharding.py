@@ -23,6 +23,10 @@ def shard(module: nn.Module, model: Transformer) -> nn.Module:
     return module
 
 
+def is_divided(tensor: Tensor) -> bool:
+    return isinstance(tensor, DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be divided; every rank must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -49,7 +53,7 @@ def load_whole_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def whole_model(model: Transformer) -> Transformer:
     """A model without division, with the same weights; every rank must ask."""
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if not any(map(is_divided, model.parameters())):
         return model
     state = whole_state(model)
     with torch.device("meta"):

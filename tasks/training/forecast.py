@@ -120,7 +120,8 @@ def memory_bytes(shape: ModelConfig, config: PretrainConfig, workers: int) -> fl
         states -= count.matrices
     held: float = 4 * (2 * count.total + states)
     if config.run.sharded:
-        held /= workers
+        # Beside its share a worker holds the tables, and the weights and gradients of a block.
+        held = held / workers + 8 * (count.embedding + count.matrices / shape.layers)
     rows = min(config.run.micro_batch, -(-config.batch // workers))
     tokens = rows * config.sequence
     wide = 4 * max(shape.mlp_size, 1) / (8 * shape.width) * 16

@@ -45,7 +45,7 @@ class KillableChild:
         seconds: float,
         megabytes: int,
         *arguments: str,
-        requests: int = 2000,
+        requests: int = 10_000,
     ) -> None:
         """`arguments` follow the limits on the child's command line.
 

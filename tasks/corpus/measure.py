@@ -37,7 +37,7 @@ class MeasureConfig(StageConfig):
     """What is measured of every document. Thresholds stand with the stages that apply them."""
 
 
-@stage("measure", version=1)
+@stage("measure", version=2)
 def measure(config: MeasureConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """Identify each document's language and measure it by every quality rule."""
     items = [(documents, name) for name in document_shards(documents)]

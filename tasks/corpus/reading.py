@@ -55,6 +55,10 @@ class Reading:
         return count_names(self.text)
 
     @cached_property
+    def lowered(self) -> str:
+        return self.text.lower()
+
+    @cached_property
     def prose_text(self) -> str:
         return "\n".join(self.prose)
 

@@ -36,18 +36,18 @@ def read_html(html: str, url: str = "") -> tuple[About, str]:
 
 
 def _look_over(tree: HTMLTree, with_links: bool) -> About:
-    about, document = About(), tree.document
-    for element in _all(document, "html, meta, title, h1, time"):
-        tag = element.tag
-        if tag == "meta":
-            name = element.getattr("name", "") or element.getattr("property", "")
-            about.add_meta(name, element.getattr("http-equiv", ""), element.getattr("content", ""))
-        elif tag == "html":
-            about.add_language(element.getattr("lang", "") or element.getattr("xml:lang", ""))
-        elif tag == "time":
-            about.add_time(element.getattr("datetime", ""))
-        else:
-            about.add_heading(element.text)
+    about = About()
+    document: Any = tree.document
+    root: Any = document.document_element
+    about.add_language(root.getattr("lang", "") or root.getattr("xml:lang", ""))
+    for element in _all(document, "meta"):
+        name = element.getattr("name", "") or element.getattr("property", "")
+        about.add_meta(name, element.getattr("http-equiv", ""), element.getattr("content", ""))
+    about.add_heading(tree.title or "")
+    if not about.title and (heading := document.query_selector("h1")):
+        about.add_heading(heading.text)
+    if not about.date and (moment := document.query_selector("time")):
+        about.add_time(moment.getattr("datetime", ""))
     if with_links:
         for element in _all(document, '[rel*=icense], [href*="creativecommons.org/"]'):
             about.add_link(element.getattr("rel", ""), element.getattr("href", ""))

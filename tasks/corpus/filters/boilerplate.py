@@ -19,21 +19,22 @@ _NOTICES = re.compile(
 _HINTS = ("javascript", "terms of", "policy", "cookies", "rights reserved")
 
 
-def _is_hinted(text: str) -> bool:
-    folded = text.casefold()
-    return any(word in folded for word in _HINTS)
+def _is_hinted(lowered: str) -> bool:
+    return any(word in lowered for word in _HINTS)
 
 
 def lorem_ipsum(reading: Reading) -> float:
-    return reading.text.lower().count("lorem ipsum")
+    return reading.lowered.count("lorem ipsum")
 
 
 def notice_share(reading: Reading) -> float | None:
     if not reading.prose:
         return None
-    if not _is_hinted(reading.prose_text):
+    if not _is_hinted(reading.lowered):
         return 0.0
-    notices = sum(_is_hinted(line) and bool(_NOTICES.search(line)) for line in reading.prose)
+    notices = sum(
+        _is_hinted(line.lower()) and bool(_NOTICES.search(line)) for line in reading.prose
+    )
     return notices / len(reading.prose)
 
 

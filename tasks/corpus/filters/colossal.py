@@ -34,7 +34,7 @@ def few_word_share(reading: Reading) -> float | None:
 def script_share(reading: Reading) -> float | None:
     if reading.is_technical or not reading.prose:
         return None
-    if "javascript" not in reading.prose_text.lower():
+    if "javascript" not in reading.lowered:
         return 0.0
     return sum("javascript" in line.lower() for line in reading.prose) / len(reading.prose)
 

@@ -62,22 +62,24 @@ def _words(reading: Reading) -> Words | None:
     return reading.words
 
 
-def _recurring(grams: Hashes, among: Places | None) -> tuple[Hashes, Places]:
-    """The grams that stand there more than once, sorted by hash, with their places: those of one
-    gram together and in ascending order.
+def _recurring(words: Words, size: int, among: Places | None) -> tuple[Hashes, Places]:
+    """The grams of `size` words that stand there more than once, with their places.
 
-    Only `among` is looked at: where a longer gram recurs, each shorter one at its place does. In
-    ordinary text few places are left after the first size, and sorting those costs nothing.
+    Those of one gram stand together, in ascending order of place. Only `among` is looked at: where
+    a gram recurs, each shorter one at its place does. In ordinary text few places are left after
+    the first size, and hashing and sorting those costs nothing.
     """
-    places = np.arange(len(grams)) if among is None else among[among < len(grams)]
-    found = grams if among is None else grams[places]
+    last = len(words) - size
+    places = np.arange(last + 1) if among is None else among[among <= last]
+    found = words.spans(words.starts[places], words.ends[places + size - 1])
     ordered = np.sort(found)
     again = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(again) == 0:
         return again, places[:0]
-    places = places[is_among(found, again)]
-    order = np.argsort(grams[places], kind="stable")
-    return grams[places[order]], places[order]
+    hit = is_among(found, again)
+    found, places = found[hit], places[hit]
+    order = np.lexsort((places, found))
+    return found[order], places[order]
 
 
 def top_grams(reading: Reading) -> float | None:
@@ -87,7 +89,7 @@ def top_grams(reading: Reading) -> float | None:
         return None
     share, places = 0.0, None
     for size, bound in zip(TOP_SIZES, (0.20, 0.18, 0.16), strict=True):
-        grams, places = _recurring(words.grams(size), places)
+        grams, places = _recurring(words, size, places)
         if len(grams) == 0:
             break
         _, first, number = np.unique(grams, return_index=True, return_counts=True)
@@ -107,7 +109,7 @@ def duplicate_grams(reading: Reading) -> float | None:
     total = max(int(lengths.sum()), 1)
     share, places = 0.0, None
     for size, bound in zip(DUPLICATE_SIZES, (0.15, 0.14, 0.13, 0.12, 0.11, 0.10), strict=True):
-        grams, places = _recurring(words.grams(size), places)
+        grams, places = _recurring(words, size, places)
         if len(grams) == 0:
             break
         # Places of one gram are in ascending order: all but the first repeat it.

@@ -12,7 +12,7 @@ import re
 from tasks.corpus.filters.rule import Rule
 from tasks.corpus.reading import Reading
 
-_END = re.compile(r"[.!?…][\"'”’)\]]*(?=\s|$)|[。！？]")
+_END = re.compile(r"[.!?…。！？](?:(?<=[。！？])|[\"'”’)\]]*(?=\s|$))")
 
 
 def sentence_count(reading: Reading) -> float | None:

@@ -20,8 +20,7 @@ def distinct_stop_words(reading: Reading) -> float | None:
     words = reading.prose_words
     if len(words) < LEAST_WORDS or not _is_mostly_ascii(reading):
         return None
-    distinct = set(reading.plain_text.lower().split(" "))
-    return len(STOP_WORDS & {word.strip(".,;:()\"'") for word in distinct})
+    return len(STOP_WORDS & reading.distinct_words)
 
 
 # Other languages written in ASCII are told apart by the language stage, which runs before.

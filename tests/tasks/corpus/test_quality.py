@@ -266,3 +266,17 @@ def test_an_unknown_language_is_refused() -> None:
         LanguageConfig(languages=("en", "xx"))
     with pytest.raises(UserError, match=r"add it to language\.languages"):
         select_language(LanguageConfig(languages=("fr",)), {"http://h/a": GERMAN})
+
+
+def test_a_shard_that_lost_all_its_documents_and_copies_of_a_text_find_their_measures() -> None:
+    german = {f"http://h/de/{n}": f"{GERMAN} Nummer {n}." for n in range(4)}  # a shard of their own
+    found = documents(
+        german | {"http://h/a": PROSE, "http://h/b": DOCUMENTATION, "http://h/c": PROSE}
+    )
+    columns = measure(MeasureConfig(), documents=found)
+    known = language(LanguageConfig(), documents=found, attributes=columns)
+    kept = quality(QualityConfig(), documents=known, attributes=columns)
+    assert urls(kept) == ["http://h/a", "http://h/b", "http://h/c"]
+    other = measure(MeasureConfig(), documents=documents({"http://h/a": PROSE}))
+    with pytest.raises(ValueError, match="4 documents of shard 0 are not in attributes-00000"):
+        language(LanguageConfig(), documents=found, attributes=other)

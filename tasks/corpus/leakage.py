@@ -12,6 +12,7 @@ What stands in many groups of similar documents is nobody's own and stays: boile
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.corpus.arrays import distinct, is_among
-from tasks.corpus.shingles import Hashes, Words, normalise
+from tasks.corpus.shingles import Hashes, normalise
+from tasks.corpus.word_hashes import lines_of
 
 WINDOW = 40  # characters, normalised
 SHORTEST_NAME = 6  # characters of a heading's name, normalised
@@ -64,18 +66,9 @@ def own_marks(text: str) -> Marks:
 def line_marks(text: str) -> LineMarks:
     """The marks of a text that may have to lose lines. Windows run across line breaks."""
     lines = text.split("\n")
-    normalised = [normalise(line) for line in lines]
-    filled = [(number, line) for number, line in enumerate(normalised) if line]
-    words = Words.of(" ".join(line for _, line in filled))
+    words, of_line = lines_of(text)
     starts, windows = words.windows(WINDOW)
-    lengths = np.array([len(line.encode("utf-8", "replace")) + 1 for _, line in filled], np.int64)
-    begins = np.cumsum(lengths) - lengths
-    numbers = np.array([number for number, _ in filled], np.int64)
-    if len(numbers) == 0:
-        first = last = np.zeros(0, np.int64)
-    else:
-        first = numbers[np.searchsorted(begins, starts, side="right") - 1]
-        last = numbers[np.searchsorted(begins, starts + WINDOW - 1, side="right") - 1]
+    last = np.searchsorted(words.starts, starts + WINDOW - 1, side="right") - 1
     names = [
         (number, _hash(name))
         for number, match in enumerate(map(_ENTRY.match, lines))
@@ -83,8 +76,8 @@ def line_marks(text: str) -> LineMarks:
     ]
     return LineMarks(
         lines,
-        first,
-        last,
+        of_line[: len(starts)],
+        of_line[last],
         windows,
         np.array([number for number, _ in names], np.int64),
         np.array([name for _, name in names], np.uint64),
@@ -156,6 +149,5 @@ def _name(text: str) -> str:
 
 
 def _hash(name: str) -> int:
-    words = Words.of(name)
-    zero, end = np.zeros(1, np.int64), np.array([len(words.data)], np.int64)
-    return int(words.spans(zero, end)[0])
+    digest = hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

@@ -117,10 +117,16 @@ class Words:
         data = np.frombuffer(normalised.encode("utf-8", "replace"), np.uint8)
         blanks = np.flatnonzero(data == _BLANK)
         if len(data) == 0:
-            none = np.zeros(0, np.int64)
-            return cls(data, none, none, np.zeros(1, np.uint64))
+            return cls.at(data, blanks, blanks)
         starts = np.concatenate([[0], blanks + 1]).astype(np.int64)
         ends = np.concatenate([blanks, [len(data)]]).astype(np.int64)
+        return cls.at(data, starts, ends)
+
+    @classmethod
+    def at(
+        cls, data: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]
+    ) -> Words:
+        """Normalised text whose words are known."""
         prefix = np.zeros(len(data) + 1, np.uint64)
         np.cumsum(_table()[data] * _powers_for(len(data), _BASE), out=prefix[1:])
         return cls(data, starts, ends, prefix)

@@ -109,18 +109,23 @@ def mark_shard(work: Workspace, number: int, where: Directory, name: str) -> int
 
 
 def shared_shard(work: Workspace, number: int, where: Directory, name: str) -> dict[str, int]:
-    """(mark, group) for the held-out marks that documents of one shard have: `_shared-…`."""
+    """(mark, group) for the held-out marks that documents of one shard have: `_shared-…`; and which
+    documents have any: `_touched-NNNNN.npy`.
+    """
     held = Marks(read_array(work, "_windows.npy"), read_array(work, "_names.npy"))
     groups = chosen(work, number).groups
     texts = where.read_table(name, ["text"])["text"].to_pylist()
     found: dict[str, list[NDArray[np.void]]] = {kind: [np.zeros(0, MARK)] for kind in KINDS}
-    for text, group in zip(texts, groups, strict=True):
+    touched = np.zeros(len(texts), bool)
+    for place, (text, group) in enumerate(zip(texts, groups, strict=True)):
         shared = shared_marks(line_marks(text), held)
+        touched[place] = len(shared.windows) + len(shared.names) > 0
         for kind, parts in found.items():
             marks: Hashes = getattr(shared, kind)
             entries = np.zeros(len(marks), MARK)
             entries["key"], entries["group"] = marks, group
             parts.append(entries)
+    write_array(work, f"_touched-{number:05d}.npy", touched)
     for kind, parts in found.items():
         write_sorted(work, f"_shared-{kind}-{number:05d}", np.concatenate(parts))
     return {kind: sum(map(len, parts)) for kind, parts in found.items()}
@@ -174,10 +179,11 @@ def divide_shard(work: Workspace, number: int, where: Directory, name: str) -> d
     table = where.read_table(name)
     tally, trimmed = Tally(), list[dict[str, Any]]()
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": [], "rejected": []}
-    for document, is_held in zip(table.to_pylist(), held, strict=True):
-        if is_held:
+    touched = read_array(work, f"_touched-{number:05d}.npy")
+    for document, is_held, shares in zip(table.to_pylist(), held, touched, strict=True):
+        if is_held or not shares:
             tally.keep(document["bytes"])
-            parts["heldout"].append(document)
+            parts["heldout" if is_held else "train"].append(document)
             continue
         text, lines = without_leaks(line_marks(document["text"]), marks)
         if lines == 0:

@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.corpus.shingles import Hashes, mix, normalise
+from tasks.corpus.shingles import Hashes, Words, mix, normalise
 
 _END = b"\n"  # of a text; normalised text has none
 _BLOCK = 1 << 17  # bytes at a time: they stay in the second cache
@@ -77,11 +77,12 @@ def words_of(texts: Sequence[str]) -> tuple[TextWords, list[bytes]]:
     """The words of these texts, and each text normalised as `shingles.normalise` does, UTF-8."""
     hashes, counts, plain = [np.zeros(0, np.uint64)], [], []
     for block in _blocks(texts, _TABLE):
-        words, compact, starts, stops, bounds = _cut(block)
-        hashes.append(words)
-        counts.append(np.diff(bounds))
-        for a, b in itertools.pairwise(bounds.tolist()):
-            plain.append(compact[starts[a] : stops[b - 1]].tobytes() if b > a else b"")
+        cut = _cut(block)
+        hashes.append(_hashed(cut.data, cut.starts, cut.stops))
+        counts.append(np.diff(cut.bounds))
+        for a, b in itertools.pairwise(cut.bounds.tolist()):
+            text = cut.data[cut.starts[a] : cut.stops[b - 1]] if b > a else cut.data[:0]
+            plain.append(text.tobytes())
     bounds = np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]))
     return TextWords(np.concatenate(hashes), bounds), plain
 
@@ -90,19 +91,24 @@ def line_words(texts: Sequence[str]) -> TextWords:
     """The words of every line of these texts, one after another: as of so many texts."""
     hashes, counts = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     for block in _blocks(texts, _LINES):
-        words, _, _, _, bounds = _cut(block)
-        hashes.append(words)
-        counts.append(np.diff(bounds))
+        cut = _cut(block)
+        hashes.append(_hashed(cut.data, cut.starts, cut.stops))
+        counts.append(np.diff(cut.bounds))
     bounds = np.cumsum(np.concatenate([np.zeros(1, np.int64), *counts]))
     return TextWords(np.concatenate(hashes), bounds)
 
 
-def _cut(
-    block: list[bytes],
-) -> tuple[Hashes, NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Word hashes of what `_END` separates in a block; the bytes of all words with one byte after
-    each, where words start and stop there, and the bounds of each text's words.
-    """
+@dataclass(frozen=True)
+class _Cut:
+    """Texts that `_END` separates, as bytes of words with one byte after each."""
+
+    data: NDArray[np.uint8]
+    starts: NDArray[np.int64]  # (W,) of words
+    stops: NDArray[np.int64]  # (W,)
+    bounds: NDArray[np.int64]  # (D + 1,), words of each text
+
+
+def _cut(block: list[bytes]) -> _Cut:
     data = np.frombuffer(_END.join([*block, b""]), np.uint8)
     letter = data > 0x20
     kept = letter.copy()
@@ -112,7 +118,15 @@ def _cut(
     starts = np.concatenate([[0], stops[:-1] + 1]) if len(stops) else stops
     ends = np.flatnonzero(data == _END[0])
     bounds = np.concatenate([[0], np.searchsorted(places, ends, side="right")])
-    return _hashed(compact, starts, stops), compact, starts, stops, bounds
+    return _Cut(compact, starts, stops, bounds)
+
+
+def lines_of(text: str) -> tuple[Words, NDArray[np.int64]]:
+    """The words of a text's lines, normalised and with one blank between, and the line of each."""
+    cut = _cut([_spaced(text, _LINES)])
+    data = np.maximum(cut.data[:-1], 0x20)  # line breaks too are blanks between words
+    of_line = np.repeat(np.arange(len(cut.bounds) - 1), np.diff(cut.bounds))
+    return Words.at(data, cut.starts, cut.stops), of_line
 
 
 def places_of(text: str) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from tasks.corpus.markdown import fenced, table, tidy
 from tasks.corpus.page_about import LICENCE_HINTS, About
 
 _ITEM = re.compile(r"^ {2}( *)(?:•|(\d+\.)) ")
+_AFTER_TABLE = re.compile(r"^(\|.*\|)\n(?=[^|\n])", re.MULTILINE)
 _LARGEST_TABLE = 200_000  # characters of text; larger ones lay out a page
 
 
@@ -32,7 +33,7 @@ def read_html(html: str, url: str = "") -> tuple[About, str]:
     text = extract_plain_text(
         tree, main_content=True, preserve_formatting=True, alt_texts=False, comments=False
     )
-    return about, tidy(text, _prose_line)
+    return about, tidy(_AFTER_TABLE.sub(r"\1\n\n", text), _prose_line)
 
 
 def _look_over(tree: HTMLTree, with_links: bool) -> About:

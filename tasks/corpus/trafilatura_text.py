@@ -31,6 +31,7 @@ HTML_PARSER.set_element_class_lookup(
 _HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 _CODE_HEADING = re.compile(r"^(#{1,6} )(`+)(?!`)(.+?)(?<!`)\2$")
 _ESCAPE = re.compile(r"\\([\\`*_{}\[\]()<>#+\-.!|~\"])")
+_ESCAPE_IN_ROW = re.compile(r"\\([\\`*_{}\[\]()<>#+\-.!~\"])")
 _MARKED = re.compile(r"[\\*<_]")
 _TAG = re.compile(r"(?<!\\)</?(?:u|sup|sub|del|s|b|i|em|strong|mark|small|kbd|var)>")
 _EMPHASIS = tuple(
@@ -140,7 +141,8 @@ def _prose_line(line: str) -> str:
     plain = _TAG.sub("", _CODE_SPAN.sub("\x00", line))
     for emphasis in _EMPHASIS:
         plain = emphasis.sub(r"\1", plain)
-    plain = _ESCAPE.sub(r"\1", plain)
+    # In a row of a table an escaped bar belongs to a cell.
+    plain = (_ESCAPE_IN_ROW if plain.startswith("| ") else _ESCAPE).sub(r"\1", plain)
     for span in spans:
         plain = plain.replace("\x00", span, 1)
     return plain

@@ -72,10 +72,11 @@ def test_every_removed_page_is_counted_by_rule_and_kept_for_inspection() -> None
     assert rejected["empty"]["text"].startswith("<html>")
 
 
-def test_a_pathological_page_stalls_nothing() -> None:
+@pytest.mark.parametrize("extractor", ["trafilatura", "resiliparse"])
+def test_a_pathological_page_stalls_nothing(extractor) -> None:
     deep = "<div>" * 200_000 + "x"
     slow = html("slow", "<table><tr><td>" * 40_000 + "word " * 1000)
-    config = ExtractConfig(seconds_per_document=1.0)
+    config = ExtractConfig(seconds_per_document=1.0, extractor=extractor)
     manifest = extract(config, crawl=crawl(page("a"), page("d", deep), page("s", slow), page("z")))
     urls = [row["url"] for row in rows(manifest)]
     assert urls[0].endswith("/a")

@@ -58,6 +58,14 @@ def test_noindex_pages_give_no_text() -> None:
     assert not read_page(html("x", head='<meta name="robots" content="all">').encode()).noindex
 
 
+def test_tables_become_markdown_and_a_bar_stays_in_its_cell() -> None:
+    rows = "<tr><th>Name</th><th>Use</th></tr><tr><td>a | b</td><td>either</td></tr>"
+    words = "<p>A paragraph with enough words in it to be taken for the text of the page.</p>"
+    body = html("T", words * 5, f"<table>{rows}</table>", words * 5)
+    text = read_page(body.encode()).text
+    assert "| Name | Use |\n|---|---|\n| a \\| b | either |" in text
+
+
 def test_plain_text_passes_through() -> None:
     assert read_page(b"# a\r\n\r\n<b>\\*", "text/plain; charset=utf-8").text == "# a\n\n<b>\\*"
 

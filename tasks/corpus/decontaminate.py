@@ -129,6 +129,7 @@ def decontaminate(config: DecontaminateConfig, work: Workspace, *, documents: Ma
         grams, several = read_array(work, f"_seen-{number:05d}.npy")
         seen[grams] += several
     common = seen > config.common_documents
+    findable = index.items_of(~common)
     write_array(work, "_common.npy", common)
     reports = run_shards(
         work,
@@ -146,13 +147,14 @@ def decontaminate(config: DecontaminateConfig, work: Workspace, *, documents: Ma
         metrics={
             "items": len(items),
             "items_too_short": short,
+            "items_too_common": len(items) - short - len(findable),
             "items_found": len(found),
             "documents_contaminated": sum(report["documents"] for report in reports),
             "common_ngrams": int(common.sum()),
         },
         reports=(
             *selection_reports("decontaminate", tally),
-            _suites_report(config, items, index, found),
+            _suites_report(config, items, index, findable, found),
             _hits_report([hit for report in reports for hit in report["largest"]]),
         ),
     )
@@ -264,9 +266,14 @@ def _hit(
 
 
 def _suites_report(
-    config: DecontaminateConfig, items: list[Item], index: Index, found: set[int]
+    config: DecontaminateConfig,
+    items: list[Item],
+    index: Index,
+    findable: list[int],
+    found: set[int],
 ) -> Report:
     known = Counter(item.suite for item in items)
+    looked_for = Counter(items[number].suite for number in findable)
     short = Counter(
         item.suite
         for item, words in zip(items, index.words.tolist(), strict=True)
@@ -278,6 +285,7 @@ def _suites_report(
             "suite": suite.name,
             "texts": known[suite.name],
             "too short": short[suite.name],
+            "too common": known[suite.name] - short[suite.name] - looked_for[suite.name],
             "found": held[suite.name],
         }
         for suite in config.suites

@@ -169,6 +169,11 @@ class Index:
             **{name: read_array(directory, f"{prefix}{name}.npy") for name in cls.__annotations__}
         )
 
+    def items_of(self, grams: NDArray[np.bool_]) -> list[int]:
+        """Items that have one of the chosen n-grams, (G,), at least."""
+        chosen = np.repeat(grams, np.diff(self.bounds))
+        return sorted(set(self.item[chosen].tolist()))
+
     def find(self, grams: Hashes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(places in `grams`, numbers of the gram there) of those that items have too."""
         if len(self.grams) == 0:

@@ -148,6 +148,7 @@ def test_what_many_documents_say_is_no_proof(tmp_path: Path) -> None:
     config = suite(tmp_path, licence, common_documents=10)
     manifest = decontaminate(config, documents=documents(pages))
     assert len(urls(manifest)) == 12 and manifest.metrics["common_ngrams"] > 5
+    assert manifest.metrics["items_too_common"] == 1  # told, as nothing is known of it then
     few = dict(list(pages.items())[:10]) | {"http://h/other": REST}
     assert urls(decontaminate(config, documents=documents(few))) == ["http://h/other"]
 

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from tasks.runtime.errors import UserError
+from tasks.runtime.run_pages import forget_reports
 from tasks.runtime.settings import Settings
 from tasks.state.tombstones import Tombstones
 
@@ -32,9 +33,16 @@ def forget(settings: Settings, arguments: argparse.Namespace) -> int:
             stone = state.add(kind, one, arguments.reason)
             print(f"tombstone {stone.id}: {stone.kind} {stone.value}")
     if arguments.purge:
-        done = erase(settings, Forgotten.standing(settings), tell)
+        forgotten, named = Forgotten.standing(settings), set[str]()
+        done = erase(settings, forgotten, tell, named)
         touched = sum(result.action == "rewritten" for result in done)
         print(f"erased from {touched} artifacts" if done else "no earlier artifact holds any of it")
+        named |= {stone.value for stone in forgotten.stones if stone.kind != "digest"}
+        reports = forget_reports(settings, named)
+        if reports is None:
+            print("Prefect does not answer, and its run pages may quote it: start it, purge again")
+        elif reports:
+            print(f"{reports} reports on Prefect's run pages quoted it and are deleted")
     print("the next corpus has none of it; what will run again: gristmill plan corpus")
     return 0
 

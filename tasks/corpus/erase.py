@@ -65,9 +65,14 @@ class _Found:
 
 
 def erase(
-    settings: Settings, forgotten: Forgotten, say: Callable[[Done], None] = lambda done: None
+    settings: Settings,
+    forgotten: Forgotten,
+    say: Callable[[Done], None] = lambda done: None,
+    named: set[str] | None = None,
 ) -> list[Done]:
     """Erase what `forgotten` names from the store; returns what was done, artifact by artifact.
+
+    The addresses of what was erased are added to `named`.
 
     Raises UserError while a run is making something: it might be reading what goes.
     """
@@ -82,9 +87,9 @@ def erase(
     interrupted = {e.fingerprint for e in state.erased() if e.finished is None}
     stones = tuple(stone.id for stone in forgotten.stones)
     records = _records(store, forgotten, artifacts)
-    lost: set[str] = set()  # artifacts that lost documents, and those deleted for it
+    lost = _lost_before(state, artifacts)
     tainted: set[str] = set()
-    addresses: set[str] = set()
+    addresses = named if named is not None else set()
     results: list[Done] = []
 
     def note(manifest: Manifest, action: str, documents: int, act: Callable[[], object]) -> None:
@@ -96,22 +101,23 @@ def erase(
 
     for manifest in artifacts:
         inputs = set(manifest.inputs.values())
+        stale = any(lost.get(mark, "") > manifest.created for mark in inputs)
         found = _search(
             store.of(manifest), list(manifest.names(suffix=".parquet")), forgotten, records
         )
-        addresses |= found.addresses
+        addresses.update(found.addresses)
         if found.rows or manifest.fingerprint in interrupted:
             if found.documents or manifest.fingerprint in interrupted:
-                lost.add(manifest.fingerprint)
+                lost[manifest.fingerprint] = _now()
             act = partial(_rewrite, store, manifest, forgotten, found, stones)
             note(manifest, "rewritten", found.documents, act)
-        elif manifest.stage in DERIVED and inputs & lost:
-            lost.add(manifest.fingerprint)
+        elif manifest.stage in DERIVED and stale:
+            lost[manifest.fingerprint] = _now()
             note(manifest, "deleted", 0, store.of(manifest).remove)
             store.forget_copies(manifest)
-        elif PAGE in manifest.names() and (inputs & lost or _quotes(store, manifest, addresses)):
+        elif PAGE in manifest.names() and (stale or _quotes(store, manifest, addresses)):
             note(manifest, "deleted", 0, partial(_drop_report, store, manifest))
-        elif not _is_tabular(manifest) and inputs & (lost | tainted):
+        elif not _is_tabular(manifest) and (stale or inputs & tainted):
             tainted.add(manifest.fingerprint)
             if not manifest.not_replayable:
                 why = f"not replayable: {NOTE} from what it was made of"
@@ -125,6 +131,21 @@ def erase(
         if erasure.finished is None:
             state.finish(erasure.id)
     return results
+
+
+def _lost_before(state: Tombstones, artifacts: list[Manifest]) -> dict[str, str]:
+    """Artifacts that lost documents in earlier erasures, with the moment: what was made of them
+    before it still holds those. An erasure that was killed left such descendants."""
+    lost = {m.fingerprint: e.at for m in artifacts for e in m.erased if e.documents}
+    for erasure in state.erased():
+        if erasure.action == "deleted":
+            moment = datetime.fromtimestamp(erasure.begun, UTC)
+            lost[erasure.fingerprint] = moment.isoformat(timespec="milliseconds")
+    return lost
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _is_tabular(manifest: Manifest) -> bool:
@@ -205,8 +226,7 @@ def _rewrite(
         for report in reports:
             report["body"] = _without(report["body"], needles)
         directory.write_bytes(REPORT, json.dumps(reports, indent=1).encode())
-    moment = datetime.now(UTC).isoformat(timespec="milliseconds")
-    erased = Erased(at=moment, tombstones=stones, documents=found.documents)
+    erased = Erased(at=_now(), tombstones=stones, documents=found.documents)
     store.amend(
         manifest,
         erased=(*manifest.erased, erased),

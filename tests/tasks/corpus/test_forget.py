@@ -208,29 +208,6 @@ def test_a_report_that_quotes_what_is_purged_goes_too(site: LoopbackSite) -> Non
     assert "Ten words" not in Store.open().of(again).read_bytes("report.html").decode()
 
 
-def test_a_killed_purge_is_ended_by_the_next(
-    site: LoopbackSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    corpus(site)
-    bury(f"{site.url}{VICTIM}")
-    amend, calls = Store.amend, iter(range(100))
-
-    def dies(self: Store, manifest: Manifest, **changes: Any) -> Manifest:
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        return amend(self, manifest, **changes)
-
-    monkeypatch.setattr(Store, "amend", dies)
-    with pytest.raises(KeyboardInterrupt):
-        purge()
-    monkeypatch.setattr(Store, "amend", amend)
-    purge()
-    assert VICTIM not in "".join(name for name in holders(VICTIM) if not name.startswith("crawl/"))
-    for manifest in artifacts():
-        Store.open().verify(manifest)
-    assert all(erasure.finished for erasure in state().erased())
-
-
 class EmptyConfig(StageConfig):
     pass
 
@@ -245,6 +222,39 @@ def tokens_of(config: EmptyConfig, work: Workspace, *, corpus: Manifest) -> Outc
 def model_of(config: EmptyConfig, work: Workspace, *, shards: Manifest) -> Outcome:
     work.write_bytes("model.safetensors", b"weights")
     return Outcome()
+
+
+@pytest.mark.parametrize("survived", [0, 2, 5, 6])
+def test_a_killed_purge_is_ended_by_the_next(
+    site: LoopbackSite, monkeypatch: pytest.MonkeyPatch, survived: int
+) -> None:
+    """Killed before the manifest of one artifact is written; the last one marks the model."""
+    made = corpus(site)
+    model_of(EmptyConfig(), shards=tokens_of(EmptyConfig(), corpus=made))
+    bury(f"{site.url}{VICTIM}")
+    bury(f"{site.url}/library/copy.html")
+    amend, calls = Store.amend, iter(range(100))
+
+    def dies(self: Store, manifest: Manifest, **changes: Any) -> Manifest:
+        if next(calls) == survived:
+            raise KeyboardInterrupt
+        return amend(self, manifest, **changes)
+
+    monkeypatch.setattr(Store, "amend", dies)
+    with pytest.raises(KeyboardInterrupt):
+        purge()
+    monkeypatch.setattr(Store, "amend", amend)
+    purge()
+    assert holders("search_heap") == []
+    for manifest in artifacts():
+        Store.open().verify(manifest)
+    assert Store.open().all("token-shards") == []
+    [model] = Store.open().all("pretrain")
+    assert "from what it was made of" in model.not_replayable
+    assert all(erasure.finished for erasure in state().erased())
+    # What is made of the purged artifacts is clean, and stays.
+    model_of(EmptyConfig(), shards=tokens_of(EmptyConfig(), corpus=made))
+    assert purge() == []
 
 
 def test_other_forms_of_the_text_are_deleted_and_models_marked(site: LoopbackSite) -> None:

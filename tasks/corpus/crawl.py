@@ -15,12 +15,13 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
+from tasks.corpus.addresses import DOCUMENT_STATES, Address, Host
 from tasks.corpus.crawl_config import EMBEDDED, CrawlConfig, CrawlOptions
 from tasks.corpus.crawl_report import crawl_outcome
 from tasks.corpus.crawl_state import Rounds, earlier_epoch, earlier_pages
 from tasks.corpus.fetch import fetch_partition
 from tasks.corpus.fetch_plan import DOWN, SEGMENTS, PartitionResult, Plan
-from tasks.corpus.frontier import DOCUMENT_STATES, Address, Frontier, Host, Revisit
+from tasks.corpus.frontier import Frontier, Revisit
 from tasks.corpus.guard import endpoint, private_seeds
 from tasks.corpus.pack import pack_segments
 from tasks.corpus.pages import PAGES

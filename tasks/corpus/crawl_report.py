@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from tasks.corpus.frontier import Address, Frontier
+from tasks.corpus.addresses import Address
+from tasks.corpus.frontier import Frontier
 from tasks.corpus.urls import host_of
 from tasks.runtime.stage import Outcome, Report
 

@@ -7,8 +7,9 @@ import json
 import pyarrow as pa
 from pydantic import ValidationError
 
+from tasks.corpus.addresses import Address, Earlier
 from tasks.corpus.crawl_config import CrawlConfig
-from tasks.corpus.frontier import Address, Earlier, Frontier
+from tasks.corpus.frontier import Frontier
 from tasks.corpus.pages import LINKS
 from tasks.runtime.fingerprint import identity
 from tasks.runtime.manifest import Manifest

@@ -2,8 +2,8 @@
 
 A crawl artifact holds
     pages.parquet       one row per document, sorted by url (PAGES)
-    urls.parquet        every address ever seen and what became of it (tasks.corpus.frontier.URLS)
-    hosts.parquet       one row per host: delay, robots, requests (tasks.corpus.frontier.HOSTS)
+    urls.parquet        every address ever seen and what became of it (tasks.corpus.addresses.URLS)
+    hosts.parquet       one row per host: delay, robots, requests (tasks.corpus.addresses.HOSTS)
     links.parquet       url → links, for pages whose next fetch may answer 304 (LINKS)
     warc/NNNNN.warc.gz  segments; self-contained: an unchanged page's record is copied from the
                         epoch before, beside the revisit record of this one

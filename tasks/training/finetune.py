@@ -11,7 +11,7 @@ from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.store import Store
 from tasks.training.job import PairsData, TrainingJob
-from tasks.training.launch import launch
+from tasks.training.launch import launch, require_whole
 from tasks.training.options import OptimizerOptions, ScheduleOptions, TrainingConfig, shown_first
 
 
@@ -58,6 +58,7 @@ def finetune(
     tokenizer = store.get("tokenizer", base.inputs["tokenizer"])
     shards = store.get("token-shards", base.inputs["shards"]) if config.replay else None
     inputs = {"base": base, "pairs": pairs}
+    require_whole(work, [*inputs.values(), tokenizer, *([shards] if shards else [])])
     with tracked("finetune", work.fingerprint, config.model_dump(), inputs) as run_id:
         outcome = launch(
             TrainingJob(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow as pa
 from tasks.registry.models import run_page
 from tasks.runtime import jobs
 from tasks.runtime.errors import UserError
+from tasks.runtime.manifest import Manifest
 from tasks.runtime.plot import plot
 from tasks.runtime.ray_session import leave_ray
 from tasks.runtime.settings import Settings
@@ -67,6 +69,15 @@ def launch(job: TrainingJob, work: Workspace) -> Outcome:
             *judged,
         ),
     )
+
+
+def require_whole(work: Workspace, inputs: Iterable[Manifest]) -> None:
+    """Raises UserError when a file that is to be learned from is not as its manifest says.
+
+    Files of a store elsewhere are compared when they are fetched.
+    """
+    for manifest in inputs if work.is_local else ():
+        work.store.verify(manifest)
 
 
 def _follow(job: TrainingJob, work: Workspace) -> None:

@@ -20,7 +20,7 @@ from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.training.foreseen import errors
 from tasks.training.job import TrainingJob
-from tasks.training.launch import launch
+from tasks.training.launch import launch, require_whole
 from tasks.training.options import ModelOptions, ScheduleOptions, TrainingConfig, shown_first
 from tasks.training.shapes import SERVED
 
@@ -163,6 +163,7 @@ def pretrain(
     if start is not None:
         require_tokenizer(start, work.store.of(tokenizer).read_bytes("tokenizer.model"))
     inputs = {"shards": shards, "tokenizer": tokenizer}
+    require_whole(work, inputs.values())
     params = {**config.model_dump(), "parameters": count_parameters(shape).total}
     with tracked("pretrain", work.fingerprint, params, inputs) as run_id:
         outcome = launch(

@@ -16,9 +16,11 @@ from model.transformer import Transformer
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
+from tasks.runtime.stage import Workspace
 from tasks.runtime.store import Store
 from tasks.tokenizer.shards import shard_sources, source_of
 from tasks.training.job import TrainingJob
+from tasks.training.launch import require_whole
 from tasks.training.options import ModelOptions
 from tasks.training.pretrain import PretrainConfig
 from tasks.training.shapes import FAMILIES, WINDOWED
@@ -142,6 +144,17 @@ def test_samples_show_an_opening_and_what_the_model_adds(shards: Manifest) -> No
     lines = samples(model, names, heldout, heldout["seeds"].order(0, 2)).split("\n\n")
     opening = names.decode([300] * 16)
     assert len(lines) == 2 and all(line.startswith(f"{opening} ▶ ") for line in lines)
+
+
+def test_a_damaged_shard_is_named_before_anything_is_learned(shards: Manifest, tmp_path) -> None:
+    store = Store.open()
+    place = store.of(shards)
+    work = Workspace(place.uri, place.path, "pretrain", "x", tmp_path)
+    require_whole(work, [shards])
+    path = Path(place.location("tokens-00000.npy"))
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"tokens-00000\.npy differs from its manifest; remove"):
+        require_whole(work, [shards])
 
 
 def test_shards_are_found_by_source() -> None:

@@ -88,12 +88,16 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Until the last one is whole; raises what went wrong with it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.finish()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+    def finish(self) -> None:
+        """Until nothing is being written any more, come of it what may."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def _write(self, checkpoint: Checkpoint, keep: int, directory: Path) -> None:
         try:

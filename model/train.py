@@ -225,12 +225,12 @@ def train(
     meter = Meter(loader.sequence * config.batch, first, steps, flops, peak)
     writer = None if checkpoints is None else CheckpointWriter(checkpoints, on_checkpoint)
 
-    def save(folder: str, keep: int) -> None:
+    def save(step: int, keep: int, folder: str = "") -> None:
         """What every rank does for a checkpoint; rank 0 writes it."""
         tensors = whole_state(model), {k: whole(t) for k, t in optimizer.state().items()}
         if rank == 0 and writer is not None:
             state = {"identity": identity} | past.state()
-            writer.write(Checkpoint(done, *tensors, state), keep, folder)
+            writer.write(Checkpoint(step, *tensors, state), keep, folder)
 
     def settle() -> None:
         """Until every checkpoint is whole, for every rank."""
@@ -239,64 +239,67 @@ def train(
         if world > 1:
             dist.barrier()
 
-    for step in range(first, steps):
-        ids = loader.order(step * config.batch, config.batch)
-        counted = loader.targets(ids)
-        mine = loader.read(rank_slice(ids, rank, world))
-        micro = mine.micro_batches(config.micro_batch)
-        totals = torch.zeros(2, dtype=torch.float64)  # nats, bytes
-        for number, piece in enumerate(micro):
-            piece = piece.to(device)
-            last = number == len(micro) - 1
-            with _synchronised(module, last, world):
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    nats = module(piece)
-                (nats * (world / max(counted, 1))).backward()
-            totals[0] += nats.detach().double().cpu()
-            totals[1] += _bytes(piece, token_bytes)
-        if world > 1:
-            dist.all_reduce(totals)
-        grad_norm = float(optimizer.clip(config.clip))
-        loss = float(totals[0]) / max(counted, 1)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise DivergedError(
-                f"loss {loss} and gradient norm {grad_norm} at step {step + 1} on sequences "
-                f"{', '.join(map(str, ids.tolist()))}; lower the learning rate or look at these "
-                f"sequences"
-            )
-        multiplier = config.schedule.multiplier(step, steps)
-        if past.guard.takes(loss):
-            optimizer.step(multiplier)
-        elif past.guard.lost and checkpoints is not None:
-            # Several in a row: the weights are at fault, not the batches. On with older weights and
-            # the data that follows.
-            settle()
-            _restore(model, optimizer, latest_checkpoint(checkpoints))
-            past.guard.reset()
-        optimizer.zero_grad()
-        imbalance = balance(model, config.balance_rate) if model.config.experts else None
-        meter.add(float(totals[0]), counted, int(totals[1]))
-        done = step + 1
-        if done % config.log_every == 0 or done == steps:
-            rate = multiplier * config.optim.matrix_rate
-            record = meter.record(done, rate, grad_norm, device)
-            record = replace(record, skipped=past.guard.skipped, imbalance=imbalance)
-            past.curve.append(record)
-            on_step(record)
-        if heldout and (done % config.heldout_every == 0 or done == steps):
-            model.eval()
-            losses = heldout_losses(
-                bare, heldout, config.heldout_sequences, config.micro_batch, device, bf16=bf16
-            )
-            least = min((earlier[OVERALL] for _, earlier in past.heldout), default=math.inf)
-            past.heldout.append((done, losses))
-            on_heldout(done, losses)
-            model.train()
-            if losses[OVERALL] < least and config.keep_best:
-                save(BEST, config.keep_best)
-        if checkpoints is not None and (done % config.checkpoint_every == 0 or done == steps):
-            save("", config.keep_checkpoints)
-    settle()
+    with contextlib.ExitStack() as ending:
+        if writer is not None:
+            ending.callback(writer.finish)  # also when a step fails
+        for step in range(first, steps):
+            ids = loader.order(step * config.batch, config.batch)
+            counted = loader.targets(ids)
+            mine = loader.read(rank_slice(ids, rank, world))
+            micro = mine.micro_batches(config.micro_batch)
+            totals = torch.zeros(2, dtype=torch.float64)  # nats, bytes
+            for number, piece in enumerate(micro):
+                piece = piece.to(device)
+                last = number == len(micro) - 1
+                with _synchronised(module, last, world):
+                    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                        nats = module(piece)
+                    (nats * (world / max(counted, 1))).backward()
+                totals[0] += nats.detach().double().cpu()
+                totals[1] += _bytes(piece, token_bytes)
+            if world > 1:
+                dist.all_reduce(totals)
+            grad_norm = float(optimizer.clip(config.clip))
+            loss = float(totals[0]) / max(counted, 1)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise DivergedError(
+                    f"loss {loss} and gradient norm {grad_norm} at step {step + 1} on sequences "
+                    f"{', '.join(map(str, ids.tolist()))}; lower the learning rate or look at "
+                    f"these sequences"
+                )
+            multiplier = config.schedule.multiplier(step, steps)
+            if past.guard.takes(loss):
+                optimizer.step(multiplier)
+            elif past.guard.lost and checkpoints is not None:
+                # Several in a row: the weights are at fault, not the batches. On with older weights
+                # and the data that follows.
+                settle()
+                _restore(model, optimizer, latest_checkpoint(checkpoints))
+                past.guard.reset()
+            optimizer.zero_grad()
+            imbalance = balance(model, config.balance_rate) if model.config.experts else None
+            meter.add(float(totals[0]), counted, int(totals[1]))
+            done = step + 1
+            if done % config.log_every == 0 or done == steps:
+                rate = multiplier * config.optim.matrix_rate
+                record = meter.record(done, rate, grad_norm, device)
+                record = replace(record, skipped=past.guard.skipped, imbalance=imbalance)
+                past.curve.append(record)
+                on_step(record)
+            if heldout and (done % config.heldout_every == 0 or done == steps):
+                model.eval()
+                losses = heldout_losses(
+                    bare, heldout, config.heldout_sequences, config.micro_batch, device, bf16=bf16
+                )
+                least = min((earlier[OVERALL] for _, earlier in past.heldout), default=math.inf)
+                past.heldout.append((done, losses))
+                on_heldout(done, losses)
+                model.train()
+                if losses[OVERALL] < least and config.keep_best:
+                    save(done, config.keep_best, BEST)
+            if checkpoints is not None and (done % config.checkpoint_every == 0 or done == steps):
+                save(done, config.keep_checkpoints)
+        settle()
     return past.curve
 
 

@@ -200,7 +200,7 @@ def test_every_coding_is_offered_and_undone_and_a_clipped_one_named(crawler: Cra
     pages = {f"/{name}": coded(name) for name in coders}
     pages |= {f"/{name}-clipped": coded(name, 7) for name in coders} | {"/lies": lying}
     with LoopbackSite({"/": page(*pages)} | pages) as site:
-        result = crawler.crawl(site.url, retries=0)
+        result = crawler.crawl(site.url, retries=0, max_delay=0.05)
     assert site.requests[-1][2]["Accept-Encoding"] == "gzip, deflate, br, zstd"
     for name in (*coders, "lies"):
         assert result.pages[f"{site.url}/{name}"].body == text

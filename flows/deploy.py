@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from prefect import flow
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flows.hooks import HOOKS
 from serve import deploy as serving
@@ -34,6 +34,11 @@ class DeployConfig(StageConfig):
         description="Serve adds replicas up to this number while requests outnumber the slots.",
     )
     engine: EngineOptions = EngineOptions()
+    draft: str | None = Field(
+        None,
+        description="MODEL@VERSION of a smaller model with the same tokenizer, which guesses "
+        "engine.speculate tokens ahead; answers are the same and come sooner where it is right.",
+    )
     canary: str | None = Field(
         None,
         description="Another version of the same model, by number or alias, that answers a share "
@@ -42,6 +47,14 @@ class DeployConfig(StageConfig):
     canary_share: float = Field(
         0.1, ge=0, le=1, description="The canary's share of the requests; 0: only by its own name."
     )
+
+    @model_validator(mode="after")
+    def _draft_has_something_to_do(self) -> DeployConfig:
+        if self.draft is not None and not self.engine.speculate:
+            raise ValueError(
+                f"draft {self.draft!r} guesses engine.speculate tokens, which is 0; raise it"
+            )
+        return self
 
 
 class Chosen(StageConfig):
@@ -59,6 +72,7 @@ class ServedConfig(StageConfig):
     most_replicas: int | None = None
     engine: EngineOptions = EngineOptions()
     version: Chosen
+    draft: Chosen | None = None
     canary: Chosen | None = None
     canary_share: float = 0.0
 
@@ -84,6 +98,7 @@ def deploy_version(config: ServedConfig, work: Workspace) -> Outcome:
         most_replicas=config.most_replicas,
         canaries=canaries,
         engine=config.engine,
+        draft=_found(config.draft, work)[0] if config.draft else None,
     )
     return Outcome(
         metrics={
@@ -119,12 +134,17 @@ def serve_version(params: DeployConfig, version: models.Version | None) -> Manif
     canary = models.get(version.model, params.canary) if params.canary else None
     if canary is not None and canary.version == version.version:
         canary = None  # the version that was tried has become the main one
+    draft = None
+    if params.draft is not None:
+        name, _, which = params.draft.rpartition("@")
+        draft = models.get(name or version.model, which)
     return deploy_version(
         ServedConfig(
             replicas=params.replicas,
             most_replicas=params.most_replicas,
             engine=params.engine,
             version=_chosen(version),
+            draft=draft and _chosen(draft),
             canary=canary and _chosen(canary),
             canary_share=params.canary_share if canary else 0.0,
         )

@@ -45,10 +45,12 @@ def _as_before(store: Store, champion: Version) -> dict[str, Any]:
     """Replicas and engine as the last deploy of this model asked for them."""
     for deployed in sorted(store.all("deploy"), key=lambda one: one.created, reverse=True):
         if deployed.config["version"]["model"] == champion.model:
+            draft = deployed.config.get("draft")
             return {
                 "replicas": int(deployed.config["replicas"]),
                 "most_replicas": deployed.config.get("most_replicas"),
                 "engine": EngineOptions(**deployed.config.get("engine", {})),
+                "draft": draft and models.get(draft["model"], draft["version"]),
             }
     return {}
 

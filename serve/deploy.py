@@ -47,6 +47,7 @@ def specification(
     share: float = 1.0,
     beside: tuple[ModelSpec, ...] = (),
     engine: EngineOptions | None = None,
+    draft: Version | None = None,
 ) -> ModelSpec:
     """What a replica needs to know to serve a version."""
     known = about(Store.open(settings), artifact)
@@ -69,6 +70,7 @@ def specification(
         aliases=tuple(version.aliases),
         share=share,
         beside=beside,
+        draft=draft and draft.artifact,
         **(engine or EngineOptions()).model_dump(),
     )
 
@@ -82,6 +84,7 @@ def deploy(
     most_replicas: int | None = None,
     canaries: Sequence[Canary] = (),
     engine: EngineOptions | None = None,
+    draft: Version | None = None,
     timeout: float = DEPLOY_SECONDS,
     on_wait: Callable[[str], None] | None = None,
 ) -> str:
@@ -89,9 +92,10 @@ def deploy(
     replica answers with it.
 
     The version before answers until then, and goes on if the new one cannot be loaded. Serve adds
-    replicas up to `most_replicas` while each has more requests than its engine has slots. `on_wait`
-    hears what is being waited for. Raises UserError when Serve refuses, a replica cannot load the
-    model, or nothing happens within `timeout` seconds.
+    replicas up to `most_replicas` while each has more requests than its engine has slots. `draft`
+    guesses `engine.speculate` tokens ahead for all of them. `on_wait` hears what is being waited
+    for. Raises UserError when Serve refuses, a replica cannot load the model, or nothing happens
+    within `timeout` seconds.
     """
     _own(version, artifact)
     for canary in canaries:
@@ -102,10 +106,9 @@ def deploy(
     if any(canary.version.version == version.version for canary in canaries):
         raise UserError(f"version {version.version} cannot be its own canary; choose another")
     beside = tuple(
-        specification(settings, canary.version, canary.artifact, canary.share, engine=engine)
-        for canary in canaries
+        specification(settings, *canary, engine=engine, draft=draft) for canary in canaries
     )
-    spec = specification(settings, version, artifact, left, beside, engine)
+    spec = specification(settings, version, artifact, left, beside, engine, draft)
     apply_config(settings, spec, replicas, most_replicas)
     wait_until_served(settings, spec, replicas, timeout, on_wait)
     return spec.system_fingerprint
@@ -192,7 +195,7 @@ def wait_until_served(
     said = ""
     wished = {
         "shares": {one.system_fingerprint: one.share for one in spec.everything},
-        "engines": {one.system_fingerprint: one.engine.model_dump() for one in spec.everything},
+        "engines": {one.system_fingerprint: one.engine_state() for one in spec.everything},
         "loading": None,
     }
     while len(serving) < replicas:

@@ -134,9 +134,7 @@ class ModelHost:
                 "version": served.spec.version if served else None,
                 "serving": served.spec.system_fingerprint if served else None,
                 "shares": {s.spec.system_fingerprint: s.spec.share for s in self._served},
-                "engines": {
-                    s.spec.system_fingerprint: s.spec.engine.model_dump() for s in self._served
-                },
+                "engines": {s.spec.system_fingerprint: s.spec.engine_state() for s in self._served},
                 "since": served.since if served else None,
                 "request": wanted.request if wanted else None,
                 "loading": wanted.system_fingerprint if loading and wanted else None,
@@ -202,6 +200,12 @@ class ModelHost:
     def _warm(self, spec: ModelSpec) -> ServedModel:
         """Load a model and generate with it once, so that the first user does not wait."""
         loaded = load_model(self._fetch(spec))
+        draft = None
+        if spec.draft is not None:
+            drafting = load_model(self._fetch(spec.model_copy(update={"artifact": spec.draft})))
+            if drafting.tokenizer.proto != loaded.tokenizer.proto:
+                raise ValueError(f"the draft model {spec.draft} has another tokenizer")
+            draft = drafting.model
         engine = Engine(
             loaded.model,
             loaded.tokenizer,
@@ -212,6 +216,7 @@ class ModelHost:
             weights=spec.weights,
             speculate=spec.speculate,
             deterministic=spec.deterministic,
+            draft=draft,
         )
         finished = threading.Event()
         prompt = [loaded.tokenizer.begin, loaded.tokenizer.roles["user"]]

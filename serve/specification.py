@@ -34,6 +34,9 @@ class ModelSpec(EngineOptions):
     system_fingerprint: str = Field(description="names these very weights; replies carry it")
     store: str = Field(description="artifact store: a directory or an s3:// URI")
     artifact: str = Field(description="stage/fingerprint of the model in the store")
+    draft: str | None = Field(
+        None, description="stage/fingerprint of the model that guesses `speculate` tokens ahead"
+    )
     lineage: dict[str, str] = Field(default_factory=dict)
     scores: dict[str, float] = Field(default_factory=dict)
     title: str = Field("", description="what the chat page invites to ask about")
@@ -57,9 +60,9 @@ class ModelSpec(EngineOptions):
             raise ValueError(f"a version is named twice: {', '.join(names)}")
         return self
 
-    @property
-    def engine(self) -> EngineOptions:
-        return EngineOptions(**{name: getattr(self, name) for name in EngineOptions.model_fields})
+    def engine_state(self) -> dict[str, str | int | bool | None]:
+        """The engine's options and who drafts for it."""
+        return {name: getattr(self, name) for name in (*EngineOptions.model_fields, "draft")}
 
     @property
     def everything(self) -> tuple["ModelSpec", ...]:

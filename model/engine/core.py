@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model.chat import Tokenizer
+from model.engine.draft import Drafter
 from model.engine.logprobs import logprobs
 from model.engine.pages import PAGE, PageTable
 from model.engine.runner import Runner, Span
@@ -57,9 +58,9 @@ class Core:
     fixed chunks, so that each sum is always taken in the same order: a batch is no faster than its
     members one after the other.
 
-    speculate: how many tokens to guess at most, from what followed the last ones earlier in the
-    text; the network reads all guesses at once and keeps those it would have chosen itself, so
-    answers are the same and only come faster.
+    speculate: how many tokens to guess at most, by the `draft` model where there is one, else from
+    what followed the last ones earlier in the text; the network reads all guesses at once and keeps
+    those it would have chosen itself, so answers are the same and only come faster.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Core:
         reuse: bool = True,
         deterministic: bool = False,
         speculate: int = 0,
+        draft: Transformer | None = None,
     ) -> None:
         self.config = model.config
         self.tokenizer = tokenizer
@@ -101,6 +103,14 @@ class Core:
             grid=GRID if deterministic else None,
         )
         self.runner = Runner(model, pages, weights)
+        self.drafter: Drafter | None = None
+        if draft is not None and speculate:
+            if draft.config.context < self.config.context:
+                raise ValueError(
+                    f"the draft model's context of {draft.config.context} tokens is shorter than "
+                    f"the model's {self.config.context}; draft with another one"
+                )
+            self.drafter = Drafter(draft, slots, weights)
         self.counters = Counters(pages=pages)
 
     def sequence(
@@ -143,7 +153,8 @@ class Core:
         ends = self.ends(sampling)
         sequence.adjustment = Adjustment.of(sampling, prompt, ends, self.vocabulary)
         if self.speculate and not self.deterministic and sequence.adjustment is None:
-            sequence.lookup = NgramIndex()
+            sequence.guessed = True
+            sequence.lookup = None if self.drafter else NgramIndex()
         return sequence
 
     def ends(self, sampling: Sampling) -> frozenset[int]:
@@ -198,14 +209,22 @@ class Core:
         self.counters.pages_used = self.counters.pages - self.scheduler.pages.free
 
     def _guess(self) -> None:
-        """Draft the next tokens of answers whose text has been there before."""
+        """Draft the next tokens of the answers under way."""
+        wanted = []
         for sequence in self.scheduler.running:
             sequence.draft = []
-            if sequence.lookup is not None and not sequence.reading:
+            if not sequence.guessed or sequence.reading:
+                continue
+            count = min(self.speculate, sequence.limit - len(sequence.tokens) - 1)
+            if sequence.lookup is None:
+                wanted.append((sequence, count))
+            else:
                 sequence.lookup.extend(sequence.known(sequence.lookup.length, sequence.length))
-                room = sequence.limit - len(sequence.tokens) - 1
-                sequence.draft = sequence.lookup.guess(min(self.speculate, room))
-                self.counters.drafted_tokens += len(sequence.draft)
+                sequence.draft = sequence.lookup.guess(count)
+        if self.drafter is not None:
+            self.drafter.keep(self.scheduler.running)
+            self.drafter.guess(wanted, self.vocabulary)
+        self.counters.drafted_tokens += sum(len(s.draft) for s in self.scheduler.running)
 
     def _read(self, plan: Sequence[tuple[Answer, Span]], updates: list[Update]) -> None:
         """One pass through the network, and what follows from it."""

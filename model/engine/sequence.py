@@ -64,7 +64,8 @@ class Sequence:
     cached: int = 0  # of these, found there
     hashes: list[bytes] = field(default_factory=list)  # of the full pages known so far
     filled: int = 0  # pages whose content the page table knows
-    lookup: NgramIndex | None = None  # where speculation looks
+    guessed: bool = False  # whether its next tokens are guessed
+    lookup: NgramIndex | None = None  # where they are looked up; None: by the draft model
     draft: list[int] = field(default_factory=list)  # tokens guessed to come next
     # Not reported yet:
     parts: list[str] = field(default_factory=list)

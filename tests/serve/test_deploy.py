@@ -17,7 +17,6 @@ import pytest
 from serve import deploy
 from serve.about import about, choose_examples
 from serve.fetch import fetch
-from serve.specification import EngineOptions
 from tasks.runtime.errors import Unavailable, UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
@@ -142,7 +141,7 @@ def other_wish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sett
     config = {"deployments": [{"user_config": {"request": "theirs"}}]}
     running = {"status": "RUNNING", "message": "", "deployed_app_config": config}
     health = {"serving": "m-7", "loading": None, "request": "theirs", "failed": {}, "replica": "r"}
-    health |= {"shares": {"m-7": 1.0}, "engines": {"m-7": EngineOptions().model_dump()}}
+    health |= {"shares": {"m-7": 1.0}, "engines": {"m-7": spec().engine_state()}}
     OtherServe.answers = {
         "/health": health,
         "/api/serve/applications/": {"applications": {"gristmill": running}},

@@ -152,11 +152,14 @@ def test_versions_swap_under_load_without_a_failed_request(registered: Registere
 
 def test_the_engine_of_a_served_version_can_be_changed(registered: Registered) -> None:
     plain = registered.deploy(1)
-    small = registered.deploy(1, engine=EngineOptions(weights="int8", slots=4, speculate=2))
+    options = EngineOptions(weights="int8", slots=4, speculate=2)
+    small = registered.deploy(1, engine=options, draft=registered.version(2)[0])
     assert plain == small  # the same version
-    options = serving.served(registered.settings)["engines"][small]
-    assert (options["weights"], options["slots"], options["speculate"]) == ("int8", 4, 2)
+    told = serving.served(registered.settings)["engines"][small]
+    assert (told["weights"], told["slots"], told["speculate"]) == ("int8", 4, 2)
+    assert told["draft"] == registered.version(2)[0].artifact
     assert registered.client.post("/v1/chat/completions", json=REQUEST).status_code == 200
+    assert registered.metric("spec_decode_num_draft_tokens_total") > 0
     registered.deploy(1)
     assert serving.served(registered.settings)["engines"][plain]["weights"] == "float32"
 

@@ -31,6 +31,7 @@ IDENTIFIED = pa.schema(
         ("code_share", pa.float64()),
     ]
 )
+TOGETHER = 8  # documents that go through one rule after the other: its code and tables stay near
 
 
 class MeasureConfig(StageConfig):
@@ -73,13 +74,14 @@ def attributes(texts: Sequence[str]) -> dict[str, pa.Array]:
     """The columns of IDENTIFIED and one for each rule; null where the rule does not apply."""
     found: dict[str, list[Any]] = {name: [] for name in IDENTIFIED.names}
     found |= {rule.name: [] for rule in RULES}
-    for text in texts:
-        reading = Reading.of(text)
-        identified = (*identify(reading), reading.code_share)
-        for name, value in zip(IDENTIFIED.names, identified, strict=True):
-            found[name].append(value)
+    for start in range(0, len(texts), TOGETHER):
+        readings = [Reading.of(text) for text in texts[start : start + TOGETHER]]
+        for reading in readings:
+            identified = (*identify(reading), reading.code_share)
+            for name, value in zip(IDENTIFIED.names, identified, strict=True):
+                found[name].append(value)
         for rule in RULES:
-            found[rule.name].append(rule.measure(reading))
+            found[rule.name] += map(rule.measure, readings)
     types = {field.name: field.type for field in IDENTIFIED}
     return {name: pa.array(values, types.get(name, pa.float64())) for name, values in found.items()}
 

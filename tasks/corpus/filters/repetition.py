@@ -78,7 +78,7 @@ def _recurring(words: Words, size: int, among: Places | None) -> tuple[Hashes, P
         return again, places[:0]
     hit = is_among(found, again)
     found, places = found[hit], places[hit]
-    order = np.lexsort((places, found))
+    order = np.argsort(found, kind="stable")
     return found[order], places[order]
 
 
@@ -92,7 +92,8 @@ def top_grams(reading: Reading) -> float | None:
         grams, places = _recurring(words, size, places)
         if len(grams) == 0:
             break
-        _, first, number = np.unique(grams, return_index=True, return_counts=True)
+        first = np.flatnonzero(np.concatenate([[True], grams[1:] != grams[:-1]]))
+        number = np.diff(first, append=len(grams))
         best = int(np.argmax(number))
         start = places[first[best]]
         length = int(words.ends[start + size - 1] - words.starts[start])

@@ -75,8 +75,10 @@ def link_target(href: str, base: str) -> str | None:
     text = href.strip().strip(_BLANKS).partition("#")[0].strip(_BLANKS)
     if not text:
         return ""
-    # A path is relative to the page's directory; a query alone, to its file name as well.
-    return _link_target(text, base if text[0] in "?;" else _directory(base))
+    # A path is relative to the page's directory; a query alone, or a host without a name, to its
+    # file name as well.
+    whole = text[0] in "?;" or text.startswith("//")
+    return _link_target(text, base if whole else _directory(base))
 
 
 @lru_cache(maxsize=_REMEMBERED)

@@ -104,3 +104,31 @@ def test_every_option_is_a_stage_of_the_chain_and_none_by_default(home: Path) ->
     with planning() as planned:
         build_corpus(asked)
     assert {plan.status for plan in planned} == {"cached"}
+
+
+def test_a_quality_model_scores_and_another_bound_runs_only_the_selection(home: Path) -> None:
+    rng = random.Random(0)
+    good = [prose(n) for n in range(200, 320)]
+    bad = [" ".join(rng.sample(text.split(), len(text.split()))) for text in good]
+    rows = [{"text": text, "label": 1} for text in good] + [{"text": t, "label": 0} for t in bad]
+    (home / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    params = {
+        "seeds": [],
+        "sources": [source(home, "mixed", [prose(n) for n in range(8)])],
+        "quality_model": {"examples": str(home / "examples.jsonl"), "held_out": 0.3},
+    }
+    built = build_corpus(CorpusParams.model_validate(params))
+    store = Store.open()
+    model, chosen = store.latest("quality-model"), store.latest("quality")
+    assert model and chosen and model.metrics["auc_low"] > 0.5
+    assert "scores" in chosen.inputs
+    assert "quality-model" in [made.stage for made in store.lineage(built)]
+    strict = params | {"quality": {"min_model_score": 0.001}}
+    with planning() as planned:
+        build_corpus(CorpusParams.model_validate(strict))
+    again = [step.stage for step in planned if step.status != "cached"]
+    assert again == ["quality", "deduplicate", "split"]
+    with planning() as planned:
+        build_corpus(CorpusParams.model_validate(params | {"quality": {"min_words": 60}}))
+    again = [step.stage for step in planned if step.status != "cached"]
+    assert again == ["quality", "deduplicate", "split"]

@@ -181,8 +181,8 @@ class Optimizer:
         gradients = [_gradient(parameter) for parameter in self.parameters]
         norms = [whole(norm) for norm in torch._foreach_norm(gradients)]
         norm = torch.linalg.vector_norm(torch.stack(norms))
-        if limit is not None:
-            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        if limit is not None and bool(norm + 1e-6 > limit):
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
         return norm
 
     def state(self) -> dict[str, Tensor]:

@@ -65,6 +65,7 @@ class TrainingJob(BaseModel):
     pairs: PairsData | None
     source_weights: dict[str, float] = {}  # of pretraining; empty: sources as they lie
     mask_share: float = 0.15  # of a model that is not causal
+    judged: bool = False  # by held-out documents, while it trains
     start_from: str | None = None  # a Hugging Face directory that every worker sees
     run: RunOptions
     tracking_uri: str

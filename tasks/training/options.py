@@ -74,10 +74,6 @@ class RunOptions(StageConfig):
     """Keep only what enters each block and compute the rest again: less memory, a third slower."""
     sharded: bool = False
     """Divide weights and optimiser state among the workers (FSDP2) instead of copying them."""
-    heldout_every: int = Field(50, ge=1)
-    """Steps between looks at the loss on held-out documents, and at samples of what it writes."""
-    heldout_sequences: int = Field(32, ge=0)
-    """Held-out sequences of each source that are looked at; 0: none."""
     restarts: int = Field(3, ge=0)
     """How often workers that die are started again, from the last checkpoint."""
 
@@ -146,6 +142,4 @@ class TrainingConfig(StageConfig):
             "log_every": self.run.log_every,
             "activation_checkpointing": self.run.activation_checkpointing,
             "sharded": self.run.sharded,
-            "heldout_every": self.run.heldout_every,
-            "heldout_sequences": max(self.run.heldout_sequences, 1),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -39,6 +39,10 @@ class PretrainConfig(TrainingConfig):
     source_weights: dict[str, float] = Field(default_factory=dict)
     """Weight of each source of the corpus, by name (seeds: what was crawled), which gives its share
     of every stretch of the run; empty: as much as there is of each."""
+    heldout_every: int = place(50, ge=1)
+    """Steps between looks at the loss on held-out documents, and at samples of what it writes."""
+    heldout_sequences: int = place(32, ge=0)
+    """Held-out sequences of each source that are looked at; 0: none."""
     mask_share: float = Field(0.15, gt=0, lt=1)
     """Share of the tokens that is hidden and guessed; of the family bert only."""
     start_from: str = place("")
@@ -76,6 +80,10 @@ class PretrainConfig(TrainingConfig):
                 f"{self.model.context}; lower one or raise the other"
             )
         return self
+
+    def loop(self) -> dict[str, Any]:
+        looks = {"every": self.heldout_every, "sequences": max(self.heldout_sequences, 1)}
+        return super().loop() | {f"heldout_{name}": number for name, number in looks.items()}
 
     def resolve(self) -> Self:
         resolved = super().resolve()
@@ -181,6 +189,7 @@ def pretrain(
                 pairs=None,
                 source_weights=config.source_weights,
                 mask_share=config.mask_share,
+                judged=config.heldout_sequences > 0,
                 start_from=None if start is None else str(start),
                 run=config.run,
                 tracking_uri=Settings.load().mlflow,

@@ -213,7 +213,7 @@ def heldout_data(
 
     Fine-tuning is judged by its answers, in the evaluation.
     """
-    if job.shards is None or job.pairs is not None or not job.run.heldout_sequences:
+    if job.shards is None or not job.judged:
         return {}
     found = _windows(job, store, job.shards, "heldout-tokens", len(tokenizer), apart=True)
     return {name: _masked(job, windows, tokenizer, shape) for name, windows in found.items()}

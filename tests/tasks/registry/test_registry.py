@@ -75,6 +75,17 @@ def test_a_resumed_run_continues_the_same_curve() -> None:
     assert run.inputs.dataset_inputs[0].dataset.digest == "5" * 36
 
 
+def test_texts_of_a_run_are_kept_beside_its_curves() -> None:
+    run_id = tracking.open_run("pretrain", "f9", {}, {})
+    logger = tracking.MetricLogger(tracking.client().tracking_uri, run_id)
+    logger.log(1, {"loss": 1.0})
+    logger.text("samples/step-00000001.txt", "once ▶ upon a time")
+    logger.close()
+    (kept,) = tracking.client().list_artifacts(run_id, "samples")
+    path = tracking.client().download_artifacts(run_id, kept.path)
+    assert Path(path).read_text() == "once ▶ upon a time"
+
+
 def test_a_failed_stage_shows_as_failed() -> None:
     with pytest.raises(ZeroDivisionError), tracking.tracked("finetune", "f2", {}, {}) as run_id:
         _ = 1 / 0

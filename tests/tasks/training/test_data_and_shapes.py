@@ -103,6 +103,7 @@ def job(shards: Manifest, **values: object) -> TrainingJob:
             "run": config.run,
             "tracking_uri": "",
             "run_id": "",
+            "judged": True,
             **values,
         }
     )

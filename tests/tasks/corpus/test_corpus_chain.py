@@ -22,6 +22,7 @@ from tasks.corpus.quality import QualityConfig, quality
 from tasks.corpus.split import SplitConfig, split
 from tasks.corpus.suites import SuiteConfig
 from tasks.runtime.manifest import Manifest
+from tasks.runtime.store import Store
 
 ROOT = Path(__file__).parents[3]
 THINGS = ("queue", "stack", "heap", "tree", "graph", "table", "list", "set", "ring", "trie")
@@ -149,8 +150,6 @@ def test_each_stage_removes_what_it_should(built: dict[str, Manifest]) -> None:
 
 
 def test_every_stage_reports_a_table_of_its_rules(built: dict[str, Manifest]) -> None:
-    from tasks.runtime.store import Store
-
     for manifest in built.values():
         reports = json.loads(Store.open().of(manifest).read_bytes("report.json"))
         tables = [report for report in reports if report["kind"] == "table"]
@@ -161,6 +160,23 @@ def test_every_stage_reports_a_table_of_its_rules(built: dict[str, Manifest]) ->
 def test_what_a_stage_makes_changes_only_with_its_version(built: dict[str, Manifest]) -> None:
     found = {name: (manifest.version, digest(manifest)) for name, manifest in built.items()}
     assert found == GOLDEN
+
+
+@pytest.mark.peer
+def test_other_programs_open_a_corpus_directly(built: dict[str, Manifest], tmp_path: Path) -> None:
+    import duckdb
+    import pandas
+    from datasets import load_dataset
+
+    directory = Path(Store.open().of(built["split"]).path)
+    texts = sorted(row["text"] for row in rows(built["split"], "train-"))
+    files = sorted(map(str, directory.glob("train-*.parquet")))
+    frame = pandas.concat(map(pandas.read_parquet, files))
+    assert sorted(frame["text"]) == texts
+    found = duckdb.sql(f"SELECT text FROM '{directory}/train-*.parquet' ORDER BY text").fetchall()
+    assert [text for (text,) in found] == texts
+    loaded = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path))
+    assert sorted(loaded["text"]) == texts
 
 
 SCRIPT = """

@@ -33,8 +33,6 @@ _LICENCE_NAMES = (
     "dcterms.accessrights",
 )
 _COMMONS = re.compile(r"^(?:https?:)?//(?:www\.)?creativecommons\.org/(?:licenses|publicdomain)/")
-LICENCE_HINTS = ("license", "creativecommons.org/")
-"""A page without either of these names no licence by a link."""
 _LONGEST_TITLE = 500
 _LONGEST_LICENCE = 200
 

@@ -13,7 +13,7 @@ from resiliparse.extract.html2text import extract_plain_text
 from resiliparse.parse.html import HTMLTree
 
 from tasks.corpus.markdown import fenced, table, tidy
-from tasks.corpus.page_about import LICENCE_HINTS, About
+from tasks.corpus.page_about import About
 
 _ITEM = re.compile(r"^ {2}( *)(?:•|(\d+\.)) ")
 _AFTER_TABLE = re.compile(r"^(\|.*\|)\n(?=[^|\n])", re.MULTILINE)
@@ -26,7 +26,7 @@ def read_html(html: str, url: str = "") -> tuple[About, str]:
     A page that asks not to be indexed gives no text. `url` does not matter here.
     """
     tree = HTMLTree.parse(html)
-    about = _look_over(tree, any(hint in html for hint in LICENCE_HINTS))
+    about = _look_over(tree)
     if about.noindex or tree.body is None:
         return about, ""
     _write_marks(tree)
@@ -36,7 +36,7 @@ def read_html(html: str, url: str = "") -> tuple[About, str]:
     return about, tidy(_AFTER_TABLE.sub(r"\1\n\n", text), _prose_line)
 
 
-def _look_over(tree: HTMLTree, with_links: bool) -> About:
+def _look_over(tree: HTMLTree) -> About:
     about = About()
     document: Any = tree.document
     root: Any = document.document_element
@@ -49,9 +49,8 @@ def _look_over(tree: HTMLTree, with_links: bool) -> About:
         about.add_heading(heading.text)
     if not about.date and (moment := document.query_selector("time")):
         about.add_time(moment.getattr("datetime", ""))
-    if with_links:
-        for element in _all(document, '[rel*=icense], [href*="creativecommons.org/"]'):
-            about.add_link(element.getattr("rel", ""), element.getattr("href", ""))
+    for element in _all(document, '[rel*=icense], [href*="creativecommons.org/"]'):
+        about.add_link(element.getattr("rel", ""), element.getattr("href", ""))
     return about
 
 

@@ -15,7 +15,7 @@ from lxml.html import HtmlComment, HtmlElement, HtmlEntity, HtmlProcessingInstru
 from trafilatura.utils import HTML_PARSER, load_html
 
 from tasks.corpus.markdown import tidy
-from tasks.corpus.page_about import LICENCE_HINTS, About
+from tasks.corpus.page_about import About
 from tasks.corpus.shingles import normalise
 
 # lxml.html asks a Python function for the class of every element it hands out, to tell forms from
@@ -63,13 +63,13 @@ def read_html(html: str, url: str = "") -> tuple[About, str]:
     tree = load_html(html) if html.strip() else None
     if tree is None:
         return About(), ""
-    about, anchors = _look_over(tree, any(hint in html for hint in LICENCE_HINTS))
+    about, anchors = _look_over(tree)
     return about, "" if about.noindex else _main_text(tree, anchors, url)
 
 
 def main_text(tree: HtmlElement, url: str = "") -> str:
     """The main text of a parsed page as tidy Markdown, empty when there is none. Changes `tree`."""
-    return _main_text(tree, _look_over(tree, False)[1], url)
+    return _main_text(tree, _look_over(tree)[1], url)
 
 
 def _main_text(tree: HtmlElement, anchors: list[tuple[HtmlElement, HtmlElement]], url: str) -> str:
@@ -92,16 +92,17 @@ def _main_text(tree: HtmlElement, anchors: list[tuple[HtmlElement, HtmlElement]]
     return tidy_markdown(text or "")
 
 
-def _look_over(
-    tree: HtmlElement, with_links: bool
-) -> tuple[About, list[tuple[HtmlElement, HtmlElement]]]:
+def _look_over(tree: HtmlElement) -> tuple[About, list[tuple[HtmlElement, HtmlElement]]]:
     """One walk over the elements that matter, in document order."""
     about = About()
     anchors: dict[HtmlElement, HtmlElement] = {}
-    links = ("a", "link", "area") if with_links else ()
-    for element in tree.iter("html", "title", "meta", "time", *_HEADINGS, *links):
+    for element in tree.iter("html", "title", "meta", "time", *_HEADINGS, "a", "link"):
         tag = element.tag
-        if tag == "html":
+        if tag in ("a", "link"):
+            relation, address = element.get("rel") or "", element.get("href") or ""
+            if "icense" in relation or "creativecommons.org/" in address:
+                about.add_link(relation, address)
+        elif tag == "html":
             about.add_language(element.get("lang") or element.get("xml:lang") or "")
         elif tag == "title":
             about.add_heading(element.text_content())
@@ -110,8 +111,6 @@ def _look_over(
         elif tag == "meta":
             name = element.get("name") or element.get("property") or ""
             about.add_meta(name, element.get("http-equiv") or "", element.get("content") or "")
-        elif tag in links:
-            about.add_link(element.get("rel") or "", element.get("href") or "")
         else:
             if tag == "h1":
                 about.add_heading(element.text_content())

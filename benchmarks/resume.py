@@ -26,7 +26,7 @@ from tasks.runtime.manifest import Manifest
 from tasks.training.options import ModelOptions, RunOptions
 from tasks.training.pretrain import PretrainConfig
 
-STEPS, CHECKPOINT, BATCH, SEQUENCE = 1500, 50, 16, 128
+STEPS, CHECKPOINT, BATCH, SEQUENCE = 900, 50, 16, 128
 TARGETS: Targets = {"tensors_that_differ": ("<=", 0), "steps_that_differ": ("<=", 0)}
 
 

@@ -39,7 +39,8 @@ def documents(texts: dict[str, str]) -> pa.Table:
     rows: list[dict[str, Any]] = []
     for title, text in texts.items():
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
-        rows.append({"id": name, "url": f"http://site/{title}", "title": title, "text": text})
+        about = {"url": f"http://site/{title}", "title": title, "language": "en"}
+        rows.append({"id": name, **about, "text": text})
     return pa.Table.from_pylist(rows)
 
 

@@ -39,7 +39,7 @@ def documents(texts: dict[str, str]) -> pa.Table:
     rows: list[dict[str, Any]] = []
     for title, text in texts.items():
         name = hashlib.sha256(text.encode()).hexdigest()[:16]
-        about = {"url": f"http://site/{title}", "title": title, "language": "en"}
+        about = {"url": f"http://site/{title}", "title": title, "language": "en", "warc": "w.gz"}
         rows.append({"id": name, **about, "text": text})
     return pa.Table.from_pylist(rows)
 

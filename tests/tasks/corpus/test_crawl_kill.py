@@ -72,6 +72,7 @@ def crawl_with_kills(tmp_path: Path, pages: int, kills: int, seed: int) -> None:
     assert max(paths.values()) <= killed + 1
 
 
+@pytest.mark.slow
 def test_killed_crawl_refetches_nothing_but_requests_in_flight(tmp_path: Path) -> None:
     crawl_with_kills(tmp_path, pages=120, kills=2, seed=1)
 

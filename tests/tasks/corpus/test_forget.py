@@ -224,6 +224,7 @@ def model_of(config: EmptyConfig, work: Workspace, *, shards: Manifest) -> Outco
     return Outcome()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("survived", [0, 2, 5, 6])
 def test_a_killed_purge_is_ended_by_the_next(
     site: LoopbackSite, monkeypatch: pytest.MonkeyPatch, survived: int

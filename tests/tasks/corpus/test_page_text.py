@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 
+import pytest
 from crawled import html
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,6 +95,7 @@ def test_tidying_loses_no_letters(text: str) -> None:
     assert "\n\n\n" not in tidy
 
 
+@pytest.mark.slow
 def test_article_text_is_as_good_as_bare_trafilatura() -> None:
     truth = json.loads(shared("extraction/ground-truth.json").read_text())
     ours, theirs, pages = [], [], 0

@@ -64,6 +64,7 @@ def test_it_learns_what_only_pairs_of_words_tell(sources: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_labels_by_chance_are_told_to_be_worth_nothing(sources: Path) -> None:
     rng = random.Random(1)
     examples = [(text, rng.randint(0, 1)) for text, _ in two_kinds()[:200]]

@@ -45,6 +45,7 @@ def text_of(site: Path, module: str) -> str:
     return str(text)
 
 
+@pytest.mark.slow
 def test_rendering_again_elsewhere_gives_the_same_bytes(site: Path, tmp_path: Path) -> None:
     secret = "correct-horse-battery-staple"
     environment = {

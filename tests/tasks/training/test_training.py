@@ -304,6 +304,7 @@ def test_two_workers_of_which_one_is_killed_follow_the_same_curve(inputs, stack,
     assert steps == sorted(set(steps))
 
 
+@pytest.mark.slow
 def test_cancelling_stops_the_job_and_keeps_the_checkpoints(inputs, stack, home) -> None:
     config = changed(seed=2, tokens=100_000_000)
     mark = pretrain.fingerprint(config, inputs)

@@ -35,7 +35,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.states import Completed, State
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from tasks.runtime import fingerprint as identities
 from tasks.runtime.errors import Unavailable, UserError
@@ -54,6 +54,9 @@ def title(name: str, _field: object) -> str:
     return name.replace("_", " ").capitalize()
 
 
+FORM_MARK = "__prefect_kind"
+
+
 class StageConfig(BaseModel):
     """Base of every stage's configuration: frozen, unknown keys refused, described fields."""
 
@@ -63,6 +66,22 @@ class StageConfig(BaseModel):
         use_attribute_docstrings=True,
         field_title_generator=title,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_marks_of_the_dashboard(cls, values: Any) -> Any:
+        """Prefect 3.8's dialog for schedules writes a mark among the keys of every object, which
+        only hurts where the keys are a person's.
+        """
+        if not isinstance(values, dict):
+            return values
+        return {
+            name: {k: v for k, v in value.items() if k != FORM_MARK}
+            if isinstance(value, dict)
+            else value
+            for name, value in values.items()
+            if name != FORM_MARK
+        }
 
     def resolve(self) -> StageConfig:
         """The config with every `auto` replaced by what it means here; identity is taken of it."""

@@ -163,7 +163,8 @@ def test_a_schedule_added_in_the_dashboard_starts_runs_one_at_a_time_and_outlive
     dashboard.see("Every minute")
     scheduled = dashboard.started_after(before, "retrain", 180)
     assert dashboard.run(scheduled)["auto_scheduled"]
-    until(lambda: dashboard.tasks(scheduled))
+    until(lambda: dashboard.tasks(scheduled) or dashboard.run(scheduled)["state_type"] == "FAILED")
+    assert dashboard.tasks(scheduled), str(dashboard.run(scheduled)["state"])
 
     second = dashboard.quick_run("retrain")
     assert finished(dashboard, second) == "Skipped"

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flows.parameters import check, merged, parse
 from tasks.runtime.errors import UserError
+from tasks.training.pretrain import PretrainConfig
 
 
 class Strict(BaseModel):
@@ -143,3 +144,10 @@ def test_presets_go_by_name() -> None:
     assert merged("tiny", [])
     with pytest.raises(UserError, match=r"presets are: .*tiny"):
         merged("tinny", [])
+
+
+def test_marks_that_the_dashboard_leaves_among_keys_are_no_keys() -> None:
+    mark = {"__prefect_kind": "none"}
+    params = {"pretrain": {"source_weights": {"notes": 2.0} | mark} | mark}
+    config = PretrainConfig.model_validate(params["pretrain"])
+    assert config.source_weights == {"notes": 2.0}

@@ -281,3 +281,9 @@ def page_child(config: ExtractConfig) -> KillableChild:
     if key not in _children:
         _children[key] = KillableChild("tasks.corpus.page_text", *key)
     return _children[key]
+
+
+def close_children() -> None:
+    """End the children of this process, which otherwise end with it."""
+    while _children:
+        _children.popitem()[1].close()

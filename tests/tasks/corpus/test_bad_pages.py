@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 from documents_of import rows
-from inline_shards import run_inline
+from inline_shards import stages_inline
 from loopback_site import Crawler, CrawlResult, LoopbackSite, page
 
-from tasks.corpus import extract as extract_module
 from tasks.corpus.extract import ExtractConfig, extract
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.store import MANIFEST
@@ -22,12 +21,8 @@ GOOD = "A paragraph of a good page, with enough words in it to be taken for text
 
 @pytest.fixture
 def crawler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Crawler]:
-    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
-    run_inline(monkeypatch)
-    yield Crawler(tmp_path / "home")
-    for child in extract_module._children.values():
-        child.close()
-    extract_module._children.clear()
+    with stages_inline(monkeypatch, tmp_path / "home"):
+        yield Crawler(tmp_path / "home")
 
 
 def extracted(result: CrawlResult, **options: Any) -> Manifest:

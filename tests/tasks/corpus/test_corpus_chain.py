@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from crawled import Page, PagesConfig, crawl_of, html
 from documents_of import rows, urls
-from inline_shards import run_inline
+from inline_shards import stages_inline
 
-from tasks.corpus import extract as extract_module
 from tasks.corpus.decontaminate import DecontaminateConfig, decontaminate
 from tasks.corpus.dedup import DeduplicateConfig, deduplicate
 from tasks.corpus.extract import ExtractConfig, extract
@@ -97,12 +96,8 @@ def build() -> dict[str, Manifest]:
 
 @pytest.fixture
 def built(tmp_path, monkeypatch):
-    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
-    run_inline(monkeypatch)
-    yield build()
-    for child in extract_module._children.values():
-        child.close()
-    extract_module._children.clear()
+    with stages_inline(monkeypatch, tmp_path / "home"):
+        yield build()
 
 
 def digest(manifest: Manifest) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 from crawled import Page, SegmentsConfig, crawl, html, segments_of
-from inline_shards import run_inline
+from inline_shards import stages_inline
 from shared_data import shared
 
 from tasks.corpus import extract as extract_module
@@ -17,12 +17,8 @@ PARAGRAPH = "<p>A paragraph with enough words in it to be taken for the text of 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
-    run_inline(monkeypatch)
-    yield tmp_path
-    for child in extract_module._children.values():
-        child.close()
-    extract_module._children.clear()
+    with stages_inline(monkeypatch, tmp_path / "home"):
+        yield tmp_path
 
 
 def rows(manifest: Manifest, prefix: str = "documents-") -> list[dict]:

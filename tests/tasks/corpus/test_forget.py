@@ -12,13 +12,11 @@ from documents_of import rows, urls
 from fastwarc.warc import ArchiveIterator
 from hypothesis import given
 from hypothesis import strategies as st
-from inline_shards import InlineSession, run_inline
+from inline_shards import stages_inline
 from loopback_site import LoopbackSite, page
 from test_corpus_chain import THINGS, module
 
 from flows.corpus import CorpusParams, build_corpus
-from tasks.corpus import crawl as crawl_module
-from tasks.corpus import extract as extract_module
 from tasks.corpus.erase import Done, erase
 from tasks.corpus.pages import page_rows, read_pages
 from tasks.corpus.report import ReportConfig, report_corpus
@@ -35,27 +33,14 @@ from tasks.state.tombstones import Tombstone, Tombstones
 VICTIM = "/library/heaps.html"
 
 
-class Session(InlineSession):
-    cpus = 1
-
-    def map(self, function: Any, items: Any, **_: Any) -> Iterator[tuple[int, Any]]:
-        for index, item in enumerate(items):
-            yield index, function(*item)
-
-
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackSite]:
-    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("GRISTMILL_MLFLOW_URL", "http://127.0.0.1:9")
-    run_inline(monkeypatch)
-    monkeypatch.setattr(crawl_module, "ray_session", lambda _: Session())
-    pages = {f"/library/{t}s.html": module(n, t) for n, t in enumerate(THINGS)}
-    pages["/library/copy.html"] = pages[VICTIM]
-    with LoopbackSite({"/": page(*pages)} | pages) as running:
-        yield running
-    for child in extract_module._children.values():
-        child.close()
-    extract_module._children.clear()
+    with stages_inline(monkeypatch, tmp_path / "home"):
+        pages = {f"/library/{t}s.html": module(n, t) for n, t in enumerate(THINGS)}
+        pages["/library/copy.html"] = pages[VICTIM]
+        with LoopbackSite({"/": page(*pages)} | pages) as running:
+            yield running
 
 
 def corpus(site: LoopbackSite, **more: Any) -> Manifest:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from documents_of import documents, rows
-from inline_shards import run_inline
+from inline_shards import stages_inline
 from shared_data import shared
 
 from flows.corpus import CorpusParams
@@ -25,14 +25,10 @@ PARAGRAPH = "A paragraph with enough words in it to be taken for the text of the
 
 @pytest.fixture(autouse=True)
 def inbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
-    run_inline(monkeypatch)
-    folder = tmp_path / "home" / "sources"
-    folder.mkdir(parents=True)
-    yield folder
-    for child in extract_module._children.values():
-        child.close()
-    extract_module._children.clear()
+    with stages_inline(monkeypatch, tmp_path / "home"):
+        folder = tmp_path / "home" / "sources"
+        folder.mkdir(parents=True)
+        yield folder
 
 
 def gathered(*sources: SourceConfig, **inputs: Manifest) -> Manifest:

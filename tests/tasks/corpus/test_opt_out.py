@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from crawled import Page, crawl, html
-from inline_shards import run_inline
+from inline_shards import stages_inline
 from loopback_site import Crawler, LoopbackSite, page
 
-from tasks.corpus import extract as extract_module
 from tasks.corpus.extract import ExtractConfig, extract
 from tasks.corpus.opt_out import (
     OPT_OUT,
@@ -99,23 +98,17 @@ def test_a_crawl_leaves_reserved_pages_out_and_says_why(tmp_path: Path) -> None:
 def test_pages_of_other_peoples_archives_are_asked_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
-    run_inline(monkeypatch)
     text = "<p>A paragraph with enough words in it to be taken for the text.</p>" * 5
     meta = html("meta", text, head='<meta name="tdm-reservation" content="1">')
-    crawled = crawl(
-        Page(url="http://e.org/a", body=html("a", text)),
-        Page(url="http://e.org/b", body=meta),
-        Page(url="http://e.org/c", body=html("c", text), headers=(("TDM-Reservation", "1"),)),
-    )
-    try:
+    with stages_inline(monkeypatch, tmp_path / "home"):
+        crawled = crawl(
+            Page(url="http://e.org/a", body=html("a", text)),
+            Page(url="http://e.org/b", body=meta),
+            Page(url="http://e.org/c", body=html("c", text), headers=(("TDM-Reservation", "1"),)),
+        )
         assert extract(ExtractConfig(), crawl=crawled).rules == {"opt-out": 2}
         every = extract(ExtractConfig(honour_opt_outs=False), crawl=crawled)
         assert every.counts["documents"] == 3
-    finally:
-        for child in extract_module._children.values():
-            child.close()
-        extract_module._children.clear()
 
 
 def test_a_tdm_file_reserves_what_its_longest_location_says(tmp_path: Path) -> None:

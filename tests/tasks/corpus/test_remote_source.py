@@ -10,12 +10,11 @@ import pyarrow as pa
 import pytest
 from aiohttp import web
 from documents_of import rows
-from inline_shards import run_inline
+from inline_shards import stages_inline
 from loopback_site import LoopbackSite
 from pyarrow import fs
 from shared_data import shared
 
-from tasks.corpus import extract as extract_module
 from tasks.corpus.gather import GatherConfig, gather
 from tasks.corpus.source_config import SourceConfig, content_digest
 from tasks.corpus.weights import copies, rounds
@@ -28,14 +27,10 @@ NAME = "warc/sample-0000.warc.gz"
 
 @pytest.fixture(autouse=True)
 def inbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
-    run_inline(monkeypatch)
-    folder = tmp_path / "home" / "sources"
-    folder.mkdir(parents=True)
-    yield folder
-    for child in extract_module._children.values():
-        child.close()
-    extract_module._children.clear()
+    with stages_inline(monkeypatch, tmp_path / "home"):
+        folder = tmp_path / "home" / "sources"
+        folder.mkdir(parents=True)
+        yield folder
 
 
 def gathered(*sources: SourceConfig) -> Manifest:

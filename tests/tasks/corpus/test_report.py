@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from documents_of import rows
-from inline_shards import InlineSession, run_inline
+from inline_shards import stages_inline
 from loopback_site import LoopbackSite, page
 from test_corpus_chain import THINGS, module
 
 from flows.corpus import CorpusParams, build_corpus
-from tasks.corpus import crawl as crawl_module
-from tasks.corpus import extract as extract_module
 from tasks.corpus.arrays import write_array
 from tasks.corpus.report import ReportConfig, report_corpus, source_of
 from tasks.corpus.report_page import render
@@ -29,48 +27,35 @@ NOUNS = [
 ]
 
 
-class Session(InlineSession):
-    cpus = 1
-
-    def map(self, function: Any, items: Any, **_: Any) -> Iterator[tuple[int, Any]]:
-        for index, item in enumerate(items):
-            yield index, function(*item)
-
-
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manifest]:
     """The corpus of a small site and a folder."""
-    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("GRISTMILL_MLFLOW_URL", "http://127.0.0.1:9")
-    run_inline(monkeypatch)
-    monkeypatch.setattr(crawl_module, "ray_session", lambda _: Session())
-    folder = tmp_path / "home" / "sources"
-    folder.mkdir(parents=True)
-    for number in range(3):
-        chance = random.Random(number)
-        lines = [
-            f"The {' '.join(chance.sample(NOUNS, 6))} of the town and its {noun} were seen there."
-            for noun in NOUNS
-        ]
-        (folder / f"{number}.txt").write_text(f"Notes <b>{number}</b>.\n\n" + "\n".join(lines))
-    pages = {f"/library/{t}s.html": module(n, t) for n, t in enumerate(THINGS)}
-    pages["/copy.html"] = pages["/library/trees.html"]
-    pages["/short<x>.html"] = page(text="Short.")
-    with LoopbackSite({"/": page(*pages, "/missing")} | pages) as site:
-        yield build_corpus(
-            CorpusParams.model_validate(
-                {
-                    "seeds": [f"{site.url}/"],
-                    "crawl": {"delay": 0.0, "contact": "me@example.org"},
-                    "sources": [{"name": "notes", "path": str(folder), "licence": "CC0-1.0"}],
-                    "quality": {"max_top_grams": 9, "max_duplicate_grams": 9},
-                    "split": {"seed": 0, "common_groups": 5},
-                }
+    with stages_inline(monkeypatch, tmp_path / "home"):
+        folder = tmp_path / "home" / "sources"
+        folder.mkdir(parents=True)
+        for number in range(3):
+            chance = random.Random(number)
+            lines = [
+                f"The {' '.join(chance.sample(NOUNS, 6))} of the town and its {noun} were seen."
+                for noun in NOUNS
+            ]
+            (folder / f"{number}.txt").write_text(f"Notes <b>{number}</b>.\n\n" + "\n".join(lines))
+        pages = {f"/library/{t}s.html": module(n, t) for n, t in enumerate(THINGS)}
+        pages["/copy.html"] = pages["/library/trees.html"]
+        pages["/short<x>.html"] = page(text="Short.")
+        with LoopbackSite({"/": page(*pages, "/missing")} | pages) as site:
+            yield build_corpus(
+                CorpusParams.model_validate(
+                    {
+                        "seeds": [f"{site.url}/"],
+                        "crawl": {"delay": 0.0, "contact": "me@example.org"},
+                        "sources": [{"name": "notes", "path": str(folder), "licence": "CC0-1.0"}],
+                        "quality": {"max_top_grams": 9, "max_duplicate_grams": 9},
+                        "split": {"seed": 0, "common_groups": 5},
+                    }
+                )
             )
-        )
-    for child in extract_module._children.values():
-        child.close()
-    extract_module._children.clear()
 
 
 def page_of(manifest: Manifest) -> str:

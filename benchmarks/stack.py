@@ -146,7 +146,7 @@ class MemorySampler:
             held: list[tuple[str, float]] = []
             for process in self.watched.processes():
                 with contextlib.suppress(psutil.Error):
-                    name = " ".join(process.cmdline())[-60:]
+                    name = " ".join(process.cmdline()).strip()[-60:]
                     held.append((name, process.memory_full_info().pss / 1e9))
             total = sum(size for _, size in held)
             if total > self.peak:

@@ -16,7 +16,7 @@ from flows.parameters import parse, put, read_config
 from flows.processes import flow_processes
 from flows.runs import FINAL, Runs
 
-TINY = "configs/tiny.yaml"
+TINY = "tiny"
 WAIT = 300.0
 
 
@@ -33,8 +33,7 @@ class FlowRuns:
         Returns the run's id.
         """
         form = self.api.ask(f"deployments/name/{flow}/local")["parameter_openapi_schema"]
-        preset = read_config(config) if config else {}
-        values = {key: value for key, value in preset.items() if key in form["properties"]}
+        values = read_config(config, form["properties"]) if config else {}
         for setting in settings:
             key, _, text = setting.partition("=")
             put(values, key, parse(text))

@@ -290,11 +290,14 @@ def checked_parameters(settings: Settings, arguments: argparse.Namespace) -> dic
     """The run's parameters, checked by the flow's own model before anything is triggered."""
     from flows.parameters import explain, merged
 
-    values = merged(arguments.config, arguments.set or [])
+    served = deployments(settings)
+    entry = served.FLOWS.get(arguments.flow)
+    names = entry and entry.params_model.model_fields
+    values = merged(arguments.config, arguments.set or [], names)
     try:
-        deployments(settings).parameters(arguments.flow, values)
+        served.parameters(arguments.flow, values)
     except ValidationError as error:
-        model = deployments(settings).FLOWS[arguments.flow].params_model
+        model = served.FLOWS[arguments.flow].params_model
         raise UserError(explain(arguments.flow, model, error)) from error
     return values
 
@@ -348,7 +351,11 @@ def parser() -> argparse.ArgumentParser:
         option = f"--{name.replace('_', '-')}-port"
         ports.add_argument(option, dest=f"{name}_port", type=int, metavar="N")
     parameters = argparse.ArgumentParser(add_help=False)
-    parameters.add_argument("--config", metavar="FILE", help="YAML, TOML, JSON, or a preset's name")
+    parameters.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML, TOML, JSON, or a preset's name, of which what the flow has is taken",
+    )
     parameters.add_argument(
         "--set", action="append", metavar="KEY=VALUE", help="one parameter: dotted key, JSON value"
     )

@@ -7,7 +7,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,18 @@ from tasks.runtime.errors import UserError
 PRESETS = Path(__file__).resolve().parents[1] / "configs"
 
 
-def merged(config: str | None, settings: Sequence[str]) -> dict[str, Any]:
+def merged(
+    config: str | None, settings: Sequence[str], names: Collection[str] | None = None
+) -> dict[str, Any]:
     """The values of a config file with those of `KEY=VALUE` settings laid over them.
 
     `config` is a path to YAML, TOML or JSON, or the name of a preset in `configs/`. Keys are dotted
     paths, values JSON; what is not JSON is a string. Raises UserError naming file, key and value.
+
+    names: the flow's parameters. Presets are for all flows: of one only these are taken. What
+    stands in a person's own file is meant, and is refused later if the flow lacks it.
     """
-    values = read_config(config) if config else {}
+    values = read_config(config, names) if config else {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not all(key.split(".")):
@@ -36,9 +41,10 @@ def merged(config: str | None, settings: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def read_config(config: str) -> dict[str, Any]:
+def read_config(config: str, names: Collection[str] | None = None) -> dict[str, Any]:
     path = Path(config)
-    if not path.is_file():
+    is_preset = not path.is_file()
+    if is_preset:
         presets = sorted(preset.stem for preset in PRESETS.glob("*.*"))
         if config not in presets:
             known = ", ".join(presets) or "none"
@@ -60,7 +66,12 @@ def read_config(config: str) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {reason}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds {type(values).__name__}, not keys and values")
-    return values
+    if not is_preset or names is None:
+        return values
+    own = {name: value for name, value in values.items() if name in names}
+    if not own:
+        raise UserError(f"preset {config!r} holds {', '.join(values)}, none of which this flow has")
+    return own
 
 
 def parse(text: str) -> Any:

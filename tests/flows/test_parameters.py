@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.parameters import check, merged, parse
+from flows.deployments import FLOWS, parameters
+from flows.parameters import PRESETS, check, merged, parse
 from tasks.runtime.errors import UserError
 from tasks.training.pretrain import PretrainConfig
 
@@ -151,3 +152,23 @@ def test_marks_that_the_dashboard_leaves_among_keys_are_no_keys() -> None:
     params = {"pretrain": {"source_weights": {"notes": 2.0} | mark} | mark}
     config = PretrainConfig.model_validate(params["pretrain"])
     assert config.source_weights == {"notes": 2.0}
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.*")))
+def test_a_preset_fits_every_flow_that_trains(preset: str) -> None:
+    for flow in ("tokenizer", "pretrain", "finetune", "evaluate", "pipeline", "retrain"):
+        names = FLOWS[flow].params_model.model_fields
+        values = merged(preset, [], names)
+        parameters(flow, values)
+        assert set(values) == set(names) & set(merged(preset, []))
+
+
+def test_a_preset_without_anything_for_the_flow_is_refused() -> None:
+    with pytest.raises(UserError, match=r"preset 'tiny' holds corpus, .* none of which"):
+        merged("tiny", [], FLOWS["deploy"].params_model.model_fields)
+
+
+def test_a_file_is_taken_whole(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("finetune: {passes: 1}")
+    names = FLOWS["pretrain"].params_model.model_fields
+    assert merged(str(tmp_path / "mine.yaml"), [], names) == {"finetune": {"passes": 1}}

@@ -49,7 +49,12 @@ class DeployConfig(StageConfig):
     )
 
     @model_validator(mode="after")
-    def _draft_has_something_to_do(self) -> DeployConfig:
+    def _go_together(self) -> DeployConfig:
+        if self.most_replicas is not None and self.most_replicas < self.replicas:
+            raise ValueError(
+                f"most_replicas {self.most_replicas} is below replicas {self.replicas}; raise it "
+                "or leave it out"
+            )
         if self.draft is not None and not self.engine.speculate:
             raise ValueError(
                 f"draft {self.draft!r} guesses engine.speculate tokens, which is 0; raise it"
@@ -134,10 +139,7 @@ def serve_version(params: DeployConfig, version: models.Version | None) -> Manif
     canary = models.get(version.model, params.canary) if params.canary else None
     if canary is not None and canary.version == version.version:
         canary = None  # the version that was tried has become the main one
-    draft = None
-    if params.draft is not None:
-        name, _, which = params.draft.rpartition("@")
-        draft = models.get(name or version.model, which)
+    draft = models.named(params.draft) if params.draft else None
     return deploy_version(
         ServedConfig(
             replicas=params.replicas,

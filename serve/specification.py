@@ -25,6 +25,15 @@ class EngineOptions(BaseModel):
         False, description="Bitwise the same answers in any batch, at a batch's cost."
     )
 
+    @model_validator(mode="after")
+    def _go_together(self) -> "EngineOptions":
+        if self.deterministic and self.speculate:
+            raise ValueError(
+                f"deterministic answers come one token at a time: set speculate {self.speculate} "
+                "to 0, or leave deterministic out"
+            )
+        return self
+
 
 class ModelSpec(EngineOptions):
     """Which model is to be served, and how: the deployment's user_config."""

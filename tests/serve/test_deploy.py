@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
+from flows.deploy import DeployConfig
 from serve import deploy
 from serve.about import about, choose_examples
 from serve.fetch import fetch
@@ -164,3 +166,16 @@ def test_a_deploy_that_serve_forgot_is_tried_again_instead_of_waited_for(
 def test_a_version_that_is_served_already_is_not_waited_for(other_wish: Settings) -> None:
     wanted = spec("finetune/0000").model_copy(update={"system_fingerprint": "m-7", "request": "us"})
     deploy.wait_until_served(other_wish, wanted, 1, timeout=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"engine": {"speculate": 3, "deterministic": True}}, "leave deterministic out"),
+        ({"draft": "gristmill@2"}, "guesses engine.speculate tokens, which is 0; raise it"),
+        ({"replicas": 3, "most_replicas": 2}, "most_replicas 2 is below replicas 3"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        DeployConfig.model_validate(values)

@@ -26,7 +26,7 @@ def export(settings: Settings, arguments: argparse.Namespace) -> Path:
 
     Every file is compared with the manifest first. The directory appears whole or not at all.
     """
-    version = named(arguments.model)
+    version = models.named(arguments.model)
     store = Store.open(settings)
     artifact = store.find(version.stage, version.fingerprint)
     if artifact is None:
@@ -37,6 +37,19 @@ def export(settings: Settings, arguments: argparse.Namespace) -> Path:
     store.verify(artifact)
     usual = f"{version.model}-{version.version}-{arguments.format}"
     target = (arguments.out or Path(usual)).resolve()
+    try:
+        _write(target, store, version, artifact, arguments.format)
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be written: {error.strerror or error}; give another directory with "
+            f"--out"
+        ) from error
+    return target
+
+
+def _write(
+    target: Path, store: Store, version: models.Version, artifact: Manifest, form: str
+) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty; give another directory with --out")
     partial = target.with_name(f".{target.name}.partial")
@@ -45,8 +58,8 @@ def export(settings: Settings, arguments: argparse.Namespace) -> Path:
     try:
         for name in artifact.names():
             if name not in OURS:
-                (partial / name).write_bytes(store.of(artifact).read_bytes(name))
-        file = f"{version.model}-{version.version}.gguf" if arguments.format == "gguf" else None
+                shutil.copyfile(store.local(artifact, name), partial / name)
+        file = f"{version.model}-{version.version}.gguf" if form == "gguf" else None
         manifests = lineage(store, version, artifact)
         (partial / CARD).write_text(card(version, partial, manifests, file))
         if file is not None:
@@ -56,13 +69,6 @@ def export(settings: Settings, arguments: argparse.Namespace) -> Path:
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target
-
-
-def named(text: str) -> models.Version:
-    """The version that MODEL@VERSION names: a number or an alias; without it the champion."""
-    name, _, version = text.partition("@")
-    return models.get(name, version or models.CHAMPION)
 
 
 def lineage(store: Store, version: models.Version, artifact: Manifest) -> list[Manifest]:

@@ -141,6 +141,12 @@ def get(model: str, version_or_alias: str) -> Version:
     raise UserError(f"model {model!r} has no version or alias {version_or_alias!r}; {remedy}")
 
 
+def named(text: str) -> Version:
+    """The version that MODEL@VERSION names: a number or an alias; without it the champion."""
+    model, _, version = text.partition("@")
+    return get(model, version or CHAMPION)
+
+
 def find(model: str, version_or_alias: str) -> Version | None:
     try:
         return get(model, version_or_alias)

@@ -133,6 +133,7 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(registered, home, ca
     (home / "full").mkdir()
     (home / "full" / "file").touch()
     assert "exists and is not empty; give another directory" in told("tiny", "--out", "full")
+    assert "Not a directory; give another" in told("tiny", "--out", "full/file/below")
     store = Store.open(Settings.load())
     weights = Path(store.directory(registered.stage, registered.fingerprint).path)
     weights = weights / "model.safetensors"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from tasks.runtime.errors import UserError
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import Store
 from tasks.tokenizer.train import TokenizerConfig
@@ -25,6 +26,10 @@ def foresee(
 
     The loss needs tokens to try small models on: those of the newest corpus in the store.
     """
+    if not 0 < arguments.mfu <= 1:
+        raise UserError(f"--mfu {arguments.mfu} must be a share above 0 and at most 1")
+    if not 0 < arguments.device_tflops < float("inf"):
+        raise UserError(f"--device-tflops {arguments.device_tflops} must be a number above 0")
     config: PretrainConfig = parameters.pretrain
     tokenizer: TokenizerConfig = parameters.tokenizer
     shards = None if arguments.no_runs else Store.open(settings).latest("token-shards")

@@ -26,9 +26,11 @@ import numpy as np
 
 from model.config import ModelConfig
 from model.flops import count_parameters, training_flops_per_token
+from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.store import Store
 from tasks.training.pretrain import PretrainConfig
+from tasks.training.shapes import LatentOptions
 
 PARAMETER_EXPONENT, TOKEN_EXPONENT = 0.34, 0.28
 # Width, layers and tokens of the quick runs: sizes and lengths vary apart, so that both amounts of
@@ -112,7 +114,8 @@ def memory_bytes(shape: ModelConfig, config: PretrainConfig, workers: int) -> fl
 
     Muon keeps one number for a weight in the blocks, AdamW two for any. Activations are 34 bytes
     for each token, channel and layer where attention keeps no matrix (Korthikanti et al.,
-    arXiv:2205.05198, in bf16), more with a wide feed-forward; with checkpointing 2, and one layer.
+    arXiv:2205.05198, in bf16), 16 of them for a feed-forward twice as wide as the stream (ours is
+    gated: 8 for each of its channels); with checkpointing 2, and one layer.
     On a CPU the attention matrix of short sequences is kept too (model/kernels.py).
     """
     count = count_parameters(shape)
@@ -125,8 +128,7 @@ def memory_bytes(shape: ModelConfig, config: PretrainConfig, workers: int) -> fl
         held = held / workers + 8 * (count.embedding + count.matrices / shape.layers)
     rows = min(config.run.micro_batch, -(-config.batch // workers))
     tokens = rows * config.sequence
-    wide = 4 * max(shape.mlp_size, 1) / (8 * shape.width) * 16
-    layer = tokens * shape.width * (18 + wide)
+    layer: float = tokens * (18 * shape.width + 8 * shape.mlp_size)
     if not config.run.gpu and config.sequence <= 1024:
         layer += tokens * shape.heads * config.sequence * 4
     if config.precision == "fp32":
@@ -157,6 +159,12 @@ def forecast(
         seconds = operations / (workers * device_flops * mfu)
         rate = f"at {mfu:.0%} of {device_flops / 1e12:.0f} TFLOP/s on {workers} GPU"
     else:
+        needed = memory_bytes(shape, config.model_copy(update={"batch": 1}), 1)
+        if needed > (machine := machine_memory()):
+            raise UserError(
+                f"a step of this model takes {needed / 1e9:.1f} GB and cannot be timed here, with "
+                f"{machine / 1e9:.1f} GB; set pretrain.run.gpu=true to reckon with GPUs"
+            )
         say("timing a few steps of the model")
         per_second = measured_rate(config, shape, workers)
         seconds = config.tokens / per_second
@@ -182,6 +190,11 @@ def forecast(
     return replace(found, loss=loss, bits_per_byte=bits)
 
 
+def machine_memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _without_tables(shape: ModelConfig) -> float:
     """The law's parameters: without the embedding, as its authors and Kaplan's count them."""
     count = count_parameters(shape)
@@ -202,7 +215,8 @@ def measured_rate(config: PretrainConfig, shape: ModelConfig, workers: int) -> f
     try:
         with tempfile.TemporaryDirectory() as name:
             path = Path(name) / "tokens-00000.npy"
-            ids = np.random.default_rng(0).integers(0, shape.vocab_size, 400_000)
+            count = max(400_000, 2 * config.sequence)
+            ids = np.random.default_rng(0).integers(0, shape.vocab_size, count)
             np.save(path, ids.astype(np.uint32))
             torch.manual_seed(0)
             loader = _for_objective(WindowLoader([path], config.sequence, 0), shape)
@@ -250,7 +264,7 @@ def quick_run(
     store = Store.open()
     options = config.model.model_copy(
         update={"width": width, "layers": layers, "heads": 2, "kv_heads": 0, "head_width": 0}
-        | {"mlp_width": 0, "context": 128}
+        | {"mlp_width": 0, "context": 128, "latent": LatentOptions()}
     )
     shape = options.config(_vocabulary(store, shards))
     loaders = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from flows.cli import main
 from flows.deployments import parameters
 from flows.parameters import PRESETS
 from model.flops import count_parameters
@@ -100,6 +101,18 @@ def test_a_run_says_how_wrong_its_forecast_was(tmp_path: Path, monkeypatch) -> N
     }
     other = config.model_copy(update={"tokens": 2000})
     assert errors(other, settings, {"loss": 3.0}) == {}
+
+
+def test_what_cannot_be_is_not_foreseen(tmp_path: Path, capsys) -> None:
+    def told(*arguments: str) -> str:
+        assert main(["forecast", "--no-runs", "--home", str(tmp_path), *arguments]) == 1
+        return capsys.readouterr().err
+
+    assert "--mfu 0.0 must be a share above 0" in told("--config", "gpu-124m", "--mfu", "0")
+    assert "--device-tflops nan must be" in told("--config", "gpu-124m", "--device-tflops", "nan")
+    large = ("--config", "cluster-8b", "--set", "pretrain.run.gpu=false")
+    assert "GB and cannot be timed here" in told(*large, "--set", "pretrain.model.layers=1000")
+    assert not (tmp_path / "forecasts").exists()
 
 
 def test_the_time_on_a_cpu_is_measured(tmp_path: Path, monkeypatch) -> None:

@@ -71,7 +71,8 @@ class Answering(asyncio.Protocol):
         self._site, self._log, self._data = site, log, b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport: asyncio.WriteTransport = transport  # type: ignore[assignment]
+        assert isinstance(transport, asyncio.Transport)  # of a socket
+        self._transport = transport
 
     def data_received(self, data: bytes) -> None:
         self._data += data

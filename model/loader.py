@@ -5,8 +5,9 @@ comes last. So a run resumes exactly, at any world size: the global batch of a s
 of sequences, only dealt to other ranks. (The habit is OLMo-core's `data_loader.py`.)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -39,18 +40,15 @@ class Batch:
     def micro_batches(self, size: int) -> list["Batch"]:
         """The batch cut into pieces of at most `size` rows."""
         rows = range(0, len(self.tokens), size)
-        return [Batch(*(_rows(value, row, size) for value in self._tensors())) for row in rows]
+        return [self._each(itemgetter(slice(row, row + size))) for row in rows]
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = self._tensors()
-        return Batch(*(v if v is None else v.to(device, non_blocking=True) for v in tensors))  # type: ignore[arg-type]
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _tensors(self) -> tuple[Tensor | None, ...]:
-        return self.tokens, self.targets, self.mask, self.positions, self.segments
-
-
-def _rows(value: Tensor | None, first: int, count: int):  # type: ignore[no-untyped-def]
-    return None if value is None else value[first : first + count]
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        optional = self.mask, self.positions, self.segments
+        changed = (None if tensor is None else change(tensor) for tensor in optional)
+        return Batch(change(self.tokens), change(self.targets), *changed)
 
 
 class Loader(Protocol):

@@ -24,6 +24,7 @@ import torch.distributed as dist
 # the process ends with "terminate called without an active exception".
 import torch.distributed.nn.functional
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from model.checkpoint import (
@@ -330,7 +331,8 @@ def _synchronised(module: nn.Module, last: bool, world: int) -> Iterator[None]:
         with contextlib.nullcontext() if last else module.no_sync():
             yield
     else:
-        module.set_requires_gradient_sync(last)  # type: ignore[operator]  # FSDP2's
+        assert isinstance(module, FSDPModule)  # what `shard` made of it
+        module.set_requires_gradient_sync(last)
         yield
 
 

@@ -47,6 +47,11 @@ def document_id(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def writable(text: str) -> str:
+    """The text without lone surrogates, which no UTF-8 can hold."""
+    return text.encode("utf-8", "replace").decode()
+
+
 @dataclass(frozen=True)
 class Removal:
     """Why one document was removed: the rule's name and, in words, what it saw."""

@@ -24,6 +24,7 @@ from tasks.corpus.documents import (
     document_id,
     require_some,
     selection_reports,
+    writable,
 )
 from tasks.corpus.killable import ChildDied, ChildTimeout, KillableChild
 from tasks.corpus.opt_out import headers_reserve
@@ -267,8 +268,7 @@ def read_into(
     if not answer["text"]:
         return Removal("no-text", "no text found in the page")
     for name in FROM_PAGE:
-        # Lone surrogates cannot be written as UTF-8.
-        document[name] = answer[name].encode("utf-8", "replace").decode()
+        document[name] = writable(answer[name])
     return None
 
 

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 
@@ -25,6 +26,7 @@ from tasks.corpus.documents import (
     document_shards,
     require_some,
     selection_reports,
+    writable,
 )
 from tasks.corpus.extract import ExtractConfig, page_child, read_into, removed_by_head
 from tasks.corpus.records import Fetched
@@ -167,7 +169,7 @@ def _documents(
                 continue
             for about, content in rows_of(source, path, file.name, largest):
                 stated = {"licence": source.licence, "weight": source.weight}
-                document = _document(stated | about)
+                document = _document(stated | _usable(about, tally))
                 removal = _fill(config.extract, document, content, tally)
                 size = len(document["text"].encode("utf-8", "replace"))
                 yield document | {"id": document_id(document["text"]), "bytes": size}, removal
@@ -185,6 +187,17 @@ def _taken_over(
     return asdict(Tally(seen=table.num_rows, kept=table.num_rows, bytes=size))
 
 
+def _usable(about: dict[str, Any], tally: Tally) -> dict[str, Any]:
+    """What is said of a row, fit to be written; an address that is none gives way to its place."""
+    about = {k: writable(v) if isinstance(v, str) else v for k, v in about.items()}
+    try:
+        urlsplit(about["url"])
+    except ValueError:
+        tally.mend("unreadable-address")
+        about["url"] = f"file://{about['warc'].replace(':', '/', 1)}#{about['offset']}"
+    return about
+
+
 def _document(about: dict[str, Any]) -> dict[str, Any]:
     document = dict.fromkeys(DOCUMENTS.names, "") | {"language_score": 0.0, "html_bytes": 0}
     return document | {"offset": 0} | about
@@ -197,9 +210,9 @@ def _fill(
         return content
     if isinstance(content, str):
         text = content.replace("\x00", "").replace("\r\n", "\n").strip()
-        if len(text) < len(content.strip()) and "\x00" in content:
+        if "\x00" in content:
             tally.mend("nul-bytes")
-        document["text"] = text.encode("utf-8", "replace").decode()
+        document["text"] = writable(text)
         return None if text else Removal("no-text", "nothing but blanks")
     if removal := removed_by_head(content, config.honour_opt_outs):
         return removal

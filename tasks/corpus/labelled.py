@@ -53,7 +53,7 @@ def examples_of(config: LabelledConfig, settings: Settings) -> Iterator[Example]
                 try:
                     row = json.loads(line)
                     text, label = row[config.text_field], row[config.label_field]
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, TypeError, KeyError, RecursionError):
                     text = label = None
                 if not isinstance(text, str) or label is None:
                     raise UserError(

@@ -45,7 +45,7 @@ def rows_of(source: SourceConfig, path: Path, name: str, largest: int) -> Iterat
             if source.format == "folder":
                 own = {}
             yield place | {"offset": number - 1} | own | about, content
-    except (OSError, EOFError, pa.ArrowInvalid) as error:
+    except (OSError, EOFError, ValueError, OverflowError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         yield place | {"offset": number}, Removal("damaged-file", f"{name}: {reason}")
 
@@ -72,7 +72,7 @@ def _lines(source: SourceConfig, path: Path, largest: int) -> Iterator[Row]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # the latter: nested too deep
                 yield {}, Removal("not-json", str(error)[:200])
                 continue
             if isinstance(row, dict):
@@ -86,11 +86,27 @@ def _table(source: SourceConfig, path: Path, largest: int) -> Iterator[Row]:
     fields = (source.text_field, source.url_field, source.title_field, source.date_field)
     columns = [name for name in dict.fromkeys(fields) if name in file.schema_arrow.names]
     for batch in file.iter_batches(BATCH, columns=columns):
-        for row in batch.to_pylist():
+        for row in _decoded(batch):
             about, content = _row(source, row)
             if isinstance(content, str) and len(content) > largest:
                 content = Removal("too-large", f"more than {largest:,} characters")
             yield about, content
+
+
+def _decoded(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """The rows; bytes in a column of text that are no UTF-8, as no writer must check, replaced."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        columns = dict(zip(batch.schema.names, map(_values, batch.columns), strict=True))
+        return pa.RecordBatch.from_pydict(columns).to_pylist()
+
+
+def _values(column: pa.Array) -> list[Any]:
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column.to_pylist()
+    values = column.cast(pa.large_binary()).to_pylist()
+    return [None if value is None else value.decode("utf-8", "replace") for value in values]
 
 
 def _row(source: SourceConfig, row: dict[str, Any]) -> Row:

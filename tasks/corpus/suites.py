@@ -105,7 +105,7 @@ def _rows(suite: SuiteConfig, path: Path) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"suite {suite.name!r}: line {number} of {path.name} is no JSON ({error}); "
                     "set its format, or mend the file"

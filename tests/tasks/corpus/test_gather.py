@@ -109,6 +109,26 @@ def test_json_lines(inbox: Path, ending: str) -> None:
     assert manifest.rules == {"not-json": 2, "no-text": 1, "too-large": 1}
 
 
+def test_rows_that_no_parser_likes_are_counted_and_the_rest_is_kept(inbox: Path) -> None:
+    odd = {"text": "row with an odd address", "url": "http://[odd", "title": "a \ud800 title"}
+    lines = ["[" * 100_000, json.dumps(odd), json.dumps({"text": "last row"})]
+    (inbox / "a.jsonl").write_text("\n".join(lines))
+    bad = pa.py_buffer(b"\xff no UTF-8")
+    bounds = pa.array([0, len(bad)], pa.int32()).buffers()[1]
+    text = pa.Array.from_buffers(pa.string(), 1, [None, bounds, bad])
+    pq.write_table(pa.table({"text": text}), inbox / "b.parquet")
+    manifest = gathered(
+        SourceConfig(name="rows", path=str(inbox / "a.jsonl"), format="jsonl"),
+        SourceConfig(name="table", path=str(inbox / "b.parquet"), format="parquet"),
+    )
+    assert [(row["url"], row["title"], row["text"]) for row in rows(manifest)] == [
+        ("file://rows/a.jsonl#1", "a ? title", "row with an odd address"),
+        ("file://rows/a.jsonl#3", "", "last row"),
+        ("file://table/b.parquet#1", "", "\ufffd no UTF-8"),
+    ]
+    assert manifest.rules == {"not-json": 1}
+
+
 def test_what_stands_before_damage_is_kept(inbox: Path) -> None:
     whole = gzip.compress(b"".join(b'{"text": "row %d of it"}\n' % n for n in range(12_000)))
     (inbox / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])

@@ -45,49 +45,6 @@ from tasks.runtime.settings import Settings
 from tasks.runtime.store import MANIFEST, REPORT, Directory, Store
 from tasks.state.leases import lease
 
-PACKAGES = ("ray", "torch", "pyarrow", "prefect", "mlflow", "sentencepiece", "trafilatura", "numpy")
-UNKNOWN = "unknown"
-
-
-def title(name: str, _field: object) -> str:
-    """A field's label in the form; without it a group of fields is labelled with its class."""
-    return name.replace("_", " ").capitalize()
-
-
-FORM_MARK = "__prefect_kind"
-
-
-class StageConfig(BaseModel):
-    """Base of every stage's configuration: frozen, unknown keys refused, described fields."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        field_title_generator=title,
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_marks_of_the_dashboard(cls, values: Any) -> Any:
-        """Prefect 3.8's dialog for schedules writes a mark among the keys of every object, which
-        only hurts where the keys are a person's.
-        """
-        if not isinstance(values, dict):
-            return values
-        return {
-            name: {k: v for k, v in value.items() if k != FORM_MARK}
-            if isinstance(value, dict)
-            else value
-            for name, value in values.items()
-            if name != FORM_MARK
-        }
-
-    def resolve(self) -> StageConfig:
-        """The config with every `auto` replaced by what it means here; identity is taken of it."""
-        return self
-
-
 C = TypeVar("C", bound=StageConfig)
 
 
@@ -141,41 +98,6 @@ class Workspace(Directory):
         return Progress(label, total, unit, start)
 
 
-@dataclass
-class Planned:
-    """What `plan` says of one stage."""
-
-    stage: str
-    fingerprint: str
-    status: Literal["cached", "run", "unknown"]
-    why: str
-
-
-_plan: contextvars.ContextVar[list[Planned] | None] = contextvars.ContextVar("plan", default=None)
-
-
-@contextlib.contextmanager
-def planning() -> Iterator[list[Planned]]:
-    """Inside, calling a stage records what it would do instead of doing it."""
-    planned: list[Planned] = []
-    token = _plan.set(planned)
-    try:
-        yield planned
-    finally:
-        _plan.reset(token)
-
-
-def is_planning() -> bool:
-    return _plan.get() is not None
-
-
-def plan_unknown(stage: str, why: str) -> None:
-    """Record, while planning, a stage of which nothing can be said yet."""
-    planned = _plan.get()
-    if planned is not None:
-        planned.append(Planned(stage, UNKNOWN, "unknown", why))
-
-
 class Stage(Generic[C]):
     """A stage function with a name, a version and a place in the store."""
 
@@ -199,7 +121,7 @@ class Stage(Generic[C]):
         return identities.fingerprint(self.name, self.version, config.resolve(), contents)
 
     def __call__(self, config: C, **inputs: Manifest) -> Manifest:
-        planned = _plan.get()
+        planned = plan_under_way()
         if planned is not None:
             return self._plan(config, inputs, planned)
         if FlowRunContext.get() is None:
@@ -253,7 +175,7 @@ class Stage(Generic[C]):
             found = self.find(config, inputs)
             if found is not None:
                 return found
-            begun, cpu = time.monotonic(), _cpu_seconds()
+            begun, cpu = time.monotonic(), cpu_seconds()
             try:
                 outcome = self.function(resolved, work, **inputs)
                 manifest = self._commit(work, resolved, inputs, outcome, begun, cpu)
@@ -303,7 +225,7 @@ class Stage(Generic[C]):
             packages=package_versions(),
             cost={
                 "wall_seconds": round(time.monotonic() - begun, 3),
-                "driver_cpu_seconds": round(_cpu_seconds() - cpu, 3),
+                "drivercpu_seconds": round(cpu_seconds() - cpu, 3),
             },
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
         )
@@ -340,7 +262,7 @@ class Stage(Generic[C]):
         wanted = identities.identity(config.resolve(), self.name)
         best: list[str] | None = None
         for earlier in reversed(Store.open().all(self.name)):
-            reasons = _differences(earlier.config, wanted, self.name)
+            reasons = differences(earlier.config, wanted, self.name)
             if earlier.version != self.version:
                 reasons.insert(0, f"{self.name} version {earlier.version} → {self.version}")
             reasons += [
@@ -422,48 +344,3 @@ def clean_scratch(work: Workspace) -> None:
         else:
             work.filesystem.delete_dir(location)
     shutil.rmtree(work.home / "work" / f"{work.stage}-{work.fingerprint[:16]}", ignore_errors=True)
-
-
-@cache
-def code_version() -> str:
-    """The checkout's commit, with `+` when files differ from it; empty outside a checkout."""
-    root = Path(__file__).parents[2]
-    try:
-        commit = _git(root, "rev-parse", "--short=12", "HEAD")
-        return commit + ("+" if _git(root, "status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
-    )
-    return done.stdout.strip()
-
-
-@cache
-def package_versions() -> dict[str, str]:
-    versions = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
-
-
-def _cpu_seconds() -> float:
-    own, children = (
-        resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
-
-
-def _differences(old: Any, new: Any, where: str) -> list[str]:
-    """`where.key old → new` for every leaf of `new` that differs from `old`."""
-    if isinstance(new, dict) and isinstance(old, dict):
-        return [
-            line
-            for key, value in new.items()
-            for line in _differences(old.get(key), value, f"{where}.{key}")
-        ]
-    return [] if old == new else [f"{where} {json.dumps(old)} → {json.dumps(new)}"]

@@ -37,7 +37,8 @@ from benchmarks.report import Targets, finish, table
 from benchmarks.samples import pages_without_end, samples
 from benchmarks.stack import free_ports
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import Outcome, Stage, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Stage, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Store
 
 SHARD_MB = 8.0

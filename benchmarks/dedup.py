@@ -106,7 +106,8 @@ def run_ours(folder: Path, session: type[InlineSession] = InlineSession) -> dict
     """The deduplicate stage from Parquet to Parquet, in a process of its own."""
     from tasks.corpus.dedup import DeduplicateConfig, deduplicate
     from tasks.corpus.documents import DOCUMENTS, document_id
-    from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+    from tasks.runtime.stage import Outcome, Workspace, stage
+    from tasks.runtime.stage_config import StageConfig
     from tasks.runtime.store import Store
 
     class FolderConfig(StageConfig):

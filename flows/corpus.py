@@ -31,7 +31,7 @@ from tasks.corpus.source_config import SourceConfig
 from tasks.corpus.split import SplitConfig, split
 from tasks.corpus.tombstoned import forget, standing_tombstones
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import StageConfig
+from tasks.runtime.stage_config import StageConfig
 
 
 class CorpusParams(StageConfig):

@@ -12,15 +12,10 @@ from serve import deploy as serving
 from serve.specification import EngineOptions
 from tasks.registry import models
 from tasks.runtime.manifest import Manifest
+from tasks.runtime.planning import plan_unknown
 from tasks.runtime.settings import Settings
-from tasks.runtime.stage import (
-    Outcome,
-    Report,
-    StageConfig,
-    Workspace,
-    plan_unknown,
-    stage,
-)
+from tasks.runtime.stage import Outcome, Report, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 
 
 class DeployConfig(StageConfig):

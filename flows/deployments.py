@@ -23,8 +23,8 @@ from flows.pretrain import pretrain_flow
 from flows.retrain import retrain
 from flows.tokenizer import tokenizer
 from tasks.runtime.errors import UserError
+from tasks.runtime.planning import Planned, planning
 from tasks.runtime.settings import Settings
-from tasks.runtime.stage import Planned, planning
 
 DEPLOYMENT = "local"
 CONCURRENT_RUNS = 4

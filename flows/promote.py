@@ -11,9 +11,10 @@ from pydantic import Field
 from tasks.evaluation.gates import Decision, is_better
 from tasks.registry import models
 from tasks.runtime.manifest import Manifest
+from tasks.runtime.planning import is_planning
 from tasks.runtime.progress import run_logger
 from tasks.runtime.settings import Settings
-from tasks.runtime.stage import StageConfig, is_planning
+from tasks.runtime.stage_config import StageConfig
 from tasks.state.schema import database, gate_decisions
 
 

@@ -40,7 +40,8 @@ from tasks.corpus.shingles import Hashes, mix
 from tasks.corpus.signatures import SHARD, place_of, shard_of
 from tasks.corpus.text_units import Units, without
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Report, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Directory
 
 ENTRIES = 1 << 22  # counted by a task at a time, more or less: 64 MB

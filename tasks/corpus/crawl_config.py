@@ -8,7 +8,7 @@ from tasks.corpus.fetch_plan import Limits
 from tasks.corpus.site_options import SiteOptions
 from tasks.corpus.urls import canonical_url
 from tasks.runtime.fingerprint import place
-from tasks.runtime.stage import StageConfig
+from tasks.runtime.stage_config import StageConfig
 
 EMBEDDED = "embedded:stdlib"
 

@@ -38,7 +38,8 @@ from tasks.corpus.word_hashes import places_of, words_of
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
-from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Report, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Directory
 
 SHOWN = 20

@@ -43,7 +43,8 @@ from tasks.corpus.sharding import run_shards
 from tasks.corpus.signatures import SHARD, SignatureConfig, Signed, Sources, sign_shard
 from tasks.runtime.fingerprint import place
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Directory
 
 SHARDS_PER_PARTITION = 4  # whose keys a match task holds: about 4 KB a document

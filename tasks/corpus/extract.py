@@ -33,7 +33,8 @@ from tasks.corpus.pages import page_rows
 from tasks.corpus.records import DamagedRecord, Fetched, read_record, scan
 from tasks.corpus.sharding import run_shards
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 
 PAGES = "pages.parquet"
 HTML_TYPES = ("text/html", "application/xhtml+xml")

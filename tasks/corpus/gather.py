@@ -38,7 +38,8 @@ from tasks.corpus.weights import WEIGHT
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
-from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Report, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 
 PART_BYTES = 16_000_000  # of text in one Parquet file
 REMEDIES = {

@@ -15,7 +15,7 @@ from tasks.corpus.source_rows import CODECS
 from tasks.runtime.errors import UserError
 from tasks.runtime.fingerprint import place
 from tasks.runtime.settings import Settings
-from tasks.runtime.stage import StageConfig
+from tasks.runtime.stage_config import StageConfig
 
 
 @dataclass(frozen=True)

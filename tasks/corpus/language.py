@@ -26,7 +26,8 @@ from tasks.corpus.measure import IDENTIFIED, attributes_of
 from tasks.corpus.reading import TECHNICAL
 from tasks.corpus.sharding import run_shards
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Report, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 
 
 class LanguageConfig(StageConfig):

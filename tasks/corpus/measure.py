@@ -21,7 +21,8 @@ from tasks.corpus.language_id import identify
 from tasks.corpus.reading import Reading
 from tasks.corpus.sharding import run_shards
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Report, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 
 IDENTIFIED = pa.schema(
     [

@@ -28,7 +28,8 @@ from tasks.corpus.phrasings import Question, Wording, ask, phrasings, trained_qu
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.ray_session import ray_session
-from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Report, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 
 PAIRS = pa.schema(
     [(name, pa.string()) for name in ("id", "fact", "kind", "phrasing", "question", "answer")]

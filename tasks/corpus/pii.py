@@ -22,7 +22,8 @@ from tasks.corpus.personal import KINDS, mask
 from tasks.corpus.sharding import run_shards
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 
 NAMES = tuple(kind.name for kind in KINDS)
 

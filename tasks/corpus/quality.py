@@ -29,7 +29,8 @@ from tasks.corpus.measure import attributes_of
 from tasks.corpus.sharding import run_shards
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 
 MODEL = "model_score"  # the rule of the quality model
 

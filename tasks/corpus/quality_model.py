@@ -27,7 +27,8 @@ from tasks.corpus.source_config import content_digest
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
-from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Report, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 
 WEIGHTS = "weights.npy"  # (buckets + 1,): one for each hashed feature, the bias last
 LONGEST = 50_000  # characters of a document that are looked at

@@ -22,7 +22,8 @@ from tasks.corpus.sharding import run_shards
 from tasks.corpus.tracked_report import track
 from tasks.corpus.weights import copies_of, rounds
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Report, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import REPORT, Store
 from tasks.tokenizer.shards import CRAWLED, source_of
 

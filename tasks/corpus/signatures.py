@@ -27,7 +27,8 @@ from tasks.corpus.minhash import Bands
 from tasks.corpus.sharding import run_shards
 from tasks.corpus.word_hashes import words_of
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Directory
 
 # `row` is shard << 32 | place in the shard; `digest` the second half of the text's, whose first

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tasks.runtime.errors import UserError
 from tasks.runtime.fingerprint import place
-from tasks.runtime.stage import StageConfig
+from tasks.runtime.stage_config import StageConfig
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2

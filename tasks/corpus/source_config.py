@@ -24,7 +24,7 @@ from tasks.corpus.remote_source import (
 from tasks.runtime.errors import UserError
 from tasks.runtime.fingerprint import place
 from tasks.runtime.settings import Settings
-from tasks.runtime.stage import StageConfig
+from tasks.runtime.stage_config import StageConfig
 
 UNKNOWN_SIZE = 1 << 30  # about that of a segment of Common Crawl
 FORMATS = {

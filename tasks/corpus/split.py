@@ -35,7 +35,8 @@ from tasks.corpus.sharding import run_shards
 from tasks.corpus.shingles import Hashes
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Report, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Directory
 
 EXAMPLES = 5

@@ -23,7 +23,7 @@ from tasks.corpus.word_hashes import words_of
 from tasks.runtime.errors import UserError
 from tasks.runtime.fingerprint import place
 from tasks.runtime.settings import Settings
-from tasks.runtime.stage import StageConfig
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Directory
 
 TEMPLATE_ITEMS = 50  # an n-gram of so many items is the suite's own wording, not an item's

@@ -33,7 +33,8 @@ from tasks.corpus.urls import canonical_url
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
-from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 from tasks.state.tombstones import Tombstone, Tombstones, digest_of
 
 RULE = "tombstoned"

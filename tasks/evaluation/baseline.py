@@ -23,7 +23,8 @@ from tasks.evaluation.compression import (
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.ray_session import ray_session
-from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Report, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Store
 
 DOCUMENTS = pa.schema([("id", pa.string()), ("bytes", pa.int64())])

@@ -23,7 +23,8 @@ from tasks.evaluation.compression import LABELS, METHODS
 from tasks.evaluation.intervals import Estimate, bootstrap_ratio, mean, wilson
 from tasks.runtime.manifest import Manifest, Scalar
 from tasks.runtime.ray_session import ray_session
-from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Report, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Store
 
 GROUPS = {

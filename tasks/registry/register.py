@@ -7,7 +7,8 @@ from pydantic import Field
 from tasks.registry import models, tracking
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
-from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Report, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 
 
 class RegisterConfig(StageConfig):

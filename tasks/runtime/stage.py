@@ -12,21 +12,15 @@ it would run or not, and returns the manifest as far as it is known. Anywhere el
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import datetime
 import errno
 import json
 import platform
-import resource
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
-from importlib import metadata
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -35,13 +29,15 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.states import Completed, State
-from pydantic import BaseModel, ConfigDict, model_validator
 
 from tasks.runtime import fingerprint as identities
 from tasks.runtime.errors import Unavailable, UserError
 from tasks.runtime.manifest import FileEntry, Manifest, Scalar
+from tasks.runtime.planning import UNKNOWN, Planned, differences, plan_under_way
 from tasks.runtime.progress import Progress, run_logger
+from tasks.runtime.provenance import code_version, cpu_seconds, package_versions
 from tasks.runtime.settings import Settings
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import MANIFEST, REPORT, Directory, Store
 from tasks.state.leases import lease
 
@@ -225,7 +221,7 @@ class Stage(Generic[C]):
             packages=package_versions(),
             cost={
                 "wall_seconds": round(time.monotonic() - begun, 3),
-                "drivercpu_seconds": round(cpu_seconds() - cpu, 3),
+                "driver_cpu_seconds": round(cpu_seconds() - cpu, 3),
             },
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
         )

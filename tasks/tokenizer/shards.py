@@ -23,7 +23,8 @@ from tasks.corpus.weights import copies_of, rounds
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.ray_session import ray_session
-from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Report, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 
 CRAWLED = "seeds"  # the source of what was crawled
 SPLITS = {"train": "tokens", "heldout": "heldout-tokens"}

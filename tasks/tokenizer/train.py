@@ -29,7 +29,8 @@ from tasks.runtime.errors import UserError
 from tasks.runtime.fingerprint import place
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.ray_session import ray_session
-from tasks.runtime.stage import Outcome, Report, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Report, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Store
 from tasks.tokenizer.imported import digest_of, import_tokenizer, imported_file
 

@@ -11,7 +11,7 @@ from typing import Any
 from tasks.runtime.fingerprint import identity
 from tasks.runtime.manifest import Scalar
 from tasks.runtime.settings import Settings
-from tasks.runtime.stage import StageConfig
+from tasks.runtime.stage_config import StageConfig
 
 
 def place_of(config: StageConfig, settings: Settings) -> Path:

@@ -12,7 +12,7 @@ from model.config import ConfigError
 from model.precision import resolve_precision
 from model.schedule import Schedule
 from tasks.runtime.fingerprint import place
-from tasks.runtime.stage import StageConfig
+from tasks.runtime.stage_config import StageConfig
 from tasks.training.shapes import ModelOptions
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from model.config import ConfigError, ModelConfig
 from model.families import FormatError, family_of
-from tasks.runtime.stage import StageConfig
+from tasks.runtime.stage_config import StageConfig
 
 Family = Literal[
     "llama",

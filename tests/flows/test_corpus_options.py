@@ -9,7 +9,7 @@ import pytest
 from flows.corpus import CorpusParams, build_corpus
 from tasks.corpus.report import ReportConfig, report_corpus
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import planning
+from tasks.runtime.planning import planning
 from tasks.runtime.store import Store
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 
 TRAIN = ("textwrap", "shutil", "json", "string", "shlex", "fnmatch", "glob", "copy", "bisect")
 HELDOUT = ("heapq", "statistics", "colorsys")

@@ -18,7 +18,8 @@ from tasks.evaluation.evaluate import EvaluateConfig, evaluate
 from tasks.evaluation.gates import is_better
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Store
 from tasks.tokenizer.shards import ShardsConfig, write_token_shards
 from tasks.tokenizer.train import TokenizerConfig, train_tokenizer

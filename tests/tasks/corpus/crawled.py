@@ -14,7 +14,8 @@ from tasks.corpus.warc import (
     response_records,
 )
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 
 DATE = "2024-05-01T12:00:00.000000Z"
 

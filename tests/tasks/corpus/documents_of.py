@@ -4,7 +4,8 @@ import pyarrow as pa
 
 from tasks.corpus.documents import DOCUMENTS, document_id
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Store
 
 

@@ -11,7 +11,7 @@ from tasks.corpus.earlier import earlier_corpora
 from tasks.corpus.pii import PIIConfig, pii
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import planning
+from tasks.runtime.planning import planning
 
 
 @pytest.fixture(autouse=True)

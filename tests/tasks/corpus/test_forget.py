@@ -25,8 +25,10 @@ from tasks.corpus.tombstoned import Forgotten, parse
 from tasks.corpus.warc import members, padding
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
+from tasks.runtime.planning import Planned, planning
 from tasks.runtime.settings import Settings
-from tasks.runtime.stage import Outcome, Planned, StageConfig, Workspace, planning, stage
+from tasks.runtime.stage import Outcome, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Store
 from tasks.state.tombstones import Tombstone, Tombstones
 

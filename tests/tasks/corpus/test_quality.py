@@ -16,7 +16,7 @@ from tasks.corpus.reading import Reading
 from tasks.corpus.records import Place, read_record, scan
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import planning
+from tasks.runtime.planning import planning
 
 PROSE = (
     "The committee met on Tuesday to discuss the repair of the old bridge over the river. "

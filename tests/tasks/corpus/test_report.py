@@ -19,7 +19,8 @@ from tasks.corpus.arrays import write_array
 from tasks.corpus.report import ReportConfig, report_corpus, source_of
 from tasks.corpus.report_page import render
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.stage import Outcome, StageConfig, Workspace, stage
+from tasks.runtime.stage import Outcome, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Store
 
 NOUNS = [

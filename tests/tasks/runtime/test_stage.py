@@ -10,17 +10,10 @@ from prefect.testing.utilities import prefect_test_harness
 from tasks.runtime.errors import Unavailable, UserError
 from tasks.runtime.fingerprint import place
 from tasks.runtime.manifest import Manifest
+from tasks.runtime.planning import planning
 from tasks.runtime.settings import Settings
-from tasks.runtime.stage import (
-    Outcome,
-    Report,
-    StageConfig,
-    Workspace,
-    is_full_disk,
-    is_worth_retrying,
-    planning,
-    stage,
-)
+from tasks.runtime.stage import Outcome, Report, Workspace, is_full_disk, is_worth_retrying, stage
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Store
 
 calls: list[str] = []

@@ -32,8 +32,12 @@ QUIET_SECONDS = 5.0
 PENDING_SECONDS = 30.0
 ORPHAN_GRACE = 8.0
 """Seconds between TERM and KILL for the process of a cancelled run that no runner watches."""
+KILL_SECONDS = 0.5
+"""How long a look waits for a process that was told to end."""
 CANCEL_GRACE = 2.0
 """Seconds a cancelled run has to end by itself; its runner, which told it to, would wait for 30."""
+WATCH_SECONDS = 60.0
+"""How long the state of a run that we ended is watched: its runner may still call it Crashed."""
 REATTACH_SECONDS = 60.0
 """How long the Ray job of a crashed run waits for a new run to follow it."""
 LIVE = ("PENDING", "RUNNING", "CANCELLING")
@@ -50,8 +54,10 @@ class Reaper:
     say: Callable[[str], None] = lambda line: None
     _suspects: dict[tuple[str, str], float] = field(default_factory=dict)
     _told_to_end: dict[int, float] = field(default_factory=dict)
-    _cancelled_by_us: set[str] = field(default_factory=set)
+    _cancelled_by_us: dict[str, float] = field(default_factory=dict)
     _looked_after: dict[str, float] = field(default_factory=dict)
+    hurried: bool = False
+    """Whether a run was being cancelled at the last look: the next one should come soon."""
 
     def reap(self, *, at_once: bool = False) -> None:
         """Look once; stops looking when Prefect or Ray are busy or do not answer.
@@ -61,6 +67,7 @@ class Reaper:
         with contextlib.suppress(OSError, HTTPException, Refused):
             runs = self._runs({"state": {"type": {"any_": [*LIVE]}}})
             roots = [run for run in runs if self._is_ours(run)]
+            self.hurried = any(run["state_type"] == "CANCELLING" for run in roots)
             if roots:
                 processes = flow_processes()
                 for run in roots:
@@ -82,14 +89,15 @@ class Reaper:
         state = run["state_type"]
         if processes:
             self._suspects.pop((run["id"], state), None)
-            if state == "CANCELLING":
-                self._end_cancelled(run, processes)
+            if state == "CANCELLING" and self._have_ended(run, processes):
+                self._cancelled_by_us[run["id"]] = time.monotonic()
+                self._end(run, "CANCELLED", "The process of this run has ended.")
             return
         patience = PENDING_SECONDS if state == "PENDING" else QUIET_SECONDS
         if not at_once and (_age(run) < patience or not self._seen_before(run)):
             return
         if state == "CANCELLING":
-            self._end(run, "CANCELLED", "The process of this run had ended when it was cancelled.")
+            self._end(run, "CANCELLED", "The process of this run has ended.")
         elif state == "PENDING" and not at_once:
             if self._worker_is_younger_than(run):
                 self._schedule_again(run)
@@ -109,43 +117,47 @@ class Reaper:
         record = Record.read(self.settings.home / "run" / "worker.json")
         return record is not None and record.alive and record.since > _timestamp(run)
 
-    def _end_cancelled(self, run: dict[str, Any], processes: list[psutil.Process]) -> None:
-        """End the process of a cancelled run that does not end by itself.
+    def _have_ended(self, run: dict[str, Any], processes: list[psutil.Process]) -> bool:
+        """Whether the processes of a cancelled run are over; those that stay are made to end.
 
         A process inside Ray's or torch's own code hears no signal; killed, it takes its shard work
-        along, its runner stops its jobs and says Cancelled. If that runner is gone, we do it.
+        along. Its runner would say Cancelled, but may have died, or hear of cancels only every ten
+        seconds because Prefect's server was started again.
         """
-        record = Record.read(self.settings.home / "run" / "worker.json")
-        watched: set[int] = set()
-        if record is not None and record.alive:
-            with contextlib.suppress(psutil.Error):
-                children = psutil.Process(record.pid).children(recursive=True)
-                watched = {child.pid for child in children}
+        watched = self._children_of_the_runner()
         now = time.monotonic()
         for process in processes:
-            if process.pid in watched:
-                if _age(run) > CANCEL_GRACE:
-                    self.say(f"killing process {process.pid} of the cancelled run {run['name']}")
-                    with contextlib.suppress(psutil.Error):
-                        process.kill()
-                continue
-            self._cancelled_by_us.add(run["id"])
-            told = self._told_to_end.setdefault(process.pid, now)
             with contextlib.suppress(psutil.Error):
+                if process.pid in watched:
+                    if _age(run) > CANCEL_GRACE:
+                        self.say(f"killing process {process.pid} of the cancelled {run['name']}")
+                        process.kill()
+                    continue
+                self._cancelled_by_us[run["id"]] = now
+                told = self._told_to_end.setdefault(process.pid, now)
                 if told == now:
-                    self.say(f"ending process {process.pid} of the cancelled run {run['name']}")
+                    self.say(f"ending process {process.pid} of the cancelled {run['name']}")
                     process.send_signal(signal.SIGTERM)
                 elif now - told > ORPHAN_GRACE:
                     process.kill()
+        return not psutil.wait_procs(processes, timeout=KILL_SECONDS)[1]
+
+    def _children_of_the_runner(self) -> set[int]:
+        record = Record.read(self.settings.home / "run" / "worker.json")
+        if record is None or not record.alive:
+            return set()
+        with contextlib.suppress(psutil.Error):
+            return {child.pid for child in psutil.Process(record.pid).children(recursive=True)}
+        return set()
 
     def _finish_cancels(self) -> None:
-        """A run that we ended without its runner calls itself Crashed; it was cancelled."""
-        for run_id in list(self._cancelled_by_us):
+        """A run that we ended may be called Crashed, by itself or its runner; it was cancelled."""
+        for run_id, since in list(self._cancelled_by_us.items()):
             run = self._ask(f"flow_runs/{run_id}")
             if run["state_type"] == "CRASHED":
-                self._end(run, "CANCELLED", "Cancelled after the runner that started it had died.")
-            if run["state_type"] in OVER:
-                self._cancelled_by_us.discard(run_id)
+                self._end(run, "CANCELLED", "The process of this run has ended.")
+            if run["state_type"] in OVER and time.monotonic() - since > WATCH_SECONDS:
+                del self._cancelled_by_us[run_id]
 
     def _schedule_again(self, run: dict[str, Any]) -> None:
         self.say(f"run {run['name']} was taken by a runner that died; scheduled again")

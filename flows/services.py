@@ -158,6 +158,7 @@ def _prefect(settings: Settings) -> Service:
             PREFECT_UI_API_URL=settings.prefect_api,
             PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false",
             PREFECT_UI_STATIC_DIRECTORY=str(dashboard_files.directory(settings)),
+            PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS="10",  # 60: a new schedule waits longer
         ),
         healthy=lambda _: _answers(f"{settings.prefect_api}/health"),
         url=settings.prefect_dashboard,

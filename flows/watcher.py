@@ -7,6 +7,7 @@ services running, and the next `up` starts it again.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -36,7 +37,7 @@ class Watcher:
         self.reaper = Reaper(settings, say)
         self._restarts: dict[str, list[float]] = {}
         self._missed = 0
-        self._due: dict[str, float] = {}
+        self._done: dict[str, float] = {}
 
     def run(self) -> None:
         """Watch until the stack is no longer wanted or its home is gone."""
@@ -61,7 +62,7 @@ class Watcher:
         self._restart(self.supervisor.dead())
         if self._is_due("serve", SERVE_SECONDS):
             self._check_serve()
-        if self._is_due("reap", REAP_SECONDS):
+        if self._is_due("reap", 0 if self.reaper.hurried else REAP_SECONDS):
             try:
                 self.reaper.reap()
             except Exception as error:  # whatever a server in trouble answers, the watch goes on
@@ -108,9 +109,9 @@ class Watcher:
 
     def _is_due(self, what: str, every: float) -> bool:
         now = time.monotonic()
-        if now < self._due.get(what, 0):
+        if now < self._done.get(what, -math.inf) + every:
             return False
-        self._due[what] = now + every
+        self._done[what] = now
         return True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from http.client import HTTPException
 from typing import Any
 
@@ -94,12 +95,22 @@ class Dashboard:
     def submit(self, flow: str) -> str:
         """Send the form; returns the id of the run it started."""
         before = self.newest(flow)
-        form = "location.pathname.endsWith('/run')"
-        while self.page.run(form):  # a form that is still checking a value ignores the button
-            self.press("Submit")
-            with contextlib.suppress(AssertionError):
-                self.page.wait(f"!{form}", 5)
+        self.press_until("Submit", lambda: not self.page.run("location.pathname.endsWith('/run')"))
         return self.started_after(before, flow)
+
+    def press_until(self, label: str, done: Callable[[], object]) -> None:
+        """Press as a person would whose click was ignored: a form that is still checking a value,
+        or a page that is being drawn again, does that.
+        """
+        deadline = time.monotonic() + 120
+        while not done():
+            assert time.monotonic() < deadline, f"pressing {label} does nothing"
+            with contextlib.suppress(AssertionError):  # gone, because it has worked by now
+                self.press(label)
+            for _ in range(60):
+                if done():
+                    return
+                time.sleep(0.25)
 
     def quick_run(self, flow: str) -> str:
         before = self.newest(flow)
@@ -131,9 +142,21 @@ class Dashboard:
         """The id of the next run of a flow that starts."""
         deadline = time.monotonic() + seconds
         while (run := self.newest(flow)) is None or run == before:
-            assert time.monotonic() < deadline, f"no run of {flow} started; {self.page.errors}"
+            assert time.monotonic() < deadline, f"no run of {flow} started: {self.story(flow)}"
             time.sleep(0.3)
         return run
+
+    def story(self, flow: str) -> str:
+        """What is known of a flow that does not start: its schedules, its runs, the last logs."""
+        schedules = self.ask(f"deployments/name/{flow}/local")["schedules"]
+        query = {"flows": {"name": {"any_": [flow]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 5}
+        runs = [
+            (run["name"], run["state_name"], run["expected_start_time"])
+            for run in self.ask("flow_runs/filter", query)
+        ]
+        logs = self.stack.settings.home / "logs"
+        ends = [(logs / f"{name}.log").read_text()[-3000:] for name in ("worker", "prefect")]
+        return "\n".join(map(str, (schedules, runs, *ends, self.page.errors[-3:])))
 
     def run(self, run: str) -> dict[str, Any]:
         found: dict[str, Any] = self.ask(f"flow_runs/{run}")

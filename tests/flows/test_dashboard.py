@@ -159,7 +159,12 @@ def test_a_schedule_added_in_the_dashboard_starts_runs_one_at_a_time_and_outlive
     dashboard.press("Schedule")
     dashboard.press("Cron")
     dashboard.see("Timezone")
-    dashboard.press("Save")
+
+    def schedules() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = dashboard.ask(f"deployments/{deployment}")["schedules"]
+        return found
+
+    dashboard.press_until("Save", schedules)
     dashboard.see("Every minute")
     scheduled = dashboard.started_after(before, "retrain", 180)
     assert dashboard.run(scheduled)["auto_scheduled"]
@@ -186,8 +191,7 @@ def test_a_schedule_added_in_the_dashboard_starts_runs_one_at_a_time_and_outlive
     assert kept["parameters"] == values
 
     dashboard.open_deployment("retrain")
-    dashboard.press("toggle Every minute")
-    until(lambda: not dashboard.ask(f"deployments/{deployment}")["schedules"][0]["active"])
+    dashboard.press_until("toggle Every minute", lambda: not schedules()[0]["active"])
     dashboard.cancel(scheduled)  # the runner that started it is gone
     until(lambda: dashboard.run(scheduled)["state_name"] == "Cancelled")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -63,11 +62,26 @@ def test_a_cancelled_run_that_hears_no_signal_is_killed_after_its_grace(tmp_path
     program = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(300)"
     with subprocess.Popen([sys.executable, "-c", program]) as deaf:
         process = psutil.Process(deaf.pid)
-        reaper._end_cancelled(cancelling(seconds=0), [process])
+        assert not reaper._have_ended(cancelling(seconds=0), [process])
         assert not is_over(process)
-        reaper._end_cancelled(cancelling(seconds=60), [process])
-        assert deaf.wait(10) == -signal.SIGKILL
-    assert said == [f"killing process {deaf.pid} of the cancelled run some-run"]
+        assert reaper._have_ended(cancelling(seconds=60), [process])
+        assert is_over(process)
+    assert said == [f"killing process {deaf.pid} of the cancelled some-run"]
+
+
+@pytest.mark.slow
+def test_a_run_can_be_cancelled_after_prefects_server_was_killed(killable: KillableStack) -> None:
+    """Its runner has lost the server's events and hears of cancels only now and then."""
+    runs = Runs(killable.settings)
+    until(lambda: killable.states()["worker"] == "healthy")
+    run = runs.trigger("sleeper", {"nap": {"seconds": 300}})
+    until(lambda: runs.ask(f"flow_runs/{run['id']}")["state_type"] == "RUNNING")
+    (process,) = processes.flow_processes()[run["id"]]
+    killable.kill("prefect")
+    until(lambda: killable.states()["prefect"] == "healthy")
+    runs.cancel(runs.find(run["id"]))
+    until(lambda: runs.ask(f"flow_runs/{run['id']}")["state_type"] == "CANCELLED")
+    until(lambda: is_over(process))
 
 
 def cancelling(seconds: float) -> dict[str, Any]:

@@ -124,11 +124,12 @@ def home() -> Iterator[Home]:
 class MemorySampler:
     """Peak proportional set size (shared pages counted once) of a home's processes, in GB.
 
-    `largest` says who held it at the peak.
+    `largest` says who held it at the peak, `when` how many seconds after the start that was.
     """
 
     def __init__(self, watched: Home, seconds: float = 2.0) -> None:
         self.watched, self.seconds, self.peak = watched, seconds, 0.0
+        self.begun, self.when = time.monotonic(), 0.0
         self.largest: list[tuple[str, float]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -150,5 +151,5 @@ class MemorySampler:
                     held.append((name, process.memory_full_info().pss / 1e9))
             total = sum(size for _, size in held)
             if total > self.peak:
-                self.peak = total
+                self.peak, self.when = total, time.monotonic() - self.begun
                 self.largest = sorted(held, key=lambda entry: -entry[1])

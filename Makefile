@@ -52,8 +52,9 @@ test: lint
 	$(PYTEST) -m "$(EVERY_CHANGE)" $(ARGS)
 
 test-all: $(VENV)/installed-all
-	@command -v chromium >/dev/null || test "$$(id -u)" != 0 || \
-	  { apt-get update -q && apt-get install -y -q --no-install-recommends chromium; }
+	@{ command -v chromium && ls /usr/lib/postgresql/*/bin/initdb; } >/dev/null 2>&1 || \
+	  test "$$(id -u)" != 0 || \
+	  { apt-get update -q && apt-get install -y -q --no-install-recommends chromium postgresql; }
 	$(PYTEST) -m "not ($(EVERY_CHANGE))" $(ARGS)
 
 bench: $(VENV)/installed-all

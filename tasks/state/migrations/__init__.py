@@ -1,0 +1,1 @@
+"""How the state database came to its schema, one numbered step after the other (Alembic)."""

@@ -202,6 +202,8 @@ class LatentAttention(Attention):
     def _project(self, config: ModelConfig, queries: int, keys: int) -> None:
         self.rotary, self.latent = config.rotary_size, config.kv_latent or 0
         self.parts = (self.head_dim - self.rotary, config.value_size)
+        if config.rope_scaling is not None:
+            self.scale *= config.rope_scaling.latent_score_scale
         width, latent = config.width, config.query_latent
         if latent is None:
             self.q_proj = nn.Linear(width, queries, bias=False)

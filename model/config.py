@@ -11,6 +11,8 @@ the outside world.
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from model.rope import RopeScaling
+
 
 class ConfigError(ValueError):
     """A model that cannot exist. The message names the value and the remedy."""
@@ -34,6 +36,7 @@ class ModelConfig:
     qk_norm: bool = False  # RMSNorm over each head's query and key, before RoPE
     sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None  # not of layers that have a window_rope_theta
 
     # Feed-forward: activation(gate) * up -> down
     mlp_width: int | None = None  # None: 8/3 of the width, rounded up to a multiple of 64
@@ -117,6 +120,12 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value <= 1:
                 raise ConfigError(f"{name} {value} must be above 1 (10000 is usual)")
+        if self.rope_scaling is not None:
+            problem = self.rope_scaling.problem()
+            if problem is None and self.positions != "rope":
+                problem = f"rope_scaling means nothing with positions {self.positions!r}"
+            if problem is not None:
+                raise ConfigError(problem)
         if self.norm_eps <= 0:
             raise ConfigError(f"norm_eps {self.norm_eps} must be above 0 (1e-5 is usual)")
         for name in ("query_scale", "attention_softcap", "logit_softcap"):
@@ -247,6 +256,9 @@ class ModelConfig:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ConfigError(f"unknown model setting {unknown[0]!r}; known are {', '.join(known)}")
+        scaling = values.get("rope_scaling")
+        if isinstance(scaling, dict):
+            values = values | {"rope_scaling": RopeScaling(**scaling)}
         return cls(**values)
 
 

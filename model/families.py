@@ -39,7 +39,7 @@ LATENT = SIZES | _names("""
     dense_layers  first_k_dense_replace  routing_scale      routed_scaling_factor
 """)
 # Settings without a plain counterpart, translated in `model.huggingface`.
-ROPE = frozenset({"rope_theta"})
+ROPE = frozenset({"rope_theta", "rope_scaling"})
 GEMMA_OWN = ROPE | {"query_scale", "full_attention_every"}
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from model.config import ConfigError, ModelConfig
 from model.families import FAMILIES, Family, FormatError, Rule, family_of
+from model.huggingface_rope import export_rope, import_rope
 from model.transformer import Transformer
 
 Weights = dict[str, Tensor]
@@ -88,16 +89,10 @@ _OPTIONAL = {"kv_heads", "head_dim", "tied_embeddings", "sliding_window", "query
 
 
 def _export_own(family: Family, config: ModelConfig) -> dict[str, Any]:
-    """The settings that need more than another name. `rope_theta` stands where transformers 4 and
-    where 5 looks."""
+    """The settings that need more than another name."""
     theirs: dict[str, Any] = {}
     if "rope_theta" in family.own:
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-        if config.window_rope_theta is not None:
-            local = rope | {"rope_theta": config.window_rope_theta}
-            rope = {"full_attention": rope, "sliding_attention": local}
-            theirs["rope_local_base_freq"] = config.window_rope_theta
-        theirs |= {"rope_theta": config.rope_theta, "rope_parameters": rope}
+        theirs |= export_rope(config)
     if "query_scale" in family.own:
         scale = config.query_scale or config.head_size
         if scale != int(scale):
@@ -126,18 +121,7 @@ def _import_own(family: Family, theirs: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `_export_own`."""
     ours: dict[str, Any] = {}
     if "rope_theta" in family.own:
-        ropes = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-        local = ropes.get("sliding_attention", {})
-        rope = ropes.get("full_attention", ropes)
-        for part in (rope, local):
-            kind = part.get("rope_type", part.get("type", "default"))
-            if kind != "default":
-                raise FormatError(f"RoPE scaling {kind!r} is not supported, only plain RoPE is")
-        if "window_rope_theta" in family.own:
-            base = local.get("rope_theta", theirs.get("rope_local_base_freq", 10_000.0))
-            ours["window_rope_theta"] = float(base)
-        usual = 1e6 if local else 10_000.0
-        ours["rope_theta"] = float(rope.get("rope_theta", theirs.get("rope_theta", usual)))
+        ours |= import_rope(theirs, local="window_rope_theta" in family.own)
     if "query_scale" in family.own:
         scale = theirs.get("query_pre_attn_scalar", 256)
         ours["query_scale"] = None if scale == theirs.get("head_dim") else float(scale)

@@ -44,19 +44,6 @@ def make_norm(config: ModelConfig, width: int | None = None) -> RMSNorm | LayerN
     return RMSNorm(width, config.norm_eps, offset=1.0 if config.norm == "rms+1" else 0.0)
 
 
-def rope_table(positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (positions, head_dim) in float32, of rotary embeddings
-    (arXiv:2104.09864).
-
-    Both halves of the head hold the same angles: the rotate-half layout of Hugging Face's
-    checkpoints, not the interleaved pairs of the paper.
-    """
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-    angles = torch.outer(torch.arange(positions).float(), frequencies)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn queries or keys by their positions, and put heads first: (B, T, H, D) -> (B, H, T, D).
 

@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attention, KVCache, LatentAttention, Visibility
 from model.config import ModelConfig
-from model.layers import FeedForward, activate, make_norm, rope_table
+from model.layers import FeedForward, activate, make_norm
 from model.losses import softcapped
 from model.moe import MixtureOfExperts
+from model.rope import rope_table
 
 Angles = tuple[Tensor, Tensor]
 
@@ -132,7 +133,7 @@ class Transformer(nn.Module):
         """The cosines and sines of `_tables`, from the config."""
         config = self.config
         size = config.rotary_size if config.positions == "rope" else 0
-        tables = rope_table(config.context, size, config.rope_theta)
+        tables = rope_table(config.context, size, config.rope_theta, config.rope_scaling)
         if config.window_rope_theta is None:
             return tables
         return *tables, *rope_table(config.context, size, config.window_rope_theta)

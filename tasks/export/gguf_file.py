@@ -14,6 +14,7 @@ import torch
 from model.chat import BYTE_TOKENS, CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer
 from model.config import ModelConfig
 from model.huggingface import FormatError, export_weights, family_of
+from model.rope import RopeScaling
 from model.transformer import Transformer
 
 # Hugging Face's model_type → llama.cpp's. Where llama.cpp calls both llama, it turns neighbouring
@@ -47,6 +48,8 @@ def begin(path: Path, config: ModelConfig, name: str) -> Any:
     writer.add_value_length(config.head_size)
     writer.add_rope_dimension_count(config.head_size)
     writer.add_rope_freq_base(config.rope_theta)
+    if config.rope_scaling is not None:
+        add_scaling(writer, config, config.rope_scaling)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_vocab_size(config.vocab_size)
     return writer
@@ -61,6 +64,33 @@ def architecture(config: ModelConfig) -> str:
             f"--format hf"
         )
     return ARCHITECTURES[family]
+
+
+def add_scaling(writer: Any, config: ModelConfig, scaling: RopeScaling) -> None:
+    """How positions are stretched. Raises FormatError for what llama.cpp computes otherwise."""
+    import gguf
+
+    plain = RopeScaling("yarn", 1.0)
+    own = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
+    other = [name for name in own if getattr(scaling, name) != getattr(plain, name)]
+    if scaling.kind == "llama3" and architecture(config) == "llama":
+        usual = config.rope_theta ** -(torch.arange(0, config.head_size, 2) / config.head_size)
+        divisors = usual / scaling.frequencies(usual, config.rope_theta)
+        writer.add_tensor("rope_freqs.weight", divisors.float().numpy())
+    elif scaling.kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling.factor)
+    elif scaling.kind == "yarn" and not other:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling.factor)
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_context)
+        writer.add_rope_scaling_yarn_beta_fast(scaling.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(scaling.beta_slow)
+    else:
+        raise FormatError(
+            f"a {family_of(config).model_type} model with rope_scaling {scaling.kind} "
+            f"{' '.join(other)} is not written as GGUF; use --format hf"
+        )
 
 
 def add_vocabulary(writer: Any, tokenizer: Tokenizer, size: int) -> None:

@@ -21,6 +21,7 @@ from model.engine import (
     generate_batch,
     load_model,
 )
+from model.rope import RopeScaling
 from model.transformer import Transformer
 from tests.tiny_models import VOCABULARY, model_directory, tokenizer, transformer
 
@@ -30,6 +31,8 @@ VARIANTS = [
     {"sliding_window": 8},
     {"qk_norm": True, "head_dim": 48, "heads": 4, "kv_heads": 1},
     {"qkv_bias": True, "tied_embeddings": False},
+    {"rope_scaling": RopeScaling("llama3", 8.0, 16, 1.0, 4.0)},
+    {"qkv_bias": True, "rope_scaling": RopeScaling("yarn", 4.0, 16, beta_fast=4.0)},
 ]
 GREEDY = Sampling(max_tokens=24)
 

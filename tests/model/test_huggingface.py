@@ -1,13 +1,15 @@
 """Export and import are inverse, refuse what has no name, and agree with transformers to 1e-5."""
 
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from model.config import ModelConfig
+from model.config import ConfigError, ModelConfig
 from model.engine.loading import load_model
 from model.flops import count_parameters
 from model.huggingface import (
@@ -19,8 +21,12 @@ from model.huggingface import (
     load_weights,
     save_directory,
 )
+from model.rope import RopeScaling
 from model.transformer import Transformer
 
+# Trained on a third of the test's 48 tokens, so that every regime of frequencies occurs.
+LLAMA3 = RopeScaling("llama3", 8.0, original_context=16, low_freq_factor=1.0, high_freq_factor=4.0)
+YARN = RopeScaling("yarn", 4.0, original_context=16, beta_fast=4.0, beta_slow=0.5)
 GPT2 = {
     "positions": "learned",
     "norm": "layer",
@@ -53,9 +59,15 @@ DEEPSEEK = {
 FAMILIES = {
     "llama": {"kv_heads": 2, "tied_embeddings": False},
     "llama_tied": {"head_dim": 24, "rope_theta": 5e5},
+    "llama_llama3": {"kv_heads": 2, "rope_theta": 5e5, "rope_scaling": LLAMA3},
+    "llama_linear": {"rope_scaling": RopeScaling("linear", 4.0)},
+    "llama_dynamic": {"rope_scaling": RopeScaling("dynamic", 2.0)},
     "mistral": {"kv_heads": 2, "sliding_window": 5, "tied_embeddings": False},
+    "mistral_yarn": {"sliding_window": 5, "rope_scaling": replace(YARN, attention_factor=1.3)},
     "qwen2": {"kv_heads": 2, "qkv_bias": True},
     "qwen3": {"kv_heads": 1, "qk_norm": True, "head_dim": 32, "norm_eps": 1e-6},
+    "qwen2_yarn": {"kv_heads": 2, "qkv_bias": True, "rope_scaling": YARN},
+    "qwen3_yarn": {"qk_norm": True, "rope_scaling": replace(YARN, truncate=False)},
     "gpt2": GPT2,
     "gpt2_untied": GPT2 | {"tied_embeddings": False, "mlp_width": 100},
     "gemma2": GEMMA
@@ -73,7 +85,26 @@ FAMILIES = {
         "window_rope_theta": 1e4,
         "query_scale": 40.0,
     },
+    "gemma2_linear": GEMMA
+    | {"full_attention_every": 2, "rope_scaling": RopeScaling("linear", 4.0)},
+    "gemma3_linear": GEMMA
+    | {
+        "qk_norm": True,
+        "full_attention_every": 3,
+        "rope_theta": 1e6,
+        "window_rope_theta": 1e4,
+        "rope_scaling": RopeScaling("linear", 8.0),
+    },
     "deepseekv2": DEEPSEEK,
+    "deepseekv2_yarn": DEEPSEEK
+    | {"rope_scaling": replace(YARN, factor=40.0, mscale=0.707, mscale_all_dim=0.707)},
+    "deepseekv3_yarn": DEEPSEEK
+    | {
+        "routing": "sigmoid",
+        "normalised_routing": True,
+        "query_latent": 28,
+        "rope_scaling": replace(YARN, factor=40.0, mscale=1.0, mscale_all_dim=0.8),
+    },
     "deepseekv2_groups": DEEPSEEK
     | {"expert_groups": 4, "groups_per_token": 2, "query_latent": 28, "routing_scale": 2.5},
     "deepseekv3": DEEPSEEK
@@ -154,12 +185,15 @@ def test_no_family_is_a_refusal() -> None:
         ({"model_type": "t5"}, "model_type 't5' is not one of llama, mistral,"),
         ({"hidden_act": "gelu"}, "llama with hidden_act='gelu'"),
         ({"attention_bias": True}, "attention_bias=True"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "RoPE scaling 'yarn'"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE scaling 'longrope' is not supp"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "RoPE scaling linear lacks factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "finetuned": True}}, "yarn with finetuned"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
     ],
 )
 def test_unsupported_settings_are_named(change: dict, message: str) -> None:
     with pytest.raises(FormatError, match=message):
-        import_config(export_config(tiny()) | change)
+        import_config({**export_config(tiny()), "rope_parameters": None} | change)
 
 
 def test_wrong_weights_are_named(tmp_path: Path) -> None:
@@ -183,6 +217,50 @@ def test_special_tokens_are_checked(tmp_path: Path) -> None:
         SpecialTokens(eos=(2,), pad=2)
     with pytest.raises(FormatError, match="id 97 is outside"):
         save_directory(tmp_path, Transformer(tiny()), SpecialTokens(eos=(97,)))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        (RopeScaling("linear", 0.5), "factor 0.5 must be at least 1"),
+        (RopeScaling("linear", 2.0, mscale=1.0), "mscale means nothing for linear"),
+        (RopeScaling("yarn", 2.0), "needs original_context"),
+        (replace(LLAMA3, low_freq_factor=4.0), "below high_freq_factor 4.0"),
+        (replace(YARN, beta_slow=9.0), "at most beta_fast 4.0"),
+    ],
+)
+def test_impossible_stretches_of_positions_are_named(scaling: RopeScaling, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tiny(rope_scaling=scaling)
+    with pytest.raises(ConfigError, match="means nothing with positions 'learned'"):
+        tiny(**GPT2, rope_scaling=YARN)
+
+
+PUBLISHED = {  # as config.json of these models says it
+    "llama 3.1": (
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        | {"original_max_position_embeddings": 8192},
+        RopeScaling("llama3", 8.0, 8192, 1.0, 4.0),
+    ),
+    "qwen 2.5": (
+        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        RopeScaling("yarn", 4.0, 32768),
+    ),
+    "deepseek": (
+        {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
+        | {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+        RopeScaling("yarn", 40.0, 4096, mscale=1.0, mscale_all_dim=1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_spellings_of_stretched_positions_are_read(model: str) -> None:
+    theirs, ours = PUBLISHED[model]
+    config = export_config(tiny()) | {"rope_scaling": theirs, "rope_theta": 5e5}
+    del config["rope_parameters"]
+    assert import_config(config).rope_scaling == ours
+    assert import_config(config).rope_theta == 5e5
 
 
 PEERS = {
@@ -313,3 +391,27 @@ def test_the_published_spellings_of_gpt2_and_bert_are_read(tmp_path: Path) -> No
         save_file(old | more[family], folder / "model.safetensors")
         with torch.no_grad():
             assert (theirs(tokens).logits - load_directory(folder)(tokens)).abs().max() <= 1e-5
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("draw", range(12))
+def test_stretched_angles_are_transformers_at_real_sizes(draw: int) -> None:
+    """Heads of 64 to 128 channels, contexts of thousands: each channel's angle a position."""
+    modeling = pytest.importorskip("transformers.modeling_rope_utils")
+    pick = random.Random(draw)
+    theta, head = pick.choice([1e4, 5e5, 1e6]), pick.choice([64, 80, 128])
+    factor, before = pick.choice([2.0, 8.0, 40.0]), pick.choice([2048, 4096, 8192])
+    kinds = [
+        RopeScaling("linear", factor),
+        RopeScaling("llama3", factor, before, pick.uniform(0.5, 2), pick.uniform(3, 8)),
+        RopeScaling("yarn", factor, before, mscale=pick.uniform(0.5, 1), mscale_all_dim=1.0),
+        RopeScaling("yarn", factor, before, beta_fast=pick.uniform(2, 40), truncate=False),
+    ]
+    scaling = pick.choice(kinds) if draw >= len(kinds) else kinds[draw]
+    flags = {"width": 2 * head, "heads": 2, "context": 16384, "rope_theta": theta}
+    ours = ModelConfig(layers=1, rope_scaling=scaling, **flags)
+    theirs = pytest.importorskip("transformers").LlamaConfig.from_dict(export_config(ours))
+    angles, magnitude = modeling.ROPE_INIT_FUNCTIONS[scaling.kind](theirs, "cpu")
+    usual = theta ** -(torch.arange(0, head, 2) / head)
+    torch.testing.assert_close(scaling.frequencies(usual, theta), angles, rtol=1e-5, atol=0)
+    assert scaling.magnitude == pytest.approx(magnitude)

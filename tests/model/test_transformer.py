@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from model.attention import attend
 from model.config import ConfigError, ModelConfig
 from model.flops import count_parameters, training_flops_per_token
-from model.layers import RMSNorm, rope_table, rotate
+from model.layers import RMSNorm, rotate
 from model.moe import balance
+from model.rope import rope_table
 from model.transformer import Transformer
 
 VARIANTS = [

@@ -16,9 +16,10 @@ from model.chat import encode_chat
 from model.config import ModelConfig
 from model.engine import Sampling, generate_batch, load_model
 from model.huggingface import FormatError
+from model.rope import RopeScaling
 from model.tokenizer_files import tokenizer_files
 from model.transformer import Transformer
-from tasks.export.gguf_file import architecture, write_gguf
+from tasks.export.gguf_file import architecture, begin, write_gguf
 from tasks.registry import models, tracking
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
@@ -150,6 +151,24 @@ def test_a_family_that_llama_cpp_was_not_compared_with_is_refused() -> None:
         architecture(gpt2)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"rope_scaling": RopeScaling("dynamic", 2.0)}, "llama model with rope_scaling dynamic"),
+        (
+            {"rope_scaling": RopeScaling("yarn", 2.0, 64, attention_factor=2.0)},
+            "rope_scaling yarn attention_factor is not written as GGUF",
+        ),
+        ({"qkv_bias": True, "rope_scaling": RopeScaling("llama3", 8.0, 64, 1.0, 4.0)}, "a qwen2"),
+    ],
+)
+def test_positions_that_llama_cpp_would_stretch_otherwise_are_refused(
+    tmp_path: Path, flags: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FormatError, match=message):
+        begin(tmp_path / "model.gguf", ModelConfig(**flags), "tiny")
+
+
 def ask(server: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:
     request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode())
     request.add_header("Content-Type", "application/json")
@@ -166,8 +185,11 @@ def ask(server: Any, path: str, body: dict[str, Any]) -> dict[str, Any]:
         {"sliding_window": 64, "kv_heads": 1, "tied_embeddings": False},
         {"qkv_bias": True, "vocab_size": 530},
         {"qk_norm": True, "head_dim": 48, "kv_heads": 1},
+        {"rope_scaling": RopeScaling("llama3", 8.0, 64, 1.0, 4.0)},
+        {"rope_scaling": RopeScaling("linear", 4.0)},
+        {"qkv_bias": True, "rope_scaling": RopeScaling("yarn", 4.0, 64, beta_fast=8.0)},
     ],
-    ids=["llama", "llama-untied", "mistral", "qwen2-padded", "qwen3"],
+    ids=["llama", "llama-untied", "mistral", "qwen2-padded", "qwen3", "llama3", "linear", "yarn"],
 )
 def test_llama_cpp_says_the_same_tokens(tmp_path: Path, flags: dict[str, Any]) -> None:
     from benchmarks.llama_cpp import LlamaCpp

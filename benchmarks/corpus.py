@@ -8,7 +8,7 @@ flow, personal data masked too, runs on a Ray node of its own, with one worker a
 per second and core are pages per CPU second of everything that runs: workers, the children that
 parse, Ray's own processes, and the process that drives the stages; up to the selected documents
 (SELECTION) and, beside it, up to the split. Each node works off a small crawl first, so that
-imports are not counted.
+imports are not counted. What two workers gain is told beside what two plain processes gain.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -109,14 +110,18 @@ def ray_node(workers: int) -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def cpu_seconds() -> float:
-    """Of this process and everything below it, what ended there included."""
+def cpu_seconds() -> dict[str, float]:
+    """Of this process and everything below it, by what it is; what ended is its parent's."""
     own = psutil.Process()
-    total = 0.0
+    spent = {"driver": 0.0, "workers": 0.0, "parsers": 0.0, "ray": 0.0}
     for process in [own, *own.children(recursive=True)]:
         with contextlib.suppress(psutil.Error):
-            total += sum(process.cpu_times()[:4])  # own and waited-for children, user and system
-    return total
+            said = " ".join(process.cmdline())
+            kind = "driver" if process == own else "ray"
+            kind = "workers" if said.startswith("ray::") else kind
+            kind = "parsers" if "tasks.corpus.page_text" in said else kind
+            spent[kind] += sum(process.cpu_times()[:4])  # own and waited-for children's
+    return spent
 
 
 def walk(extractor: str, crawl: Manifest, timed: Callable[..., Manifest]) -> None:
@@ -148,8 +153,10 @@ def run(crawls: Path, extractor: str, workers: int) -> list[dict[str, Any]]:
         begun, cpu = time.monotonic(), cpu_seconds()
         manifest = step(config, **inputs)
         kept = manifest.counts.get("documents", manifest.counts.get("train_documents"))
-        took = {"seconds": time.monotonic() - begun, "cpu_seconds": cpu_seconds() - cpu}
-        rows.append({"stage": step.name, "documents": kept} | took)
+        seconds = time.monotonic() - begun
+        spent = {kind: total - cpu[kind] for kind, total in cpu_seconds().items()}
+        took = {"seconds": seconds, "cpu_seconds": sum(spent.values())}
+        rows.append({"stage": step.name, "documents": kept} | took | spent)
         return manifest
 
     try:
@@ -157,14 +164,52 @@ def run(crawls: Path, extractor: str, workers: int) -> list[dict[str, Any]]:
         (home / "store" / "benchmark-crawl").symlink_to(crawls / "store" / "benchmark-crawl")
         with ray_node(workers) as address:
             os.environ |= {"GRISTMILL_HOME": str(home), "GRISTMILL_RAY_ADDRESS": address}
-            for crawled in sorted(
-                Store.open().all("benchmark-crawl"), key=lambda m: m.counts["documents"]
-            ):
+            for crawled in by_size():
                 rows.clear()
                 walk(extractor, crawled, timed)
     finally:
         shutil.rmtree(home, ignore_errors=True)
     return rows
+
+
+def plain(crawls: Path, extractor: str, workers: int) -> float:
+    """Pages per second of the same stages in so many processes without Ray, each over all pages.
+
+    What one of two cores loses to the other (threads of one core, memory, heat) is lost here too.
+    """
+    context = multiprocessing.get_context("spawn")
+    together, told = context.Barrier(workers), context.Queue()
+    processes = [
+        context.Process(target=_alone, args=(crawls, extractor, together, told))
+        for _ in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    rates = [told.get(timeout=600) for _ in processes]
+    for process in processes:
+        process.join()
+    return workers * min(rates)
+
+
+def _alone(crawls: Path, extractor: str, together: Any, told: Any) -> None:
+    def timed(step: Stage[Any], config: StageConfig, **inputs: Manifest) -> Manifest:
+        return step(config, **inputs)
+
+    with tempfile.TemporaryDirectory(prefix="gristmill-bench-") as home, one_core(Path(home)):
+        (Path(home) / "store").mkdir()
+        (Path(home) / "store" / "benchmark-crawl").symlink_to(crawls / "store" / "benchmark-crawl")
+        seconds, pages = 0.0, 0
+        for crawled in by_size():
+            together.wait(600)
+            begun = time.monotonic()
+            walk(extractor, crawled, timed)
+            seconds, pages = time.monotonic() - begun, crawled.counts["documents"]
+    told.put(pages / seconds)
+
+
+def by_size() -> list[Manifest]:
+    """The crawls to warm up with and to measure."""
+    return sorted(Store.open().all("benchmark-crawl"), key=lambda m: m.counts["documents"])
 
 
 def main() -> None:
@@ -177,11 +222,12 @@ def main() -> None:
         print(json.dumps({"rows": run(Path(folder), extractor, int(workers))}))
         return
     count = 1000 if options.quick else 3000
-    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(prefix="gristmill-bench-") as directory:
         with one_core(Path(directory)):
             crawl_of(PagesConfig(pages=WARM_UP_PAGES, seed=1))
             megabytes = crawl_of(PagesConfig(pages=count, seed=2)).counts["bytes"] / 1e6
+        plain_rates = {n: plain(Path(directory), "trafilatura", n) for n in (1, 2)}
         passes = {
             (extractor, workers): worker(__file__, directory, extractor, str(workers))["rows"]
             for extractor in ("trafilatura", "resiliparse")
@@ -207,7 +253,11 @@ def main() -> None:
             f"{extractor}_pages_per_second_two_workers": rate(extractor, 2, "seconds"),
         }
     one, two = (rate("trafilatura", workers, "seconds") for workers in (1, 2))
-    finish("corpus", metrics | {"two_workers_times_one": round(two / one, 2)}, TARGETS)
+    metrics |= {
+        "two_workers_times_one": round(two / one, 2),
+        "two_plain_processes_times_one": round(plain_rates[2] / plain_rates[1], 2),
+    }
+    finish("corpus", metrics, TARGETS)
 
 
 if __name__ == "__main__":

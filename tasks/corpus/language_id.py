@@ -88,12 +88,25 @@ def identifier() -> VectorisedIdentifier:
 
 def identify(reading: Reading) -> tuple[str, float, int]:
     """(ISO 639-1 code, probability, words looked at) of the prose; (`und`, 0, 0) without any."""
-    words = reading.prose_words[:SAMPLE_WORDS]
-    if _CODE.search(" ".join(words)):
-        words = [word for word in words if not _CODE.search(word)]
-    if not words:
+    text = _without_code(" ".join(reading.prose_words[:SAMPLE_WORDS]))
+    if not text:
         return UNDETERMINED, 0.0, 0
-    # Unspaced scripts put a sentence into one "word".
-    number = len(words) + sum(len(word) // 12 - 1 for word in words if len(word) > 23)
-    code, score = identifier().classify(" ".join(words))
+    words = text.split(" ")
+    number = len(words)
+    if max(map(len, words)) > 23:  # unspaced scripts put a sentence into one "word"
+        number += sum(len(word) // 12 - 1 for word in words if len(word) > 23)
+    code, score = identifier().classify(text)
     return str(code), round(float(score), 4), number
+
+
+def _without_code(text: str) -> str:
+    """Words without those that look like code; one blank stands between words."""
+    kept, end = [], 0
+    for found in _CODE.finditer(text):
+        if found.start() < end:
+            continue  # in a word that is gone already
+        begin = text.rfind(" ", 0, found.start()) + 1
+        kept.append(text[end:begin])
+        end = text.find(" ", found.end()) + 1 or len(text) + 1
+    kept.append(text[end:])
+    return "".join(kept).removesuffix(" ")

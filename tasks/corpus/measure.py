@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from tasks.corpus.documents import document_shards
 from tasks.corpus.filters.catalogue import RULES
 from tasks.corpus.language_id import identify
-from tasks.corpus.reading import Reading
+from tasks.corpus.reading import Readings
 from tasks.corpus.sharding import run_shards
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Report, Workspace, stage
@@ -76,13 +76,13 @@ def attributes(texts: Sequence[str]) -> dict[str, pa.Array]:
     found: dict[str, list[Any]] = {name: [] for name in IDENTIFIED.names}
     found |= {rule.name: [] for rule in RULES}
     for start in range(0, len(texts), TOGETHER):
-        readings = [Reading.of(text) for text in texts[start : start + TOGETHER]]
-        for reading in readings:
+        readings = Readings.of(texts[start : start + TOGETHER])
+        for reading in readings.each:
             identified = (*identify(reading), reading.code_share)
             for name, value in zip(IDENTIFIED.names, identified, strict=True):
                 found[name].append(value)
         for rule in RULES:
-            found[rule.name] += map(rule.measure, readings)
+            found[rule.name] += rule.of(readings)
     types = {field.name: field.type for field in IDENTIFIED}
     return {name: pa.array(values, types.get(name, pa.float64())) for name, values in found.items()}
 

@@ -32,6 +32,8 @@ _LICENCE_NAMES = (
     "rights",
     "dcterms.accessrights",
 )
+# What meta elements are called that say anything here; http-equiv=content-language does, too.
+META_NAMES = ("robots", "gristmill", "tdm-reservation", *_DATE_NAMES, *_LICENCE_NAMES)
 _COMMONS = re.compile(r"^(?:https?:)?//(?:www\.)?creativecommons\.org/(?:licenses|publicdomain)/")
 _LONGEST_TITLE = 500
 _LONGEST_LICENCE = 200

@@ -7,10 +7,13 @@ and all; a Python step for every word made these rules as slow as extraction its
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 
-from tasks.corpus.shingles import Words, count_names, normalise
+from tasks.corpus.phrases import Phrases, phrases
+from tasks.corpus.shingles import count_names, normal_words
 
 _FENCE = re.compile(r"^\s*(`{3,}|~{3,})")
 _HEADING = re.compile(r"^#{1,6} ")
@@ -19,6 +22,7 @@ _CODE_SPAN = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)")
 _CALL_OR_PATH = re.compile(r"\w\(|\w\.\w")
 _LEFT_OVER = ",.;:()[]'\"!?"
 TECHNICAL = 0.1
+LEAST_WORDS = 50  # of prose, for its phrases to say something
 
 
 @dataclass(frozen=True)
@@ -77,22 +81,13 @@ class Reading:
         return " ".join(self.prose_words)
 
     @cached_property
-    def normalised(self) -> str:
-        """`plain_text` in lower case, letters and digits only."""
-        return normalise(self.plain_text)
-
-    @cached_property
     def normal_words(self) -> list[str]:
-        return self.normalised.split()
+        """The words of `plain_text` in lower case, letters and digits only."""
+        return normal_words(self.plain_text)
 
     @cached_property
     def distinct_words(self) -> frozenset[str]:
         return frozenset(self.normal_words)
-
-    @cached_property
-    def words(self) -> Words:
-        """`normalised`, hashed, for rules about phrases."""
-        return Words.of(self.normalised)
 
     @cached_property
     def paragraphs(self) -> list[str]:
@@ -120,3 +115,24 @@ class Reading:
     @cached_property
     def bullet_lines(self) -> int:
         return sum(bool(_BULLET.match(line)) for line in self.lines)
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Several documents, and what is cheaper to find out of all of them together."""
+
+    each: tuple[Reading, ...]
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Readings:
+        return cls(tuple(map(Reading.of, texts)))
+
+    @cached_property
+    def phrases(self) -> list[Phrases | None]:
+        """Of the prose; None where there is little of it beside the code, or little at all."""
+        judged = [
+            not reading.is_technical and len(reading.prose_words) >= LEAST_WORDS
+            for reading in self.each
+        ]
+        found = iter(phrases([" ".join(one.normal_words) for one in compress(self.each, judged)]))
+        return [next(found) if is_judged else None for is_judged in judged]

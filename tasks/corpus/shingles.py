@@ -15,6 +15,8 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.corpus.arrays import distinct
+
 Hashes = NDArray[np.uint64]
 
 _BASE = np.uint64(0x9E3779B97F4A7C15 | 1)
@@ -33,22 +35,40 @@ _UNSPACED = re.compile(
 )
 _NAMES = re.compile(r"[^\W_]+")
 _BASIC = 0x10000
-_SEPARATING, _ALONE = 0, 2  # what is 1 stands in a word
+_FEW = 200  # of them a set is made faster than they are sorted
 _BLANK = 0x20
 _ASCII = "".join(chr(code).lower() if chr(code).isalnum() else " " for code in range(128))
+_ASCII_BYTES = _ASCII.encode() + bytes(range(128, 256))
 
 
 def normalise(text: str) -> str:
     """Lower case, letters and digits only, one blank between words. Idempotent."""
+    return " ".join(normal_words(text))
+
+
+def normal_words(text: str) -> list[str]:
+    """The words of `normalise(text)`."""
     if text.isascii():
-        return " ".join(text.translate(_ASCII).split())
-    folded = text.casefold()
-    codes = code_points(folded)
-    kinds = _kinds().take(codes, mode="clip")
-    if (kinds == _ALONE).any():
-        return _SEPARATORS.sub(" ", _UNSPACED.sub(r" \1 ", folded)).strip()
-    words = np.where(kinds == _SEPARATING, np.uint32(_BLANK), codes).tobytes()
-    return " ".join(words.decode("utf-32-le", "surrogatepass").split())
+        return text.translate(_ASCII).split()
+    signs = foreign(text)
+    if any(sign.casefold() != sign for sign in signs):
+        text = text.casefold()
+        signs = foreign(text)
+    if any(map(_UNSPACED.match, signs)):
+        return _SEPARATORS.sub(" ", _UNSPACED.sub(r" \1 ", text.casefold())).split()
+    for sign in signs:
+        if not sign.isalnum():
+            text = text.replace(sign, " ")
+    # UTF-8's bytes beyond ASCII belong to letters now; `bytes` maps the others much faster.
+    lowered = text.encode("utf-8", "surrogatepass").translate(_ASCII_BYTES)
+    return lowered.decode("utf-8", "surrogatepass").split()
+
+
+def foreign(text: str) -> set[str]:
+    """The characters beyond ASCII: by numpy, as a look at each costs more than all the rest."""
+    codes = code_points(text)
+    found = codes[codes > 0x7F]
+    return set(map(chr, (distinct(found) if len(found) > _FEW else found).tolist()))
 
 
 def code_points(text: str) -> NDArray[np.uint32]:
@@ -56,16 +76,9 @@ def code_points(text: str) -> NDArray[np.uint32]:
 
 
 @cache
-def _kinds() -> NDArray[np.uint8]:
-    """For code points of the basic plane: separates words, stands in one, or is one.
-
-    The entry after them stands for all others: rare enough to be looked at one by one.
-    """
-    kinds = np.fromiter(map(str.isalnum, map(chr, range(_BASIC + 1))), np.uint8, _BASIC + 1)
-    for first, last in _UNSPACED_RANGES:
-        kinds[first : last + 1] *= _ALONE
-    kinds[_BASIC] = _ALONE
-    return kinds
+def _letters() -> NDArray[np.bool_]:
+    """Which code points of the basic plane are letters or digits."""
+    return np.fromiter(map(str.isalnum, map(chr, range(_BASIC))), np.bool_, _BASIC)
 
 
 def count_names(text: str) -> int:
@@ -75,7 +88,7 @@ def count_names(text: str) -> int:
     codes = code_points(text)
     if int(codes.max()) >= _BASIC:
         return len(_NAMES.findall(text))
-    inside = _kinds()[codes] != _SEPARATING
+    inside = _letters().take(codes)
     return int(inside[0]) + int(np.count_nonzero(inside[1:] & ~inside[:-1]))
 
 
@@ -128,7 +141,7 @@ class Words:
     ) -> Words:
         """Normalised text whose words are known."""
         prefix = np.zeros(len(data) + 1, np.uint64)
-        np.cumsum(_table()[data] * _powers_for(len(data), _BASE), out=prefix[1:])
+        np.cumsum(_table().take(data) * _powers_for(len(data), _BASE), out=prefix[1:])
         return cls(data, starts, ends, prefix)
 
     def __len__(self) -> int:
@@ -137,7 +150,7 @@ class Words:
     def spans(self, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> Hashes:
         """Hashes of the byte ranges [start, end)."""
         inverse = _powers_for(len(self.data) + 1, _INVERSE)
-        return mix((self.prefix[ends] - self.prefix[starts]) * inverse[starts])
+        return mix((self.prefix.take(ends) - self.prefix.take(starts)) * inverse.take(starts))
 
     def grams(self, n: int) -> Hashes:
         """One hash for each run of `n` words, in order: (W - n + 1,), empty if there are fewer."""

@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.corpus.shingles import Hashes, Words, mix, normalise
+from tasks.corpus.shingles import Hashes, Words, foreign, mix, normalise
 
 _END = b"\n"  # of a text; normalised text has none
 _BLOCK = 1 << 17  # bytes at a time: they stay in the second cache
@@ -156,22 +156,16 @@ def _blocks(texts: Sequence[str], table: bytes) -> Iterator[list[bytes]]:
 def _spaced(text: str, table: bytes = _TABLE) -> bytes:
     """Letters and digits in lower case, everything else as `table` says; not yet single blanks."""
     if not text.isascii():
-        foreign = _foreign(text)
-        if any(map(str.isalnum, foreign)):
+        signs = foreign(text)
+        if any(map(str.isalnum, signs)):
             text = text.casefold()
             if _UNSPACED.search(text):
                 text = "\n".join(map(normalise, text.split("\n")))
-            foreign = _foreign(text)
-        for sign in foreign:
+            signs = foreign(text)
+        for sign in signs:
             if not sign.isalnum():
                 text = text.replace(sign, " ")
     return text.encode().lower().translate(table)
-
-
-def _foreign(text: str) -> set[str]:
-    """The characters beyond ASCII: by numpy, as a look at each costs more than all the rest."""
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-    return {chr(code) for code in np.unique(codes[codes > 0x7F]).tolist()}
 
 
 def _powers_to(count: int) -> Hashes:

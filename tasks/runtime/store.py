@@ -79,7 +79,10 @@ class Directory:
             return stream.read()
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        return pq.read_table(self.location(name), columns=columns, filesystem=self.filesystem)
+        """Columns in the order asked for. `pq.read_table` plans a data set first: 1 ms a file."""
+        with self.filesystem.open_input_file(self.location(name)) as source:
+            table = pq.ParquetFile(source, pre_buffer=not self.is_local).read(columns)
+        return table if columns is None else table.select(columns)
 
     def write_bytes(self, name: str, data: bytes) -> FileEntry:
         """Write a whole file atomically: readers see the old file or the new one."""

@@ -17,7 +17,8 @@ def alphabetic_share(reading: Reading) -> float | None:
     words = reading.prose_words
     if reading.is_technical or len(words) < LEAST_WORDS:
         return None
-    doubtful = filterfalse(str.isalpha, words)
+    # Most words begin with a letter, or are nothing else.
+    doubtful = (word for word in filterfalse(str.isalpha, words) if not word[0].isalpha())
     return 1 - sum(not any(map(str.isalpha, word)) for word in doubtful) / len(words)
 
 

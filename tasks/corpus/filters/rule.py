@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tasks.corpus.reading import Reading
+from tasks.corpus.reading import Reading, Readings
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`measure` gives the number that must lie between the config's fields `low` and `high`.
+    """What is measured must lie between the config's fields `low` and `high`.
 
+    `measure` gives the number of one document, `together` those of several where that is cheaper.
     A rule that cannot judge a document (too little prose, another language) gives None.
     """
 
     name: str
-    measure: Callable[[Reading], float | None]
+    measure: Callable[[Reading], float | None] | None = None
+    together: Callable[[Readings], list[float | None]] | None = None
     low: str = ""  # field of QualityConfig, or empty: no lower bound
     high: str = ""
+
+    def of(self, readings: Readings) -> list[float | None]:
+        """The measures of these documents, in order."""
+        if self.together is not None:
+            return self.together(readings)
+        assert self.measure is not None
+        return list(map(self.measure, readings.each))

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from py3langid.langid import MODEL_FILE, LanguageIdentifier, visit_counts
 from shared_data import shared
 
-from tasks.corpus.language_id import identifier
+from tasks.corpus.language_id import _CODE, _without_code, identifier
 
 THEIRS = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
@@ -27,3 +27,9 @@ def test_answers_are_those_of_py3langid() -> None:
         )
         assert code == their_code
         assert abs(score - their_score) < 1e-3
+
+
+@given(st.lists(st.text("ab_(:/{.é", min_size=1, max_size=6), max_size=12))
+def test_words_that_look_like_code_are_left_out(words: list[str]) -> None:
+    expected = " ".join(word for word in words if not _CODE.search(word))
+    assert _without_code(" ".join(words)) == expected

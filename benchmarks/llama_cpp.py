@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from model.transformer import Transformer
 from tasks.export.gguf_file import CONTROL, NORMAL, UNKNOWN, begin, finish
 
 
-def write_numbers(model: Transformer, path: Path) -> None:
-    """The model with a vocabulary of numbers: only ids are exchanged."""
+def write_numbers(model: Transformer, path: Path, eight_bits: bool = False) -> None:
+    """The model with a vocabulary of numbers: only ids are exchanged. eight_bits: its matrices in
+    llama.cpp's own 8-bit format, Q8_0.
+    """
     size = model.config.vocab_size
     writer = begin(path, model.config, "peer")
+    if eight_bits:
+        writer.add_tensor = functools.partial(_add_quantized, writer.add_tensor)
     writer.add_tokenizer_model("llama")
     special = [b"<unk>", b"<s>", b"</s>"]
     writer.add_token_list(special + [f"\u2581{number}".encode() for number in range(3, size)])
@@ -22,6 +28,16 @@ def write_numbers(model: Transformer, path: Path) -> None:
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(False)
     finish(writer, model)
+
+
+def _add_quantized(add_tensor: Any, name: str, tensor: Any) -> None:
+    import gguf
+
+    if tensor.ndim < 2:
+        add_tensor(name, tensor)
+        return
+    kind = gguf.GGMLQuantizationType.Q8_0
+    add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
 
 
 class LlamaCpp:
@@ -40,9 +56,9 @@ class LlamaCpp:
         self.server = xllamacpp.Server(parameters)
 
     @classmethod
-    def of(cls, model: Transformer) -> LlamaCpp:
+    def of(cls, model: Transformer, eight_bits: bool = False) -> LlamaCpp:
         folder = Path(tempfile.mkdtemp(prefix="gristmill-gguf-"))
-        write_numbers(model, folder / "model.gguf")
+        write_numbers(model, folder / "model.gguf", eight_bits)
         return cls(folder / "model.gguf", model.config.context)
 
     def generate(self, prompt: list[int], count: int) -> list[int]:

@@ -183,6 +183,8 @@ def main() -> None:
             )
         if importlib.util.find_spec("xllamacpp") and importlib.util.find_spec("gguf"):
             contenders["llama_cpp_1"] = (of_llama_cpp(LlamaCpp.of(model), new), new)
+            eight_bits = LlamaCpp.of(model, eight_bits=True)
+            contenders["llama_cpp_8bit_1"] = (of_llama_cpp(eight_bits, new), new)
         rates = measure(contenders, rounds)
 
     def ratio(one: str, other: str) -> float | None:
@@ -198,6 +200,7 @@ def main() -> None:
         "batch32_vs_transformers_continuous": ratio("ours_32", "transformers_continuous_32"),
         "bf16_vs_fp32": ratio("ours_bf16_1", "ours_1"),
         "int8_vs_fp32": ratio("ours_int8_1", "ours_1"),
+        "int8_vs_llama_cpp_8bit": ratio("ours_int8_1", "llama_cpp_8bit_1"),
         "bf16_loss_nats_per_token": quantization_loss(model, "bfloat16"),
         "int8_loss_nats_per_token": quantization_loss(model, "int8"),
         "prefix_reuse_speedup": prefix_reuse(model),

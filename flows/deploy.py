@@ -107,11 +107,17 @@ def deploy_version(config: ServedConfig, work: Workspace) -> Outcome:
             "served": _served(settings),
             "url": settings.serve,
         },
-        reports=(
-            Report("endpoint", "link", f"{settings.serve}/v1/models", "OpenAI-compatible endpoint"),
-            Report("chat-page", "link", f"{settings.serve}/", f"talk to {chosen.model} {served}"),
-        ),
+        reports=_links(settings, config.engine, f"talk to {chosen.model} {served}"),
     )
+
+
+def _links(settings: Settings, engine: EngineOptions, talk: str) -> tuple[Report, ...]:
+    """What the run page leads to; the chat page is our own engine's."""
+    url = settings.serve
+    endpoint = Report("endpoint", "link", f"{url}/v1/models", "OpenAI-compatible endpoint")
+    if engine.kind == "vllm":
+        return (endpoint,)
+    return endpoint, Report("chat-page", "link", f"{url}/", talk)
 
 
 def _served(settings: Settings) -> str:

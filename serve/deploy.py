@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from serve import serve_api, vllm
 from serve.about import about
 from serve.specification import EngineOptions, ModelSpec
 from tasks.registry.models import Version
@@ -17,12 +18,10 @@ from tasks.runtime.rest import Refused, call
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import Store
 
-APPLICATION = "gristmill"
 DEPLOYMENT = "Endpoint"
 IMPORT_PATH = "serve.deployment:application"
 DEPLOY_SECONDS = 300.0
 POLL_SECONDS = 0.25
-AUTOSCALING_SECONDS = {"upscale_delay_s": 10.0, "downscale_delay_s": 300.0}
 FORGOTTEN_SECONDS = 15.0
 """How long Serve may speak of another wish than ours before ours counts as lost."""
 
@@ -100,6 +99,12 @@ def deploy(
     _own(version, artifact)
     for canary in canaries:
         _own(canary.version, canary.artifact)
+    if engine is not None and engine.kind == "vllm":
+        if canaries or draft is not None:
+            raise UserError("vllm serves one version without a draft model; leave both out")
+        name = fingerprint_of(version)
+        vllm.deploy(settings, version, artifact, name, engine, replicas, most_replicas, on_wait)
+        return name
     left = 1 - sum(canary.share for canary in canaries)
     if left < 0 or any(not 0 <= canary.share <= 1 for canary in canaries):
         raise UserError(f"the canaries' shares leave {left:.0%} for the main version; lower them")
@@ -118,39 +123,16 @@ def apply_config(
     settings: Settings, spec: ModelSpec, replicas: int, most_replicas: int | None = None
 ) -> None:
     """Declare our application; others in the same Serve keep their configuration."""
-    scale: dict[str, Any] = {"num_replicas": replicas}
-    if most_replicas is not None and most_replicas > replicas:
-        scale = {
-            "num_replicas": "auto",
-            "autoscaling_config": {
-                "min_replicas": replicas,
-                "max_replicas": most_replicas,
-                "target_ongoing_requests": spec.slots,
-                **AUTOSCALING_SECONDS,
-            },
-        }
-    ours = {
-        "name": APPLICATION,
-        "route_prefix": "/",
-        "import_path": IMPORT_PATH,
-        "deployments": [
-            {
-                "name": DEPLOYMENT,
-                **scale,
-                "user_config": spec.model_dump(mode="json"),
-            }
-        ],
-    }
-    others = [config for config in _declared(settings) if config["name"] != APPLICATION]
-    _serve_api(settings, "PUT", {**_http_options(settings), "applications": [*others, ours]})
+    scale = serve_api.scale(replicas, most_replicas, spec.slots)
+    deployment = {"name": DEPLOYMENT, **scale, "user_config": spec.model_dump(mode="json")}
+    ours = {"route_prefix": "/", "import_path": IMPORT_PATH, "deployments": [deployment]}
+    serve_api.declare(settings, ours)
 
 
 def undeploy(settings: Settings) -> None:
     """Take our application away; harmless when there is none."""
-    declared = _declared(settings)
-    others = [config for config in declared if config["name"] != APPLICATION]
-    if len(others) != len(declared):
-        _serve_api(settings, "PUT", {**_http_options(settings), "applications": others})
+    if serve_api.declared(settings) is not None:
+        serve_api.declare(settings, None)
 
 
 def _own(version: Version, artifact: Manifest) -> None:
@@ -166,7 +148,7 @@ def served(settings: Settings) -> dict[str, Any]:
     """Every `system_fingerprint` the endpoint answers with: `shares`, of the requests, and the
     options of its `engines`.
     """
-    state = _health(settings)
+    state = _health(settings) or vllm.served(settings)
     return {key: state.get(key, {}) for key in ("shares", "engines")}
 
 
@@ -245,7 +227,7 @@ def _application(settings: Settings) -> tuple[str, str, str | None]:
     None where that is not known: a busy dashboard may owe an answer.
     """
     try:
-        found = _serve_api(settings, "GET")["applications"].get(APPLICATION)
+        found = serve_api.state(settings)
     except UserError as error:
         return "UNKNOWN", str(error), None
     if found is None:
@@ -253,36 +235,3 @@ def _application(settings: Settings) -> tuple[str, str, str | None]:
     declared = (found.get("deployed_app_config") or {}).get("deployments") or [{}]
     request = (declared[0].get("user_config") or {}).get("request")
     return str(found["status"]), str(found.get("message", "")), request
-
-
-def _declared(settings: Settings) -> list[dict[str, Any]]:
-    """The configurations of all applications Serve was given by REST."""
-    applications = _serve_api(settings, "GET")["applications"].values()
-    return [a["deployed_app_config"] for a in applications if a.get("deployed_app_config")]
-
-
-def _http_options(settings: Settings) -> dict[str, Any]:
-    return {
-        "proxy_location": "HeadOnly",
-        "http_options": {"host": settings.host, "port": settings.ports.serve},
-    }
-
-
-def _serve_api(settings: Settings, method: str, body: Any = None) -> Any:
-    """Serve's declarative interface. Raises UserError when it refuses, Unavailable when silent."""
-    token = settings.ray_token_path
-    try:
-        return call(
-            f"{settings.ray_dashboard}/api/serve/applications/",
-            body,
-            method=method,
-            token=token.read_text().strip() if token.exists() else None,
-            timeout=60,
-        )
-    except Refused as error:
-        raise UserError(f"Ray Serve refused: {error}") from error
-    except OSError as error:
-        raise Unavailable(
-            f"Ray's dashboard at {settings.ray_dashboard} cannot be reached ({error}); "
-            "start the stack: gristmill up"
-        ) from error

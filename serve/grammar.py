@@ -5,8 +5,6 @@ engine, within limits on its size, so that no schema can stall the answers of ot
 """
 
 import functools
-import json
-from typing import Any
 
 import numpy as np
 import torch
@@ -103,12 +101,3 @@ class TokenMask:
     def push(self, token: int) -> None:
         if token not in self._ends:
             self._matcher.consume_token(token)
-
-
-def any_object() -> str:
-    """The schema of `{"type": "json_object"}`."""
-    return json.dumps({"type": "object"})
-
-
-def schema_text(schema: Any) -> str:
-    return json.dumps(schema, ensure_ascii=False)

@@ -10,6 +10,9 @@ class EngineOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    kind: Literal["gristmill", "vllm"] = Field(
+        "gristmill", description="Ours, or vLLM through ray.serve.llm, which needs GPUs."
+    )
     weights: Literal["float32", "bfloat16", "int8"] = Field(
         "float32", description="How the weights are kept; less is faster and less exact."
     )
@@ -27,6 +30,14 @@ class EngineOptions(BaseModel):
 
     @model_validator(mode="after")
     def _go_together(self) -> "EngineOptions":
+        if self.kind == "vllm":
+            own = {
+                "weights int8": self.weights == "int8",
+                f"threads {self.threads}": self.threads > 1,
+                "deterministic": self.deterministic,
+            }
+            for name in (name for name, given in own.items() if given):
+                raise ValueError(f"{name} is of our own engine; leave it out with vllm")
         if self.deterministic and self.speculate:
             raise ValueError(
                 f"deterministic answers come one token at a time: set speculate {self.speculate} "
@@ -62,6 +73,8 @@ class ModelSpec(EngineOptions):
 
     @model_validator(mode="after")
     def _one_level(self) -> "ModelSpec":
+        if self.kind != "gristmill":
+            raise ValueError(f"engine {self.kind} is not of this replica")
         if any(other.beside for other in self.beside):
             raise ValueError("a version beside another cannot have versions beside it")
         names = [one.system_fingerprint for one in (self, *self.beside)]

@@ -174,6 +174,9 @@ def test_a_version_that_is_served_already_is_not_waited_for(other_wish: Settings
         ({"engine": {"speculate": 3, "deterministic": True}}, "leave deterministic out"),
         ({"draft": "gristmill@2"}, "guesses engine.speculate tokens, which is 0; raise it"),
         ({"replicas": 3, "most_replicas": 2}, "most_replicas 2 is below replicas 3"),
+        ({"engine": {"kind": "vllm", "weights": "int8"}}, "weights int8 is of our own engine"),
+        ({"engine": {"kind": "vllm", "threads": 2}}, "threads 2 is of our own engine"),
+        ({"engine": {"kind": "vllm", "deterministic": True}}, "deterministic is of our own"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(values: dict[str, Any], said: str) -> None:

@@ -239,12 +239,13 @@ class ModelConfig:
     def has_experts(self, layer: int) -> bool:
         return self.experts > 0 and layer >= self.dense_layers
 
-    def beyond_llama(self) -> list[str]:
-        """The flags that are set and that Llama, Mistral, Qwen2 and Qwen3 do not have."""
-        known = {field.name: field.default for field in fields(self)}
-        names = list(known)
-        later = names[names.index("causal") :]
-        return [name for name in later if getattr(self, name) != known[name]]
+    def not_generated(self) -> list[str]:
+        """The flags that are set and that `model.engine` does not generate with: those of BERT and
+        DeepSeek.
+        """
+        ours = type(self).__dataclass_fields__
+        names = [name for name in NOT_GENERATED if getattr(self, name) != ours[name].default]
+        return names + ["norm_placement"] * (self.norm_placement == "post")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -262,6 +263,7 @@ class ModelConfig:
         return cls(**values)
 
 
+NOT_GENERATED = ("causal", "token_types", "masked_head", "kv_latent", "experts")
 CHOICES = {
     "positions": ("rope", "learned"),
     "norm": ("rms", "rms+1", "layer"),

@@ -25,11 +25,11 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> LoadedMod
     Raises FormatError or TokenizerError naming the file that is missing or wrong, or what the
     engine cannot generate with.
     """
-    beyond = load_config(directory).beyond_llama()
+    beyond = load_config(directory).not_generated()
     if beyond:
         raise FormatError(
-            f"{directory.name}: the engine serves Llama, Mistral, Qwen2 and Qwen3 models, not "
-            f"those with {', '.join(beyond)}; use transformers or vLLM with this directory"
+            f"{directory.name}: the engine serves Llama, Mistral, Qwen, Gemma and GPT-2 models, "
+            f"not those with {', '.join(beyond)}; use transformers or vLLM with this directory"
         )
     model = load_directory(directory, dtype=dtype).eval().requires_grad_(False)
     tokenizer = Tokenizer.load(directory)

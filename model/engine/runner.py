@@ -15,56 +15,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.attention import Attention
-from model.config import ModelConfig
 from model.engine.kv_cache import KVCache
+from model.engine.layer_weights import LayerWeights, Norm
 from model.engine.pages import PAGE
 from model.engine.weights import Matrix, Weights, activation_dtype, matrix
-from model.layers import FeedForward
-from model.transformer import Block, Transformer
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """One block's matrices, those that read the same input stacked along their outputs.
-
-    Matrices behind a norm carry its weight: W · (g ∘ x / rms(x)) = (W ∘ g) · x / rms(x), so that of
-    the norm one number for each row is left.
-    """
-
-    qkv: Matrix  # C -> (H + 2 H_kv) D
-    qkv_bias: Tensor | None
-    qk_norm: Tensor | None  # (H + H_kv, D): the query norm's weight, then the key norm's
-    output: Matrix
-    gate_up: Matrix  # C -> 2 M
-    down: Matrix
-
-    @classmethod
-    def of(cls, block: nn.Module, config: ModelConfig, weights: Weights) -> "LayerWeights":
-        assert isinstance(block, Block)
-        attention, mlp = block.self_attn, block.mlp
-        assert isinstance(attention, Attention) and isinstance(mlp, FeedForward)
-        assert mlp.gate_proj is not None  # `ModelConfig.beyond_llama` kept others out
-        dtype = activation_dtype(weights)
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        bias = torch.cat([p.bias for p in projections]).to(dtype) if config.qkv_bias else None
-        qk_norm = None
-        if attention.q_norm is not None and attention.k_norm is not None:
-            query = attention.q_norm.weight.expand(config.heads, -1)
-            key = attention.k_norm.weight.expand(config.kv_count, -1)
-            qk_norm = torch.cat((query, key)).to(dtype)
-        qkv = torch.cat([p.weight for p in projections]) * block.input_layernorm.weight
-        gate_up = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
-        return cls(
-            matrix(qkv, weights),
-            bias,
-            qk_norm,
-            matrix(attention.o_proj.weight, weights),
-            matrix(gate_up * block.post_attention_layernorm.weight, weights),
-            matrix(mlp.down_proj.weight, weights),
-        )
+from model.layers import activate
+from model.losses import softcapped
+from model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -90,25 +49,43 @@ class View:
     count: int
     mask: Tensor | None  # (t, count), -inf where a query may not look
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(
+        self, q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None
+    ) -> Tensor:
         """q (t, H, D); keys, values (1, H_kv, places, D) of the whole cache -> (t, H · D)."""
         length, heads, size = q.shape
         kv_heads = keys.shape[1]
         k = keys.narrow(2, self.first, self.count)
         v = values.narrow(2, self.first, self.count)
+        if softcap is not None:
+            return self._capped(q, k[0], v[0], scale, softcap)
         if length == 1:
             # Query heads that share a key head stand in the place of query positions.
             q = q.view(1, kv_heads, heads // kv_heads, size)
-            return F.scaled_dot_product_attention(q, k, v).reshape(1, -1)
+            return F.scaled_dot_product_attention(q, k, v, scale=scale).reshape(1, -1)
         y = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
             k,
             v,
             attn_mask=self.mask,
             is_causal=self.mask is None,
+            scale=scale,
             enable_gqa=kv_heads != heads,
         )
         return y[0].transpose(0, 1).reshape(length, -1)
+
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> Tensor:
+        """Gemma 2's scores, softcap · tanh(scores / softcap), for which torch has no kernel."""
+        length, size = q.shape[0], q.shape[2]
+        q = q.view(length, k.shape[0], -1, size).permute(1, 2, 0, 3)  # (H_kv, H / H_kv, t, D)
+        scores = softcapped(scale * (q @ k.mT[:, None]), softcap)
+        if self.mask is not None:
+            scores = scores + self.mask
+        elif length > 1:
+            later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu_(1)
+            scores = scores.masked_fill(later, float("-inf"))
+        y = scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v[:, None]
+        return y.permute(2, 0, 1, 3).reshape(length, -1)
 
 
 class Runner:
@@ -120,14 +97,15 @@ class Runner:
         self.config = config = model.config
         self.embedding = model.model.embed_tokens.weight.to(dtype)
         self.device = self.embedding.device
+        self.positions = None
+        if config.positions == "learned":
+            self.positions = model.model.embed_positions.weight.to(dtype)
+        self.embedding_scale = config.width**0.5 if config.scaled_embeddings else 1.0
         self.output = matrix(model.output_weight, weights)
-        self.norm = model.model.norm.weight.to(dtype)
+        self.norm: Norm = model.model.norm
         self.layers = [LayerWeights.of(block, config, weights) for block in model.model.layers]
-        self.cos = model.rope_cos.to(dtype)
-        # The first half's sign is rotate-half's, so that turning needs no negation.
-        sign = torch.ones_like(model.rope_sin[:1])
-        sign[:, : config.head_size // 2] = -1
-        self.sin = (model.rope_sin * sign).to(dtype)
+        self.windows = {layer.window for layer in self.layers}
+        self.angles = _angles(model, dtype)
         self.eps = torch.full((1, 1), config.norm_eps, device=self.device)
         self.cache = KVCache(config, pages, dtype, self.device)
 
@@ -141,27 +119,36 @@ class Runner:
         tokens = torch.tensor([token for s in spans for token in s.tokens])
         positions, tokens = positions.to(self.device), tokens.to(self.device)
         places = positions + offsets.to(self.device)
-        cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]
-        views = [self._view(span) for span in spans]
+        turns = [(cos[positions][:, None], sin[positions][:, None]) for cos, sin in self.angles]
+        views = {window: [self._view(span, window) for span in spans] for window in self.windows}
         lengths = [len(span.tokens) for span in spans]
-        x = F.embedding(tokens, self.embedding)
+        softcap = self.config.attention_softcap
+        x = self._embed(tokens, positions)
         for index, layer in enumerate(self.layers):
-            q, pair = self._qkv(layer, x, cos, sin)
+            turn = turns[0 if layer.window is None else -1] if turns else None
+            q, pair = self._qkv(layer, x, turn)
             self.cache.layers[index].index_copy_(1, places, pair)
             keys, values = self.cache.keys[index], self.cache.values[index]
-            parts = q.split(lengths)
-            y = [v.attend(part, keys, values) for v, part in zip(views, parts, strict=True)]
+            parts = zip(views[layer.window], q.split(lengths), strict=True)
+            y = [view.attend(part, keys, values, layer.scale, softcap) for view, part in parts]
             x = self._finish_block(layer, x, torch.cat(y) if len(y) > 1 else y[0])
-        return F.rms_norm(x, x.shape[-1:], self.norm, self.config.norm_eps)
+        return self.norm(x)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, C) as `forward` gives it -> (n, V) in float32."""
-        return self.output(hidden).float()
+        return softcapped(self.output(hidden).float(), self.config.logit_softcap)
 
-    def _view(self, span: Span) -> View:
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Tokens and positions (T,) -> (T, C)."""
+        x = F.embedding(tokens, self.embedding)
+        if self.embedding_scale != 1:
+            x = x * torch.tensor(self.embedding_scale, dtype=x.dtype)
+        return x if self.positions is None else x + F.embedding(positions, self.positions)
+
+    def _view(self, span: Span, window: int | None) -> View:
         """What a span's tokens see; a mask only where its tokens have different pasts."""
-        length, window = len(span.tokens), self.config.sliding_window
+        length = len(span.tokens)
         first = 0 if window is None else max(0, span.start - window + 1)
         mask = None
         if length > 1 and (span.start > 0 or (window is not None and window < span.end)):
@@ -170,34 +157,71 @@ class Runner:
             hidden = column > row
             if window is not None:
                 hidden |= column <= row - window
-            mask = torch.zeros(hidden.shape, dtype=self.cos.dtype, device=self.device)
+            mask = torch.zeros(hidden.shape, dtype=self.embedding.dtype, device=self.device)
             mask.masked_fill_(hidden, float("-inf"))
         return View(span.page * PAGE + first, span.end - first, mask)
 
     def _qkv(
-        self, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor
+        self, layer: LayerWeights, x: Tensor, turn: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """x (T, C) -> rotated queries (T, H, D); keys and values (2 H_kv, T, D) for the cache."""
         heads, size = self.config.heads, self.config.head_size
         rotated = heads + self.config.kv_count
-        qkv = layer.qkv(x).mul_(self._inverse_rms(x))
+        qkv = layer.qkv(x).mul_(self._inverse_deviation(x))
         if layer.qkv_bias is not None:
             qkv += layer.qkv_bias
         qkv = qkv.view(x.shape[0], -1, size)
         qk = qkv[:, :rotated]
         if layer.qk_norm is not None:
             qk.copy_(F.rms_norm(qk, (size,), None, self.config.norm_eps) * layer.qk_norm)
-        turned = qk.roll(size // 2, -1)
-        qk.mul_(cos).addcmul_(turned, sin)
+        if turn is not None:
+            cos, sin = turn
+            turned = qk.roll(size // 2, -1)
+            qk.mul_(cos).addcmul_(turned, sin)
         return qkv[:, :heads], qkv[:, heads:].transpose(0, 1)
 
-    def _inverse_rms(self, x: Tensor) -> Tensor:
-        """(T, C) -> (T, 1) in float32."""
+    def _inverse_deviation(self, x: Tensor) -> Tensor:
+        """What a norm divides by, inverted: (T, C) -> (T, 1) in float32."""
+        if self.config.norm == "layer":
+            return x.float().var(-1, correction=0, keepdim=True).add_(self.eps).rsqrt_()
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         return torch.addcmul(self.eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
     def _finish_block(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection, feed-forward, both residual additions; may overwrite x (T, C)."""
-        x = layer.output.add_to(x, attended)
-        gate, up = layer.gate_up(x).mul_(self._inverse_rms(x)).chunk(2, dim=-1)
-        return layer.down.add_to(x, F.silu(gate).mul_(up))
+        x = _added(x, layer.output, attended, layer.output_bias, layer.output_norm)
+        up = layer.up(x).mul_(self._inverse_deviation(x))
+        if layer.up_bias is not None:
+            up += layer.up_bias
+        if self.config.gated_mlp:
+            gate, up = up.chunk(2, dim=-1)
+            up = activate(gate, self.config.activation).mul_(up)
+        else:
+            up = activate(up, self.config.activation)
+        return _added(x, layer.down, up, layer.down_bias, layer.down_norm)
+
+
+def _added(
+    x: Tensor, matrix: Matrix, read: Tensor, bias: Tensor | None, norm: Norm | None
+) -> Tensor:
+    """x + norm(W read + bias); may overwrite x."""
+    if norm is not None:
+        y = matrix(read)
+        return x + norm(y if bias is None else y + bias)
+    x = matrix.add_to(x, read)
+    return x if bias is None else x.add_(bias)
+
+
+def _angles(model: Transformer, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Cosines and sines, each (context, D): of layers that see everything, then, where they differ,
+    of those with a window. The first half's sign is rotate-half's, so that turning needs no
+    negation. Empty without rotation.
+    """
+    config = model.config
+    if config.positions != "rope":
+        return []
+    sign = torch.ones_like(model.rope_sin[:1])
+    sign[:, : config.head_size // 2] = -1
+    names = ("rope", "window") if config.window_rope_theta is not None else ("rope",)
+    tables = [(model.get_buffer(f"{name}_cos"), model.get_buffer(f"{name}_sin")) for name in names]
+    return [(cos.to(dtype), (sin * sign).to(dtype)) for cos, sin in tables]

@@ -94,7 +94,7 @@ class PretrainConfig(TrainingConfig):
     def require_served(self) -> ModelConfig:
         """The shape. Raises UserError when our engine, which evaluates and serves, lacks it."""
         shape = self.shape(vocabulary=1)
-        if beyond := shape.beyond_llama():
+        if beyond := shape.not_generated():
             raise UserError(
                 f"our engine, which evaluates and serves, runs {', '.join(SERVED)}, no model with "
                 f"{', '.join(beyond)}; choose one of them as pretrain.model.family, or run the "

@@ -61,7 +61,8 @@ FAMILIES: Mapping[Family, Mapping[str, Any]] = {
     },
 }
 WINDOWED = ("mistral", "gemma2", "gemma3")
-SERVED = ("llama", "mistral", "qwen2", "qwen3")  # by our engine, see model/engine/loading.py
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
+SERVED = (*LLAMAS, "gpt2", "gemma2", "gemma3")  # by our engine, see model/engine/loading.py
 LATENT = ("deepseek_v2", "deepseek_v3")
 
 
@@ -96,7 +97,7 @@ class ModelOptions(StageConfig):
 
     family: Family = "llama"
     """Which architecture: what norms, positions, biases, attention and feed-forward are like. Our
-    engine serves llama, mistral, qwen2 and qwen3; the others can be trained and exported."""
+    engine serves all but DeepSeek's and BERT, which can be trained and exported."""
     width: int = Field(256, ge=2)
     """Channels of the residual stream."""
     layers: int = Field(4, ge=1)
@@ -139,7 +140,7 @@ class ModelOptions(StageConfig):
         except (ConfigError, FormatError) as error:
             raise ValueError(str(error)) from error
         # Llama with another flag or two is Mistral or Qwen; that was always so in this form.
-        if found != self.family and not {found, self.family} <= set(SERVED):
+        if found != self.family and not {found, self.family} <= set(LLAMAS):
             raise ValueError(f"with these settings it is no {self.family} model but {found}")
         return self
 

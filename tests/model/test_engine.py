@@ -21,10 +21,31 @@ from model.engine import (
     generate_batch,
     load_model,
 )
+from model.huggingface import FormatError
 from model.rope import RopeScaling
 from model.transformer import Transformer
 from tests.tiny_models import VOCABULARY, model_directory, tokenizer, transformer
 
+GEMMA = {
+    "norm": "rms+1",
+    "norm_placement": "both",
+    "activation": "gelu_tanh",
+    "scaled_embeddings": True,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 24,
+    "sliding_window": 8,
+    "query_scale": 40.0,
+    "full_attention_every": 2,
+}
+GPT2 = {
+    "positions": "learned",
+    "norm": "layer",
+    "activation": "gelu_tanh",
+    "gated_mlp": False,
+    "qkv_bias": True,
+    "linear_bias": True,
+}
 VARIANTS = [
     {},
     {"heads": 4, "kv_heads": 2},
@@ -64,8 +85,9 @@ def test_greedy_equals_the_plain_forward_whoever_is_in_the_batch(flags: dict) ->
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
-def test_smaller_weights_think_nearly_the_same(weights: str) -> None:
-    model = transformer(qkv_bias=True)
+@pytest.mark.parametrize("flags", [{"qkv_bias": True}, GPT2])
+def test_smaller_weights_think_nearly_the_same(weights: str, flags: dict) -> None:
+    model = transformer(**flags)
     asked = [prompt + [30] * 14 for prompt in prompts(6)]
     scoring = Sampling(max_tokens=4, logprobs=0, prompt_logprobs=True)
     whole = generate_batch(model, None, asked, scoring)
@@ -294,6 +316,14 @@ def test_a_directory_loads(tmp_path) -> None:
     config, model, names = load_model(model_directory(tmp_path / "model"))
     assert config.vocab_size == len(names) == VOCABULARY
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_family_it_does_not_generate_with_is_refused(tmp_path) -> None:
+    experts = {"experts": 4, "experts_per_token": 2, "expert_width": 32, "shared_experts": 1}
+    latent = {"head_dim": 32, "kv_latent": 16, "rope_dim": 8, "tied_embeddings": False}
+    directory = model_directory(tmp_path / "model", **experts, **latent)
+    with pytest.raises(FormatError, match="not those with kv_latent, experts; use transformers"):
+        load_model(directory)
 
 
 @pytest.mark.peer

@@ -59,10 +59,10 @@ def test_what_does_not_go_together_is_one_sentence(values: dict, message: str) -
 
 
 def test_a_family_that_the_engine_lacks_is_refused_before_anything_runs() -> None:
-    with pytest.raises(UserError, match="no model with positions, norm, activation, gated_mlp"):
-        PretrainConfig(model=ModelOptions(family="gpt2")).require_served()
-    served = PretrainConfig(model=ModelOptions(family="qwen2")).require_served()
-    assert served.qkv_bias
+    with pytest.raises(UserError, match="no model with kv_latent, experts; choose one of them"):
+        PretrainConfig(model=ModelOptions(family="deepseek_v2")).require_served()
+    for family in ("qwen2", "gpt2"):
+        assert PretrainConfig(model=ModelOptions(family=family)).require_served().qkv_bias
 
 
 @pytest.fixture

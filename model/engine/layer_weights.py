@@ -1,0 +1,100 @@
+"""One block's parameters as the runner multiplies them: stacked, with the norms folded in.
+
+A norm before a matrix is a gain g, and of LayerNorm an offset b and a mean μ as well:
+W (g ∘ (x - μ) / s + b) = (W ∘ g)(I - 11ᵀ/C) x / s + W b. All but the number s of each row is known
+beforehand, so a norm costs one reduction and its scale is applied to the product.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import Attention
+from model.config import ModelConfig
+from model.engine.weights import Matrix, Weights, activation_dtype, matrix
+from model.layers import FeedForward, LayerNorm, RMSNorm
+from model.transformer import Block
+
+Norm = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The matrices of a block, those that read the same input stacked along their outputs, and
+    their biases where the family has any. Norms behind a sublayer (Gemma's) stay norms.
+    """
+
+    qkv: Matrix  # C -> (H + 2 H_kv) D
+    qkv_bias: Tensor | None
+    qk_norm: Tensor | None  # (H + H_kv, D): the query norm's gain, then the key norm's
+    output: Matrix
+    output_bias: Tensor | None
+    output_norm: Norm | None
+    up: Matrix  # C -> 2 M, gate before up; C -> M without a gate
+    up_bias: Tensor | None
+    down: Matrix
+    down_bias: Tensor | None
+    down_norm: Norm | None
+    scale: float  # of the attention's scores
+    window: int | None
+
+    @classmethod
+    def of(cls, block: nn.Module, config: ModelConfig, weights: Weights) -> "LayerWeights":
+        assert isinstance(block, Block)
+        attention, mlp = block.self_attn, block.mlp
+        assert isinstance(attention, Attention) and isinstance(mlp, FeedForward)
+        dtype = activation_dtype(weights)
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        qkv, qkv_bias = _behind(block.input_layernorm, projections)
+        after = block.placement == "both"
+        before_mlp = block.pre_feedforward_layernorm if after else block.post_attention_layernorm
+        gates = [mlp.gate_proj] if mlp.gate_proj is not None else []
+        up, up_bias = _behind(before_mlp, [*gates, mlp.up_proj])
+        return cls(
+            qkv=matrix(qkv, weights),
+            qkv_bias=_cast(qkv_bias, dtype),
+            qk_norm=_cast(_qk_norm(attention, config), dtype),
+            output=matrix(attention.o_proj.weight, weights),
+            output_bias=_cast(attention.o_proj.bias, dtype),
+            output_norm=block.post_attention_layernorm if after else None,
+            up=matrix(up, weights),
+            up_bias=_cast(up_bias, dtype),
+            down=matrix(mlp.down_proj.weight, weights),
+            down_bias=_cast(mlp.down_proj.bias, dtype),
+            down_norm=block.post_feedforward_layernorm if after else None,
+            scale=attention.scale,
+            window=attention.window,
+        )
+
+
+def gain(norm: RMSNorm | LayerNorm) -> Tensor:
+    """What a norm multiplies by."""
+    return norm.weight + norm.offset if isinstance(norm, RMSNorm) else norm.weight
+
+
+def _behind(
+    norm: RMSNorm | LayerNorm, projections: Sequence[nn.Linear]
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of projections that read what the norm gives, one below the other."""
+    weight = torch.cat([projection.weight for projection in projections])
+    biases: list[Tensor] = [p.bias for p in projections if p.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    folded = weight * gain(norm)
+    if isinstance(norm, LayerNorm):
+        offset = weight @ norm.bias
+        bias = offset if bias is None else bias + offset
+        folded = folded - folded.mean(1, keepdim=True)
+    return folded, bias
+
+
+def _qk_norm(attention: Attention, config: ModelConfig) -> Tensor | None:
+    if attention.q_norm is None or attention.k_norm is None:
+        return None
+    query = gain(attention.q_norm).expand(config.heads, -1)
+    return torch.cat((query, gain(attention.k_norm).expand(config.kv_count, -1)))
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)

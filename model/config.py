@@ -11,7 +11,7 @@ the outside world.
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from model.rope import RopeScaling
+from model.rope_scaling import RopeScaling
 
 
 class ConfigError(ValueError):

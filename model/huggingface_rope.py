@@ -7,7 +7,7 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.families import FormatError
-from model.rope import SETTINGS, RopeScaling
+from model.rope_scaling import SETTINGS, RopeScaling
 
 RENAMED = {"original_context": "original_max_position_embeddings"}  # all other names are the same
 

@@ -14,7 +14,8 @@ import torch
 from model.chat import BYTE_TOKENS, CHAT_TEMPLATE, SPECIAL_TOKENS, Tokenizer
 from model.config import ModelConfig
 from model.huggingface import FormatError, export_weights, family_of
-from model.rope import RopeScaling
+from model.rope import scaled_frequencies
+from model.rope_scaling import RopeScaling
 from model.transformer import Transformer
 
 # Hugging Face's model_type → llama.cpp's. Where llama.cpp calls both llama, it turns neighbouring
@@ -75,7 +76,7 @@ def add_scaling(writer: Any, config: ModelConfig, scaling: RopeScaling) -> None:
     other = [name for name in own if getattr(scaling, name) != getattr(plain, name)]
     if scaling.kind == "llama3" and architecture(config) == "llama":
         usual = config.rope_theta ** -(torch.arange(0, config.head_size, 2) / config.head_size)
-        divisors = usual / scaling.frequencies(usual, config.rope_theta)
+        divisors = usual / scaled_frequencies(scaling, usual, config.rope_theta)
         writer.add_tensor("rope_freqs.weight", divisors.float().numpy())
     elif scaling.kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)

@@ -22,7 +22,7 @@ from model.engine import (
     load_model,
 )
 from model.huggingface import FormatError
-from model.rope import RopeScaling
+from model.rope_scaling import RopeScaling
 from model.transformer import Transformer
 from tests.tiny_models import VOCABULARY, model_directory, tokenizer, transformer
 

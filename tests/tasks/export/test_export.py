@@ -16,7 +16,7 @@ from model.chat import encode_chat
 from model.config import ModelConfig
 from model.engine import Sampling, generate_batch, load_model
 from model.huggingface import FormatError
-from model.rope import RopeScaling
+from model.rope_scaling import RopeScaling
 from model.tokenizer_files import tokenizer_files
 from model.transformer import Transformer
 from tasks.export.gguf_file import architecture, begin, write_gguf

@@ -47,21 +47,25 @@ def crawl(config: CrawlConfig, work: Workspace) -> Outcome:
     """Fetch the seeds' sites politely into WARC files."""
     settings = Settings.load()
     with ray_session(settings) as session:
+        partitions = 2 * session.cpus
 
         def on_ray(
             function: Callable[..., Any], items: list[tuple[Any, ...]]
         ) -> Iterator[tuple[int, Any]]:
             # A round is short and its tasks mostly wait for the network.
             return session.map(
-                function, items, label="crawl", num_cpus=0.5, progress=_Unsaid("crawl", 1, "tasks")
+                function,
+                items,
+                label="crawl",
+                num_cpus=0.5,
+                in_flight=partitions,
+                progress=_Unsaid("crawl", 1, "tasks"),
             )
 
         # Tombstones keep pages from being fetched but are not part of a crawl's identity: what was
         # fetched before one was set, the forget stage leaves out.
         forgotten = Forgotten.standing(settings).address
-        return crawl_site(
-            config, work, on_ray, settings.site, 2 * session.cpus, forgotten=forgotten
-        )
+        return crawl_site(config, work, on_ray, settings.site, partitions, forgotten=forgotten)
 
 
 class _Unsaid(Progress):

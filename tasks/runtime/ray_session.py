@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 import time
@@ -42,7 +43,7 @@ def ray_session(settings: Settings | None = None) -> Iterator[RaySession]:
     settings.apply()
     if _connected_to != settings.ray or not ray.is_initialized():
         _connect(settings)
-    session = RaySession()
+    session = RaySession(settings)
     try:
         yield session
     except UserError:
@@ -97,12 +98,24 @@ def leave_ray() -> None:
 class RaySession:
     """References in flight, so that all of them can be cancelled."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self._pending: list[Any] = []
 
     @property
     def cpus(self) -> int:
+        """CPUs by Ray's count; the embedded node claims more than it has, for its controllers."""
         return max(int(ray.cluster_resources().get("CPU", 1)), 1)
+
+    def _in_flight(self, num_cpus: float) -> int:
+        """On a cluster each CPU has a task waiting for it. The embedded node has fewer cores than
+        CPUs, and a third and fourth worker on two cores would only hold memory.
+        """
+        if self.settings.ray_address is None:
+            units = min(self.cpus, len(os.sched_getaffinity(0)))
+        else:
+            units = 2 * self.cpus
+        return max(int(units / num_cpus), 1)
 
     def map(
         self,
@@ -112,17 +125,19 @@ class RaySession:
         label: str,
         unit: str = "shards",
         num_cpus: float = 1,
+        in_flight: int | None = None,
         progress: Progress | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """Run `function(*item)` for every item; yields `(index, result)` as results come.
 
-        A bounded number is in flight, so memory does not grow with the number of items. The first
-        failure is raised and cancels the rest. Ray itself never retries (Prefect does).
+        A bounded number is in flight, so memory does not grow with the number of items; `in_flight`
+        sets it for functions that wait more than they compute. The first failure is raised and
+        cancels the rest. Ray itself never retries (Prefect does).
         """
         remote = ray.remote(num_cpus=num_cpus, max_retries=0)(function)
         work = list(items)
         progress = progress or Progress(label, len(work), unit)
-        in_flight = 2 * max(int(self.cpus / max(num_cpus, 0.1)), 1)
+        in_flight = in_flight or self._in_flight(num_cpus)
         index_of: dict[Any, int] = {}
         waiting = iter(enumerate(work))
         done = 0

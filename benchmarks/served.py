@@ -6,6 +6,7 @@ import functools
 import hashlib
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -50,6 +51,42 @@ def write_model(path: Path, config: ModelConfig, seed: int) -> Path:
     return path
 
 
+def stored(
+    store: Store,
+    model: str,
+    number: int,
+    directory: Callable[[], Path],
+    scores: dict[str, float] | None = None,
+    lineage: dict[str, str] | None = None,
+) -> tuple[Version, Manifest]:
+    """A version that no registry knows and its artifact in the store, made of a model directory
+    when it is not there yet.
+    """
+    fingerprint = hashlib.sha256(f"{model} {number}".encode()).hexdigest()
+    manifest = store.find("finetune", fingerprint)
+    if manifest is None:
+        target = store.directory("finetune", fingerprint)
+        manifest = Manifest(
+            stage="finetune",
+            version=1,
+            fingerprint=fingerprint,
+            content=fingerprint,
+            files=tuple(target.put(file, file.name) for file in directory().iterdir()),
+        )
+        target.write_bytes(MANIFEST, manifest.model_dump_json().encode())
+    version = Version(
+        model=model,
+        version=str(number),
+        run_id="a-run",
+        artifact=f"finetune/{fingerprint}",
+        aliases=(),
+        scores=scores or {},
+        created=time.time(),
+        lineage=lineage or {},
+    )
+    return version, manifest
+
+
 class Models:
     """Versions 1, 2, … of a made-up model in the store of a running stack, to be deployed."""
 
@@ -62,30 +99,7 @@ class Models:
         return path if path.exists() else write_model(path, self.config, number)
 
     def version(self, number: int) -> tuple[Version, Manifest]:
-        fingerprint = hashlib.sha256(f"benchmark {number}".encode()).hexdigest()
-        manifest = self.store.find("finetune", fingerprint)
-        if manifest is None:
-            directory = self.store.directory("finetune", fingerprint)
-            files = [directory.put(file, file.name) for file in self.directory(number).iterdir()]
-            manifest = Manifest(
-                stage="finetune",
-                version=1,
-                fingerprint=fingerprint,
-                content=fingerprint,
-                files=tuple(files),
-            )
-            directory.write_bytes(MANIFEST, manifest.model_dump_json().encode())
-        version = Version(
-            model="gristmill",
-            version=str(number),
-            run_id="none",
-            artifact=f"finetune/{fingerprint}",
-            aliases=(),
-            scores={},
-            created=time.time(),
-            lineage={},
-        )
-        return version, manifest
+        return stored(self.store, "gristmill", number, lambda: self.directory(number))
 
     def deploy(self, number: int, engine: EngineOptions | None = None) -> str:
         return serving.deploy(self.fresh.settings, *self.version(number), engine=engine)

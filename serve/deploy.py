@@ -105,6 +105,8 @@ def deploy(
         name = fingerprint_of(version)
         vllm.deploy(settings, version, artifact, name, engine, replicas, most_replicas, on_wait)
         return name
+    if engine is not None and engine.device == "cuda":
+        serve_api.require_gpu(settings, "engine.device cuda")
     left = 1 - sum(canary.share for canary in canaries)
     if left < 0 or any(not 0 <= canary.share <= 1 for canary in canaries):
         raise UserError(f"the canaries' shares leave {left:.0%} for the main version; lower them")
@@ -125,6 +127,8 @@ def apply_config(
     """Declare our application; others in the same Serve keep their configuration."""
     scale = serve_api.scale(replicas, most_replicas, spec.slots)
     deployment = {"name": DEPLOYMENT, **scale, "user_config": spec.model_dump(mode="json")}
+    if spec.device == "cuda":
+        deployment["ray_actor_options"] = {"num_cpus": 0, "num_gpus": 1}
     ours = {"route_prefix": "/", "import_path": IMPORT_PATH, "deployments": [deployment]}
     serve_api.declare(settings, ours)
 

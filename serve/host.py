@@ -199,10 +199,11 @@ class ModelHost:
 
     def _warm(self, spec: ModelSpec) -> ServedModel:
         """Load a model and generate with it once, so that the first user does not wait."""
-        loaded = load_model(self._fetch(spec))
+        loaded = load_model(self._fetch(spec), device=spec.device)
         draft = None
         if spec.draft is not None:
-            drafting = load_model(self._fetch(spec.model_copy(update={"artifact": spec.draft})))
+            files = self._fetch(spec.model_copy(update={"artifact": spec.draft}))
+            drafting = load_model(files, device=spec.device)
             if drafting.tokenizer.proto != loaded.tokenizer.proto:
                 raise ValueError(f"the draft model {spec.draft} has another tokenizer")
             draft = drafting.model

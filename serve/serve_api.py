@@ -47,6 +47,22 @@ def state(settings: Settings) -> dict[str, Any] | None:
     return found
 
 
+def gpus(settings: Settings) -> float:
+    """GPUs of all living nodes of the Ray cluster."""
+    nodes = dashboard(settings, "/api/v0/nodes?detail=true")["data"]["result"]["result"]
+    alive = [node for node in nodes if node["state"] == "ALIVE"]
+    return sum(float((node.get("resources_total") or {}).get("GPU", 0)) for node in alive)
+
+
+def require_gpu(settings: Settings, asked: str) -> None:
+    """Raise UserError where the cluster has no GPU; `asked` is the setting that needs one."""
+    if gpus(settings) < 1:
+        raise UserError(
+            f"{asked} needs a GPU, and the Ray cluster at {settings.ray_dashboard} has none; add a "
+            f"node with one, or leave it out"
+        )
+
+
 def serve_api(settings: Settings, method: str, body: Any = None) -> Any:
     """Serve's answer. Raises UserError when it refuses, Unavailable when silent."""
     return dashboard(settings, "/api/serve/applications/", method, body)

@@ -13,6 +13,9 @@ class EngineOptions(BaseModel):
     kind: Literal["gristmill", "vllm"] = Field(
         "gristmill", description="Ours, or vLLM through ray.serve.llm, which needs GPUs."
     )
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="cuda: a GPU for each replica; answers are steps of CUDA graphs."
+    )
     weights: Literal["float32", "bfloat16", "int8"] = Field(
         "float32", description="How the weights are kept; less is faster and less exact."
     )
@@ -32,6 +35,7 @@ class EngineOptions(BaseModel):
     def _go_together(self) -> "EngineOptions":
         if self.kind == "vllm":
             own = {
+                "device cuda": self.device == "cuda",
                 "weights int8": self.weights == "int8",
                 f"threads {self.threads}": self.threads > 1,
                 "deterministic": self.deterministic,

@@ -108,11 +108,7 @@ def require(settings: Settings) -> None:
             "engine.kind vllm needs vLLM, which is not installed: pip install 'gristmill[vllm]' "
             "where the flows and Ray run, or leave engine.kind out"
         )
-    if _gpus(settings) < 1:
-        raise UserError(
-            f"engine.kind vllm needs a GPU, and the Ray cluster at {settings.ray_dashboard} has "
-            "none; add a node with one, or leave engine.kind out"
-        )
+    serve_api.require_gpu(settings, "engine.kind vllm")
     if ApiKeys(settings.database_url).all():
         raise UserError(
             "engine.kind vllm would answer without asking for the API keys that were made; serve "
@@ -129,14 +125,6 @@ def _directory(settings: Settings, artifact: Manifest) -> Path:
             "every GPU node sees"
         )
     return Path(directory.path)
-
-
-def _gpus(settings: Settings) -> float:
-    """GPUs of all living nodes."""
-    answer = serve_api.dashboard(settings, "/api/v0/nodes?detail=true")
-    nodes = answer["data"]["result"]["result"]
-    alive = [node for node in nodes if node["state"] == "ALIVE"]
-    return sum(float((node.get("resources_total") or {}).get("GPU", 0)) for node in alive)
 
 
 def _wait(

@@ -27,6 +27,10 @@ class KVCache:
         self.keys = [layer[0][None] for layer in self.data]  # (1, H_kv, tokens, D)
         self.values = [layer[1][None] for layer in self.data]
 
+    def of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, each (1, H_kv, places, D)."""
+        return self.keys[layer], self.values[layer]
+
     @torch.inference_mode()
     def copy(self, copies: Sequence[Copy]) -> None:
         """Neighbouring pages that stay neighbours go in one stroke."""

@@ -19,19 +19,24 @@ class LoadedModel(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Read config.json, model.safetensors and tokenizer.model of a directory.
+def load_model(
+    directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> LoadedModel:
+    """Read config.json, model.safetensors and tokenizer.model of a directory; the engine works
+    where the model is.
 
-    Raises FormatError or TokenizerError naming the file that is missing or wrong, or what the
-    engine cannot generate with.
+    Raises ValueError for a device that is not there, FormatError or TokenizerError naming the file
+    that is missing or wrong, or what the engine cannot generate with.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: no GPU is to be seen here; use cpu")
     beyond = load_config(directory).not_generated()
     if beyond:
         raise FormatError(
             f"{directory.name}: the engine serves Llama, Mistral, Qwen, Gemma and GPT-2 models, "
             f"not those with {', '.join(beyond)}; use transformers or vLLM with this directory"
         )
-    model = load_directory(directory, dtype=dtype).eval().requires_grad_(False)
+    model = load_directory(directory, dtype=dtype).eval().requires_grad_(False).to(device)
     tokenizer = Tokenizer.load(directory)
     if len(tokenizer) > model.config.vocab_size:
         raise FormatError(

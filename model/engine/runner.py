@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.engine.fixed_steps import FixedSteps
 from model.engine.kv_cache import KVCache
 from model.engine.layer_weights import LayerWeights, Norm
 from model.engine.pages import PAGE
@@ -107,13 +108,22 @@ class Runner:
         self.windows = {layer.window for layer in self.layers}
         self.angles = _angles(model, dtype)
         self.eps = torch.full((1, 1), config.norm_eps, device=self.device)
-        self.cache = KVCache(config, pages, dtype, self.device)
+        self.cache = KVCache(config, pages + 1, dtype, self.device)
+        self.spare = self.place(pages)  # the first of the places that belong to nobody
+        self.fixed = FixedSteps(self) if self.device.type == "cuda" else None
+
+    @staticmethod
+    def place(page: int) -> int:
+        """Where a page begins in the cache."""
+        return page * PAGE
 
     @torch.inference_mode()
     def forward(self, spans: Sequence[Span]) -> Tensor:
         """Read the tokens of all spans into the cache; the last hidden states of all their tokens,
         normed, (T, C), in the order of the spans.
         """
+        if self.fixed is not None and all(len(span.tokens) == 1 for span in spans):
+            return self.fixed.forward(spans)
         positions = torch.tensor([p for s in spans for p in range(s.start, s.end)])
         offsets = torch.tensor([s.page * PAGE for s in spans for _ in s.tokens])
         tokens = torch.tensor([token for s in spans for token in s.tokens])
@@ -128,11 +138,49 @@ class Runner:
             turn = turns[0 if layer.window is None else -1] if turns else None
             q, pair = self._qkv(layer, x, turn)
             self.cache.layers[index].index_copy_(1, places, pair)
-            keys, values = self.cache.keys[index], self.cache.values[index]
+            keys, values = self.cache.of(index)
             parts = zip(views[layer.window], q.split(lengths), strict=True)
             y = [view.attend(part, keys, values, layer.scale, softcap) for view, part in parts]
             x = self._finish_block(layer, x, torch.cat(y) if len(y) > 1 else y[0])
         return self.norm(x)
+
+    @torch.inference_mode()
+    def fixed_step(self, inputs: Tensor, length: int) -> Tensor:
+        """As `forward` for one token of each of B sequences, without a shape that depends on them.
+
+        inputs: (3, B), of each its token, its position, and the first place of its cache. length:
+        places of it that are looked at, more than any position. Hidden states (B, C).
+        """
+        tokens, positions, first = inputs
+        column = torch.arange(length, device=self.device)
+        places = (first[:, None] + column).clamp_(max=self.spare)
+        turns = [(cos[positions][:, None], sin[positions][:, None]) for cos, sin in self.angles]
+        masks = {}
+        for window in self.windows:
+            unseen = column > positions[:, None]
+            if window is not None:
+                unseen |= column <= positions[:, None] - window
+            mask = torch.zeros(unseen.shape, dtype=self.embedding.dtype, device=self.device)
+            masks[window] = mask.masked_fill_(unseen, float("-inf"))[:, None, None]
+        x = self._embed(tokens, positions)
+        for index, layer in enumerate(self.layers):
+            turn = turns[0 if layer.window is None else -1] if turns else None
+            q, pair = self._qkv(layer, x, turn)
+            self.cache.layers[index].index_copy_(1, first + positions, pair)
+            k, v = (kind[0][:, places].transpose(0, 1) for kind in self.cache.of(index))
+            # Query heads that share a key head stand in the place of query positions.
+            q = q.reshape(len(tokens), self.config.kv_count, -1, self.config.head_size)
+            y = self._attended(q, k, v, masks[layer.window], layer.scale)
+            x = self._finish_block(layer, x, y.reshape(len(tokens), -1))
+        return self.norm(x)
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """q (B, H_kv, H / H_kv, D), k and v (B, H_kv, S, D), mask (B, 1, 1, S) -> as q."""
+        softcap = self.config.attention_softcap
+        if softcap is None:
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        scores = softcapped(scale * (q @ k.mT), softcap) + mask
+        return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

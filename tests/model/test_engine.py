@@ -326,6 +326,12 @@ def test_a_family_it_does_not_generate_with_is_refused(tmp_path) -> None:
         load_model(directory)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said(tmp_path) -> None:
+    with pytest.raises(ValueError, match="device cuda: no GPU is to be seen here; use cpu"):
+        load_model(model_directory(tmp_path / "model"), device="cuda")
+
+
 @pytest.mark.peer
 @pytest.mark.parametrize("flags", VARIANTS)
 def test_greedy_equals_transformers(tmp_path, flags: dict) -> None:

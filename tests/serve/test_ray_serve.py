@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import signal
 import socket
 import threading
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,13 @@ import httpx
 import psutil
 import pytest
 
+from benchmarks.served import stored
 from serve import deploy as serving
 from serve.specification import EngineOptions
 from tasks.registry.models import Version
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
-from tasks.runtime.store import MANIFEST, Store
+from tasks.runtime.store import Store
 from tests.conftest import Stack
 from tests.serve.conftest import eventually
 from tests.tiny_models import model_directory
@@ -48,32 +47,15 @@ class Registered:
         self.client = httpx.Client(base_url=stack.settings.serve, timeout=60, trust_env=False)
 
     def version(self, seed: int) -> tuple[Version, Manifest]:
-        fingerprint = hashlib.sha256(f"tiny {seed}".encode()).hexdigest()
-        manifest = self.store.find("finetune", fingerprint)
-        if manifest is None:
-            context = 4096 if seed == LONG else 128
-            source = model_directory(self.scratch / str(seed), seed, context)
-            directory = self.store.directory("finetune", fingerprint)
-            files = tuple(directory.put(file, file.name) for file in source.iterdir())
-            manifest = Manifest(
-                stage="finetune",
-                version=1,
-                fingerprint=fingerprint,
-                content=fingerprint,
-                files=files,
-            )
-            directory.write_bytes(MANIFEST, manifest.model_dump_json().encode())
-        version = Version(
-            model="tiny",
-            version=str(seed),
-            run_id="a-run",
-            artifact=f"finetune/{fingerprint}",
-            aliases=(),
+        context = 4096 if seed == LONG else 128
+        return stored(
+            self.store,
+            "tiny",
+            seed,
+            lambda: model_directory(self.scratch / str(seed), seed, context),
             scores={"recall": 0.5},
-            created=time.time(),
             lineage={"report": "evaluate/abc"},
         )
-        return version, manifest
 
     def deploy(self, seed: int, **options: Any) -> str:
         return serving.deploy(self.settings, *self.version(seed), **options)

@@ -156,6 +156,14 @@ def test_what_is_missing_is_said_in_one_sentence(
     assert "needs vLLM, which is not installed: pip install 'gristmill[vllm]'" in refused()
 
 
+def test_our_own_engine_on_a_gpu_is_refused_where_there_is_none(cluster: Settings) -> None:
+    version, artifact = registered(cluster)
+    Ray.gpus = 0.0
+    with pytest.raises(UserError, match=r"engine\.device cuda needs a GPU, and the Ray cluster"):
+        deploy(cluster, version, artifact, engine=EngineOptions(device="cuda"))
+    assert Ray.told == []
+
+
 def test_a_start_that_fails_says_what_serve_says(cluster: Settings) -> None:
     version, artifact = registered(cluster)
     Ray.status = "DEPLOY_FAILED"

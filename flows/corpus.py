@@ -16,6 +16,7 @@ from tasks.corpus.earlier import earlier_corpora
 from tasks.corpus.extract import ExtractConfig, extract
 from tasks.corpus.gather import GatherConfig, gather
 from tasks.corpus.language import LanguageConfig, language
+from tasks.corpus.line_edits import LinesConfig, edit_lines
 from tasks.corpus.measure import MeasureConfig, measure
 from tasks.corpus.pii import PIIConfig, pii
 from tasks.corpus.quality import QualityConfig, quality
@@ -52,6 +53,7 @@ class CorpusParams(StageConfig):
     )
     crawl: CrawlOptions = CrawlOptions()
     extract: ExtractConfig = ExtractConfig()
+    lines: LinesConfig = LinesConfig()
     language: LanguageConfig = LanguageConfig()
     quality: QualityConfig = QualityConfig()
     quality_model: QualityModelConfig = QualityModelConfig()
@@ -81,7 +83,8 @@ def build_corpus(params: CorpusParams) -> Manifest:
     """crawl → extract → measure → language → quality → deduplicate → split, each cached by itself.
 
     Sources are gathered after the pages of the seeds are extracted, and go the same way from there.
-    Where they are asked for: pii before, boilerplate and decontaminate after deduplicate.
+    Where they are asked for: lines before measure, pii before deduplicate, boilerplate and
+    decontaminate after it.
     """
     inputs: dict[str, Manifest] = {}
     pages: dict[str, Manifest] = {}
@@ -93,6 +96,8 @@ def build_corpus(params: CorpusParams) -> Manifest:
         documents = gather(sources, **inputs)
     else:
         documents = inputs["crawled"]
+    if params.lines.rules:
+        documents = edit_lines(params.lines, documents=documents)
     measured = measure(MeasureConfig(), documents=documents)
     identified = language(params.language, documents=documents, attributes=measured)
     scores: dict[str, Manifest] = {}

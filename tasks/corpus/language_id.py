@@ -48,7 +48,10 @@ class VectorisedIdentifier(LanguageIdentifier):
             places += data[: len(data) - back]
             self.moves.take(places, out=states[back:], mode="clip")
         found = self.features.take(states, mode="clip")
-        return np.unique(found[found >= 0], return_counts=True)
+        found = found[found >= 0]
+        found.sort()
+        first = np.flatnonzero(np.concatenate([[True], found[1:] != found[:-1]])[: len(found)])
+        return found[first], np.diff(first, append=len(found))
 
     def _raw_score(self, text: bytes) -> NDArray[np.float32]:
         features, counts = self.counts(text)

@@ -32,7 +32,7 @@ IDENTIFIED = pa.schema(
         ("code_share", pa.float64()),
     ]
 )
-TOGETHER = 8  # documents that go through one rule after the other: its code and tables stay near
+TOGETHER = 16  # documents that go through one rule after the other: code and tables stay near
 
 
 class MeasureConfig(StageConfig):

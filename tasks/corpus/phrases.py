@@ -33,22 +33,22 @@ def phrases(texts: Sequence[str]) -> list[Phrases]:
     counts = np.array([text.count(" ") + 1 if text else 0 for text in texts], np.int64)
     words = Words.of(" ".join(filter(None, texts)))
     owner = np.repeat(np.arange(len(texts)), counts)
-    lengths = words.ends - words.starts
-    letters = np.maximum(np.bincount(owner, lengths, len(texts)), 1)  # bytes without blanks
+    above = np.concatenate([[0], np.cumsum(words.ends - words.starts)])
+    last = np.cumsum(counts)
+    letters = np.maximum(above[last] - above[last - counts], 1)  # bytes without blanks
     whole = letters + np.maximum(counts - 1, 0)
     top, duplicate = np.zeros(len(texts)), np.zeros(len(texts))
     places: Places = np.arange(len(owner))
     for size, bound in TOP.items():
         grams, places = _recurring(words, owner, size, places)
         if len(grams):
-            found, taken = _commonest(words, owner, size, grams, places)
-            top[found] = np.maximum(top[found], taken / whole[found] / bound)
+            found, length = _commonest(words, owner, size, grams, places)
+            top[found] = np.maximum(top[found], length / whole[found] / bound)
     for size, bound in DUPLICATE.items():
         grams, places = _recurring(words, owner, size, places)
         if len(grams) == 0:
             break
-        inside = _repeated(owner, size, grams, places)
-        taken = np.bincount(owner[inside], lengths[inside], len(texts))
+        taken = _taken(above, owner, size, grams, places, len(texts))
         np.maximum(duplicate, taken / letters / bound, out=duplicate)
     return [Phrases(*shares) for shares in zip(top.tolist(), duplicate.tolist(), strict=True)]
 
@@ -103,11 +103,15 @@ def _commonest(
     return text[best], length * number[best]
 
 
-def _repeated(owner: Places, size: int, grams: Hashes, places: Places) -> NDArray[np.bool_]:
-    """Which words stand in a gram that stood in their text before: (W,)."""
-    again = places[~_is_first(grams)]
-    covered = np.zeros(len(owner) + 1, np.int64)
-    covered[again] = 1
-    np.subtract.at(covered, again + size, 1)
-    inside: NDArray[np.bool_] = np.cumsum(covered)[:-1] > 0
-    return inside
+def _taken(
+    above: NDArray[np.int64], owner: Places, size: int, grams: Hashes, places: Places, texts: int
+) -> NDArray[np.float64]:
+    """Letters of each text in grams that stood there before, each counted once: (D,).
+
+    `above` has the letters before each word and, last, all of them: (W + 1,).
+    """
+    again = np.sort(places[~_is_first(grams)])
+    begins, ends = again.copy(), again + size
+    np.maximum(begins[1:], ends[:-1], out=begins[1:])  # of one that overlaps, what is new in it
+    new = above.take(ends) - above.take(begins)
+    return np.asarray(np.bincount(owner.take(again), new, texts), np.float64)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import compress
+from itertools import compress, repeat
 
 from tasks.corpus.phrases import Phrases, phrases
 from tasks.corpus.shingles import count_names, normal_words
@@ -73,7 +73,7 @@ class Reading:
         if "`" in plain:
             plain = _CODE_SPAN.sub(" ", plain)
         words = _BULLET.sub("", plain).split()
-        return [word for word in words if word.strip(_LEFT_OVER)]
+        return list(compress(words, map(str.strip, words, repeat(_LEFT_OVER))))
 
     @cached_property
     def plain_text(self) -> str:

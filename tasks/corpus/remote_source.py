@@ -21,8 +21,8 @@ from typing import Any
 
 from pyarrow import fs
 
-from tasks.runtime.errors import UserError
-from tasks.runtime.store import open_filesystem
+from tasks.runtime.errors import Unavailable, UserError
+from tasks.runtime.store import open_filesystem, refusal
 
 ATTEMPTS = 4
 TIMEOUT = 60.0  # seconds without a byte
@@ -61,8 +61,12 @@ def remote_files(start: str, endings: tuple[str, ...], roots: list[str], what: s
     if start.startswith(("http://", "https://")) or start.lower().endswith(endings):
         return [start]
     filesystem, path = open_filesystem(start)
-    scheme = start[: len(start) - len(path)]
-    found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    scheme = start[: len(start.rstrip("/")) - len(path)]
+    try:
+        below_it = fs.FileSelector(path, recursive=True, allow_not_found=True)
+        found = filesystem.get_file_info(below_it)
+    except OSError as error:
+        raise refusal(start, error) from error
     names = [info.path for info in found if info.type == fs.FileType.File]
     return [scheme + name for name in sorted(names) if name.lower().endswith(endings)]
 
@@ -75,7 +79,10 @@ def look_up(location: str, name: str, roots: list[str], what: str) -> SourceFile
             stamp = head.headers.get("ETag") or head.headers.get("Last-Modified") or ""
             return SourceFile(location, name, int(head.headers.get("Content-Length") or 0), stamp)
     filesystem, path = open_filesystem(location)
-    info = filesystem.get_file_info(path)
+    try:
+        info = filesystem.get_file_info(path)
+    except OSError as error:
+        raise refusal(location, error) from error
     if info.type != fs.FileType.File:
         raise UserError(f"{what} {location!r} is not there; check the source's path and base")
     return SourceFile(location, name, info.size, str(info.mtime_ns))
@@ -106,8 +113,18 @@ def _download(location: str, target: Path, roots: list[str]) -> None:
     with open(target, "wb") as out:
         if not location.startswith(("http://", "https://")):
             filesystem, path = open_filesystem(location)
-            with filesystem.open_input_stream(path, compression=None) as stream:
-                shutil.copyfileobj(stream, out, 1 << 20)
+            try:
+                with filesystem.open_input_stream(path, compression=None) as stream:
+                    shutil.copyfileobj(stream, out, 1 << 20)
+            except FileNotFoundError as error:
+                raise UserError(
+                    f"the source's file {location!r} is not there; check the source's path and base"
+                ) from error
+            except OSError as error:
+                told = refusal(location, error)
+                if isinstance(told, Unavailable):  # may pass
+                    raise
+                raise told from error
             return
         with _answer(location, roots, "the source's file") as body:
             try:

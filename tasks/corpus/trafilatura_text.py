@@ -48,11 +48,11 @@ class _Ours:
         self.tree = tree
 
 
-def _load(content: Any, max_size: int | None = None) -> HtmlElement | None:
-    return content.tree if isinstance(content, _Ours) else load_html(content, max_size)
+def _load(htmlobject: Any, max_size: int | None = None) -> HtmlElement | None:
+    return htmlobject.tree if isinstance(htmlobject, _Ours) else load_html(htmlobject, max_size)
 
 
-setattr(trafilatura.core, "load_html", _load)  # noqa: B010  # typed otherwise there
+trafilatura.core.load_html = _load
 
 
 def read_html(html: str, url: str = "") -> tuple[About, str]:

@@ -13,6 +13,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,65 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from tasks.runtime.errors import UserError
+from tasks.runtime.errors import Unavailable, UserError
 from tasks.runtime.manifest import FileEntry, Manifest
 from tasks.runtime.settings import Settings
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 _LOCAL = fs.LocalFileSystem()
+_PLACES = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_DEFAULT_REGION")
+_DENIALS = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "HTTP status 403")
 
 
 def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The filesystem and root path behind a directory name or URI."""
     if "://" not in uri:
         return fs.LocalFileSystem(), str(Path(uri).expanduser().resolve())
+    return _remote(uri, tuple(os.environ.get(name) for name in _PLACES))
+
+
+@lru_cache(maxsize=64)
+def _remote(uri: str, _environment: tuple[str | None, ...]) -> tuple[fs.FileSystem, str]:
+    """Kept: each opening makes connections of its own and looks for credentials anew."""
     try:
-        return fs.FileSystem.from_uri(uri)
+        filesystem, path = fs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(
             f"store {uri!r} cannot be opened: {error}; use a directory or s3://…"
         ) from error
+    return filesystem, path.rstrip("/")
+
+
+def refusal(uri: str, error: OSError) -> UserError:
+    """What a person is told when the service behind a URI refuses or does not answer."""
+    said = " ".join(str(error).split())
+    if "NO_SUCH_BUCKET" in said or "not found. To create buckets" in said:
+        return UserError(f"{uri!r} lies in a bucket that does not exist; create it")
+    if any(word in said for word in _DENIALS):
+        return UserError(
+            f"access to {uri!r} is denied; give credentials that may read, list and write there "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role)"
+        )
+    return Unavailable(
+        f"{uri!r} does not answer ({said[:200]}); check the network and AWS_ENDPOINT_URL"
+    )
+
+
+@lru_cache(maxsize=64)
+def _require(uri: str, environment: tuple[str | None, ...]) -> None:
+    """Raise UserError or Unavailable unless the store can be listed: better than half-way."""
+    filesystem, root = _remote(uri, environment)
+    bucket = root.partition("/")[0]
+    if not bucket:
+        raise UserError(f"store {uri!r} names no bucket; give s3://BUCKET/PREFIX")
+    try:
+        found = filesystem.get_file_info(bucket)
+        filesystem.get_file_info(fs.FileSelector(root, allow_not_found=True))
+    except OSError as error:
+        raise refusal(uri, error) from error
+    if found.type == fs.FileType.NotFound:
+        raise UserError(f"{uri!r} lies in a bucket that does not exist; create it")
 
 
 @dataclass(frozen=True)
@@ -87,9 +128,9 @@ class Directory:
     def write_bytes(self, name: str, data: bytes) -> FileEntry:
         """Write a whole file atomically: readers see the old file or the new one."""
         filesystem, target = self.filesystem, self.location(name)
-        filesystem.create_dir(os.path.dirname(target), recursive=True)
+        self._make_room(target)
         if self.is_local:
-            partial = f"{target}.partial-{uuid.uuid4().hex[:8]}"
+            partial = _partial(target)
             try:
                 with open(partial, "wb") as stream:
                     stream.write(data)
@@ -116,8 +157,9 @@ class Directory:
     def put(self, source: Path, name: str) -> FileEntry:
         """Copy a local file in, atomically and without holding it in memory."""
         filesystem, target = self.filesystem, self.location(name)
-        filesystem.create_dir(os.path.dirname(target), recursive=True)
-        partial = f"{target}.partial-{uuid.uuid4().hex[:8]}" if self.is_local else target
+        self._make_room(target)
+        # An upload becomes an object when it ends: no partial name, which S3 could only copy from.
+        partial = _partial(target) if self.is_local else target
         digest, size = hashlib.sha256(), 0
         try:
             with (
@@ -128,13 +170,19 @@ class Directory:
                     digest.update(block)
                     size += len(block)
                     out.write(block)
-            if self.is_local:
-                os.replace(partial, target)
         except OSError:
-            if self.is_local:
-                Path(partial).unlink(missing_ok=True)
+            # pyarrow closes a stream that broke off as if it were whole.
+            if filesystem.get_file_info(partial).is_file:
+                filesystem.delete_file(partial)
             raise
+        if self.is_local:
+            os.replace(partial, target)
         return FileEntry(name=name, size=size, sha256=digest.hexdigest())
+
+    def _make_room(self, target: str) -> None:
+        """Object stores have no directories: markers for them would cost two requests a file."""
+        if self.filesystem.type_name not in ("s3", "gcs"):
+            self.filesystem.create_dir(os.path.dirname(target), recursive=True)
 
     def entry(self, name: str) -> FileEntry:
         """Size and digest of a file as it lies there."""
@@ -146,8 +194,16 @@ class Directory:
         return FileEntry(name=name, size=size, sha256=digest.hexdigest())
 
     def remove(self) -> None:
+        """The manifest first: what is left when this is interrupted is no artifact."""
+        if self.has(MANIFEST):
+            self.filesystem.delete_file(self.location(MANIFEST))
         if self.filesystem.get_file_info(self.path).type == fs.FileType.Directory:
             self.filesystem.delete_dir(self.path)
+
+
+def _partial(target: str) -> str:
+    """A name beside `target` that `names` leaves out."""
+    return f"{target}.partial-{uuid.uuid4().hex[:8]}"
 
 
 @dataclass(frozen=True)
@@ -159,7 +215,10 @@ class Store:
 
     @classmethod
     def open(cls, settings: Settings | None = None) -> Store:
+        """Raises UserError when a remote store is not there or refuses us."""
         settings = settings or Settings.load()
+        if "://" in settings.store_uri:
+            _require(settings.store_uri, tuple(os.environ.get(name) for name in _PLACES))
         return cls(settings.store_uri, settings.home / "cache")
 
     def directory(self, stage: str, fingerprint: str) -> Directory:

@@ -76,6 +76,10 @@ def test_every_option_is_a_stage_of_the_chain_and_none_by_default(home: Path) ->
     plain = build_corpus(CorpusParams.model_validate(params))
     after = chain(plain)
     assert after[:2] == ["split", "deduplicate"]
+    edited = build_corpus(
+        CorpusParams.model_validate(params | {"lines": {"rules": ["words"], "min_sentences": 0}})
+    )
+    assert chain(edited) == [*after, "lines"]
 
     second = [first[0], *(f"{NOTICE}\n\n{prose(n)}" for n in range(20, 26))]
     second[2] += f"\n\n{ITEM}"

@@ -12,7 +12,6 @@ from aiohttp import web
 from documents_of import rows
 from inline_shards import stages_inline
 from loopback_site import LoopbackSite
-from pyarrow import fs
 from shared_data import shared
 
 from tasks.corpus.gather import GatherConfig, gather
@@ -124,26 +123,6 @@ def test_a_download_that_breaks_off_is_tried_again(
         monkeypatch.setenv("GRISTMILL_SOURCE_ROOTS", site.url)
         made = gathered(SourceConfig(name="x", path=f"{site.url}/x.jsonl", format="jsonl"))
     assert made.counts["documents"] == 1
-
-
-def test_a_directory_on_another_filesystem(
-    inbox: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The way of s3://, on pyarrow's filesystem of a local directory."""
-    bucket = tmp_path / "bucket"
-    (bucket / "deep").mkdir(parents=True)
-    (bucket / "deep" / "a.jsonl").write_text('{"text": "from the bucket"}\n')
-    (bucket / "b.txt").write_text("not of this format")
-
-    def opened(uri: str) -> tuple[fs.FileSystem, str]:
-        assert uri.startswith("s3://bucket")
-        return fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem()), uri[len("s3://") :]
-
-    monkeypatch.setattr("tasks.corpus.remote_source.open_filesystem", opened)
-    monkeypatch.setenv("GRISTMILL_SOURCE_ROOTS", "s3://bucket")
-    made = gathered(SourceConfig(name="b", path="s3://bucket/", format="jsonl"))
-    [row] = rows(made)
-    assert (row["text"], row["warc"]) == ("from the bucket", "b:deep/a.jsonl")
 
 
 def test_weights_come_with_the_documents_and_decide_how_often_they_are_seen(inbox: Path) -> None:

@@ -1,0 +1,114 @@
+"""C4's line rules cut prose, by the rule that is told, and leave code, tables and documentation."""
+
+import pytest
+from documents_of import documents, rows, urls
+from inline_shards import run_inline
+from test_quality import CONSTANTS, DOCUMENTATION, PROSE
+
+from tasks.corpus.documents import document_id
+from tasks.corpus.line_edits import LinesConfig, edit_lines, edited
+from tasks.runtime.store import REPORT, Store
+
+ALL = LinesConfig(rules=("punctuation", "words", "javascript", "policy"))
+PAGE = f"""# The bridge
+
+Home | News | Contact
+
+{PROSE}
+
+## Share this
+
+- by letter
+- Read more ...
+
+## Notes
+
+It was quiet.
+This page needs JavaScript to show the map of the river.
+By staying you agree that this site uses cookies for statistics.
+“The bridge will be open again before the end of the year.”
+
+### Figures
+
+| year | lorries |
+|---|---|
+| 1931 | 12 |"""
+LEFT = f"""# The bridge
+
+{PROSE}
+
+## Notes
+
+“The bridge will be open again before the end of the year.”
+
+### Figures
+
+| year | lorries |
+|---|---|
+| 1931 | 12 |"""
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "home"))
+    run_inline(monkeypatch)
+
+
+def test_every_line_goes_by_the_first_rule_that_drops_it() -> None:
+    left, dropped = edited(PAGE, ALL)
+    assert left == LEFT
+    assert [(rule, line.split()[0]) for rule, line in dropped] == [
+        ("punctuation", "Home"),
+        ("punctuation", "-"),
+        ("words", "-"),
+        ("words", "It"),
+        ("javascript", "This"),
+        ("policy", "By"),
+    ]
+
+
+@pytest.mark.parametrize("rule", ALL.rules)
+def test_a_rule_alone_drops_its_own_lines(rule) -> None:
+    config = LinesConfig(rules=(rule,))
+    left, dropped = edited(PAGE, config)
+    assert {name for name, _ in dropped} == {rule}
+    assert edited(left, config) == (left, [])
+    assert not any(line in left.split("\n") for _, line in dropped)
+
+
+def test_code_is_never_torn_and_documentation_stays() -> None:
+    code = "```\nfor (;;) { step() }\n// JavaScript, cookie policy\n```"
+    assert edited(f"{PROSE}\n\nOff\n\n{code}", ALL)[0] == f"{PROSE}\n\n{code}"
+    for text in (DOCUMENTATION, CONSTANTS):
+        assert edited(text, ALL) == (text, [])
+
+
+def test_what_went_is_counted_by_rule_and_what_is_left_is_a_document() -> None:
+    menu = "# Menu\n\nHome\nAbout us\nA sentence of more than five words is here."
+    texts = {"http://h/a": PAGE, "http://h/b": PROSE, "http://h/c": menu, "http://h/d": "Home"}
+    made = edit_lines(ALL, documents=documents(texts))
+    assert urls(made) == ["http://h/a", "http://h/b"]
+    first, second = rows(made)
+    assert (first["text"], first["id"]) == (LEFT, document_id(LEFT))
+    assert first["bytes"] == len(LEFT.encode())
+    assert second["text"] == PROSE
+    assert made.rules == {"few-sentences": 2}
+    assert made.metrics == {
+        "mended_lines-punctuation": 5,
+        "mended_lines-words": 2,
+        "mended_lines-javascript": 1,
+        "mended_lines-policy": 1,
+    }
+    gone = rows(made, "rejected-")
+    assert [row["text"] for row in gone] == [menu, "Home"]  # whole, to be looked at
+    assert gone[0]["reason"] == "1 sentences are left < 3"
+    told = Store.open().of(made).read_bytes(REPORT).decode()
+    assert "Home | News | Contact" in told
+
+
+def test_pages_of_code_need_no_sentences_and_others_do() -> None:
+    texts = {"http://h/a": "It is one sentence of enough words.", "http://h/c": CONSTANTS}
+    strict = LinesConfig(rules=("javascript",), min_sentences=5)
+    assert urls(edit_lines(strict, documents=documents(texts))) == ["http://h/c"]
+    lax = LinesConfig(rules=("javascript",), min_sentences=0)
+    assert urls(edit_lines(lax, documents=documents(texts))) == list(texts)

@@ -60,7 +60,8 @@ def ours(folder: Path, steps: int, batch: int = BATCH) -> list[float]:
     from model.config import ModelConfig
     from model.loader import WindowLoader
     from model.optim import OptimConfig
-    from model.train import StepRecord, TrainConfig, train
+    from model.train import StepRecord, train
+    from model.train_config import TrainConfig
     from model.transformer import Transformer
 
     torch.set_flush_denormal(True)  # as tasks/training/worker.py does

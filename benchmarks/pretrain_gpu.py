@@ -28,7 +28,8 @@ from model.config import ModelConfig
 from model.flops import count_parameters, training_flops_per_token
 from model.loader import WindowLoader
 from model.meter import device_peak
-from model.train import StepRecord, TrainConfig, train
+from model.train import StepRecord, train
+from model.train_config import TrainConfig
 from model.transformer import Transformer
 
 SHAPES = {

@@ -47,7 +47,8 @@ def bare(config: PretrainConfig, shards: Path) -> list[float]:
     from model.loader import WindowLoader
     from model.optim import OptimConfig
     from model.schedule import Schedule
-    from model.train import TrainConfig, train
+    from model.train import train
+    from model.train_config import TrainConfig
     from model.transformer import Transformer
 
     torch.set_num_threads(1)

@@ -55,7 +55,8 @@ def ours(folder: Path, budget: float, spare: float) -> dict[str, float]:
     from model.loader import WindowLoader
     from model.optim import OptimConfig
     from model.schedule import Schedule
-    from model.train import TrainConfig, train
+    from model.train import train
+    from model.train_config import TrainConfig
     from model.transformer import Transformer
 
     torch.set_flush_denormal(True)

@@ -6,12 +6,15 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
+from model import flex
 from model.config import ModelConfig
 from model.kernels import AttentionFunction
 from model.layers import RMSNorm, make_norm, rotate
 
 SHORT = 1024  # tokens up to which training on a CPU keeps the attention matrix
+Visible = Tensor | BlockMask | None
 LATENT_EPS = 1e-6  # of the latents' norms: DeepSeek's code has it fixed, whatever norm_eps is
 
 
@@ -46,23 +49,32 @@ class Visibility:
     mask: Tensor | None
     cached: bool
     causal: bool = True
-    _memo: dict[tuple[int | None, int], Tensor | None] = field(default_factory=dict)
+    _memo: dict[tuple[int | None, int], Visible] = field(default_factory=dict)
 
-    def bias(self, window: int | None, queries: Tensor, keys: int) -> Tensor | None:
-        """The boolean mask (B or 1, 1, T, S) for a layer; None where plain causality (or, for a
-        model that is not causal, everything) within T is visible.
+    def bias(
+        self, window: int | None, queries: Tensor, keys: int, *, capped: bool = False
+    ) -> Visible:
+        """The boolean mask (B or 1, 1, T, S) for a layer, or its blocks where FlexAttention runs;
+        None where plain causality (or, for a model that is not causal, everything) within T is
+        visible. capped: the scores are.
         """
-        key = (window, keys)
-        if key not in self._memo:
-            self._memo[key] = self._build(window, queries.shape[2], keys, queries.device)
-        return self._memo[key]
-
-    def _build(
-        self, window: int | None, length: int, keys: int, device: torch.device
-    ) -> Tensor | None:
         if window is not None and window >= keys:
             window = None
-        if self.mask is None and self.segments is None and not self.cached and window is None:
+        key = (window, keys)
+        if key not in self._memo:
+            self._memo[key] = self._build(window, queries, keys, capped)
+        return self._memo[key]
+
+    def _build(self, window: int | None, queries: Tensor, keys: int, capped: bool) -> Visible:
+        length, device = queries.shape[2], queries.device
+        free = self.mask is None and not self.cached
+        if free and self.segments is None and window is None and not capped:
+            return None
+        if free and flex.usable(device.type):
+            return flex.block_mask(
+                queries, keys, causal=self.causal, window=window, segments=self.segments
+            )
+        if free and self.segments is None and window is None:
             return None
         column = torch.arange(keys, device=device)
         # Packed rows restart `positions` at every document, so only a cache may be addressed by
@@ -85,7 +97,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    visible: Tensor | None,
+    visible: Visible,
     *,
     scale: float,
     causal: bool = True,
@@ -94,9 +106,11 @@ def attend(
     """softmax(scale · q kᵀ) v, the one place attention is computed.
 
     q: (B, H, T, D); k: (B, kv_heads, S, D); v: (B, kv_heads, S, E); visible: bool (B or 1, 1, T,
-    S), or None for attention of T queries over the same T keys, causal or to everything. softcap:
-    scores become cap · tanh(scores / cap). Returns (B, H, T, E).
+    S) or as blocks, or None for attention of T queries over the same T keys, causal or to
+    everything. softcap: scores become cap · tanh(scores / cap). Returns (B, H, T, E).
     """
+    if isinstance(visible, BlockMask):
+        return flex.attend_flex(q, k, v, visible, scale=scale, softcap=softcap)
     grouped = k.shape[1] != q.shape[1]
     training = torch.is_grad_enabled() and q.device.type == "cpu" and q.shape[2] == k.shape[2]
     kernel = training and q.shape[2] <= SHORT and (causal or visible is not None)
@@ -170,7 +184,7 @@ class Attention(nn.Module):
         q, k, v = self.queries_keys_values(x, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        visible = visibility.bias(self.window, q, k.shape[2])
+        visible = visibility.bias(self.window, q, k.shape[2], capped=self.softcap is not None)
         y = attend(q, k, v, visible, scale=self.scale, causal=self.causal, softcap=self.softcap)
         return self.o_proj(y.transpose(1, 2).reshape(batch, length, -1))
 

@@ -6,7 +6,8 @@
       checkpoint.json         step, the run's own state, size and SHA-256 of the two
 
 A checkpoint is written under another name, flushed to disk and renamed: what is called step-… is
-    whole.
+whole. Of divided weights each rank writes its own part (`model.divided_checkpoint`): the two files
+are then folders.
 """
 
 import hashlib
@@ -41,26 +42,42 @@ class Checkpoint:
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
     """Write `checkpoint` below `directory` and keep only the newest `keep`; returns its path."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"step-{checkpoint.step:08d}"
-    partial = directory / f".partial-{path.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial = begin(directory, checkpoint.step)
     files = {}
     for name, tensors in zip(FILES, (checkpoint.model, checkpoint.optimizer), strict=True):
         save_file(
             {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()},
             partial / name,
         )
-        files[name] = {"bytes": (partial / name).stat().st_size, "sha256": _digest(partial / name)}
-        _flush(partial / name)
+        files[name] = entry(partial / name)
+    return commit(partial, checkpoint, files, keep)
+
+
+def begin(directory: Path, step: int) -> Path:
+    """An empty folder for what shall become a checkpoint below `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f".partial-step-{step:08d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    return partial
+
+
+def entry(file: Path) -> dict[str, Any]:
+    """What the manifest says of a file, which is flushed to disk."""
+    _flush(file)
+    return {"bytes": file.stat().st_size, "sha256": _digest(file)}
+
+
+def commit(partial: Path, checkpoint: Checkpoint, files: dict[str, Any], keep: int) -> Path:
+    """Make the folder a checkpoint, and remove all but the newest `keep`; returns its path."""
     manifest = {"step": checkpoint.step, "state": checkpoint.state, "files": files}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
     _flush(partial / MANIFEST)
+    path = partial.with_name(partial.name.removeprefix(".partial-"))
     shutil.rmtree(path, ignore_errors=True)  # a step replayed after a restart is written again
     partial.rename(path)
-    _flush(directory)
-    for old in list_checkpoints(directory)[:-keep]:
+    _flush(path.parent)
+    for old in list_checkpoints(path.parent)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return path
 
@@ -68,11 +85,17 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, *, keep: int = 2) -
 class CheckpointWriter:
     """Writes checkpoints in a thread while training goes on, one at a time and in order.
 
-    `written` is called in that thread with the path of each one that is whole.
+    `written` is called in that thread with the path of each one that is whole. save: how one is
+    written; `save_checkpoint` where one rank has all of it.
     """
 
-    def __init__(self, directory: Path, written: Callable[[Path, int], None]) -> None:
-        self.directory, self.written = directory, written
+    def __init__(
+        self,
+        directory: Path,
+        written: Callable[[Path, int], None],
+        save: Callable[..., Path | None] = save_checkpoint,
+    ) -> None:
+        self.directory, self.written, self.save = directory, written, save
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -101,8 +124,8 @@ class CheckpointWriter:
 
     def _write(self, checkpoint: Checkpoint, keep: int, directory: Path) -> None:
         try:
-            path = save_checkpoint(directory, checkpoint, keep=keep)
-            if directory == self.directory:
+            path = self.save(directory, checkpoint, keep=keep)
+            if path is not None:
                 self.written(path, checkpoint.step)
         except BaseException as error:
             self._error = error
@@ -113,30 +136,46 @@ def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint; raises `CheckpointError` if a byte is wrong."""
-    remedy = f"delete {path} to go on from an older one"
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"checkpoint {path.name} has no readable {MANIFEST}; {remedy}"
-        ) from error
-    for name, expected in manifest["files"].items():
+    """Read and verify one checkpoint that lies in whole files; raises `CheckpointError` if a byte
+    is wrong.
+    """
+    manifest = verify_checkpoint(path)
+    model, optimizer = (load_file(path / name) for name in FILES)
+    return Checkpoint(manifest["step"], model, optimizer, manifest["state"])
+
+
+def verify_checkpoint(path: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
+    """The manifest. Raises `CheckpointError` if a byte of a file is wrong.
+
+    Of several who verify together, each can take one part of the files.
+    """
+    manifest, remedy = read_manifest(path), f"delete {path} to go on from an older one"
+    for name, expected in sorted(manifest["files"].items())[part::parts]:
         file = path / name
         size = file.stat().st_size if file.exists() else 0
         if size != expected["bytes"]:
             raise CheckpointError(
                 f"checkpoint {path.name} is cut short: {name} has {size} of {expected['bytes']} "
-                f"bytes; "
-                f"{remedy}"
+                f"bytes; {remedy}"
             )
         if _digest(file) != expected["sha256"]:
             raise CheckpointError(
                 f"checkpoint {path.name} is damaged: {name} does not have its recorded SHA-256; "
                 f"{remedy}"
             )
-    model, optimizer = (load_file(path / name) for name in FILES)
-    return Checkpoint(manifest["step"], model, optimizer, manifest["state"])
+    return manifest
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: step, state, files."""
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path.name} has no readable {MANIFEST}; delete {path} to go on from an "
+            f"older one"
+        ) from error
+    return manifest
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -144,6 +183,11 @@ def list_checkpoints(directory: Path) -> list[Path]:
     if not directory.exists():
         return []
     return sorted(p for p in directory.iterdir() if re.fullmatch(r"step-\d{8,}", p.name))
+
+
+def step_of(path: Path) -> int:
+    """The steps completed when a checkpoint was made."""
+    return int(path.name.removeprefix("step-"))
 
 
 def latest_checkpoint(directory: Path) -> Path | None:

@@ -5,22 +5,22 @@ import logging
 import os
 import shutil
 
-from model.transformer import Transformer
+from torch import nn
 
 logger = logging.getLogger("gristmill.training")
 
 
-def compile_blocks(model: Transformer) -> bool:
+def compile_blocks(blocks: nn.ModuleList) -> bool:
     """Have every block compiled when it first runs; False, with a word why, without a compiler.
 
     Block by block rather than the whole: all blocks are alike, so one kernel serves them all, and
     what stands outside (embedding, loss) is written by hand.
     """
-    missing = missing_compiler(model.output_weight.device.type)
+    missing = missing_compiler(next(blocks.parameters()).device.type)
     if missing is not None:
         logger.warning("not compiled: %s", missing)
         return False
-    for block in model.model.layers:
+    for block in blocks:
         block.compile(dynamic=False)
     return True
 

@@ -239,6 +239,18 @@ class ModelConfig:
     def has_experts(self, layer: int) -> bool:
         return self.experts > 0 and layer >= self.dense_layers
 
+    def require_tensor(self, tensor: int) -> None:
+        """Raises `ConfigError` when groups of `tensor` ranks cannot share the blocks' matrices."""
+        if tensor > 1 and (self.kv_latent is not None or self.experts):
+            raise ConfigError(
+                "tensor parallelism is for plain attention and feed-forward, not for kv_latent or "
+                "experts; use tensor 1, and sharded to save memory"
+            )
+        sizes = {"heads": self.heads, "kv_heads": self.kv_count, "mlp_width": self.mlp_size}
+        for name, size in sizes.items():
+            if size % tensor:
+                raise ConfigError(f"{name} {size} is not a multiple of tensor {tensor}")
+
     def not_generated(self) -> list[str]:
         """The flags that are set and that `model.engine` does not generate with: those of BERT and
         DeepSeek.

@@ -7,13 +7,14 @@ depend on the order in which parameters were registered.
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import chain
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from model.config import ConfigError
-from model.sharding import divided_like, is_divided, whole
+from model.sharding import divided_like, is_divided, together, whole
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class OptimConfig:
     learning_rate: AdamW's, for norms, biases and an untied output matrix (and for all, with kind
         adamw);
     embedding_learning_rate: AdamW's, for the embedding (tied or not); None: as learning_rate;
-    muon_learning_rate: for the matrices inside the blocks.
+    muon_learning_rate: for the matrices inside the blocks;
+    base_width: the width these rates, and the initialisation, were found at (`model.width`); 0:
+        the model's own.
     """
 
     kind: Literal["muon", "adamw"] = "muon"
@@ -36,10 +39,13 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-10
+    base_width: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in ("muon", "adamw"):
             raise ConfigError(f"optimizer kind {self.kind!r} is not one of muon, adamw")
+        if self.base_width < 0:
+            raise ConfigError(f"optimizer base_width {self.base_width} must be 0 or a width")
         for name in ("learning_rate", "muon_learning_rate", "eps"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"optimizer {name} {getattr(self, name)} must be above 0")
@@ -81,9 +87,7 @@ class Muon:
 
     The update is scaled by √max(1, rows/columns), so that one rate suits all shapes and widths: its
     spectral norm then asks of every layer the same relative change of what it puts out, which is
-    the condition for rates to transfer across widths (arXiv:2310.17813). AdamW's rates here are for
-    norms, biases and embeddings, whose best rate hardly depends on the width; with kind adamw, and
-    for an untied output matrix, lower them with 1/width yourself (µP, arXiv:2203.03466).
+    the condition for rates to transfer across widths (arXiv:2310.17813).
     """
 
     def __init__(
@@ -92,12 +96,13 @@ class Muon:
         self.config = config
         self.dtype = dtype
         self.groups: list[tuple[list[str], list[Tensor], list[Tensor]]] = []
-        by_shape: dict[torch.Size, list[str]] = defaultdict(list)
-        for name, parameter in parameters.items():
-            by_shape[parameter.shape].append(name)
-        for names in by_shape.values():
-            alike = [parameters[name] for name in names]
-            self.groups.append((names, alike, [torch.zeros_like(p) for p in alike]))
+        for group in together(parameters.items()):
+            by_shape: dict[torch.Size, list[str]] = defaultdict(list)
+            for name, parameter in group.items():
+                by_shape[parameter.shape].append(name)
+            for names in by_shape.values():
+                alike = [parameters[name] for name in names]
+                self.groups.append((names, alike, [torch.zeros_like(p) for p in alike]))
 
     @torch.no_grad()
     def step(self, multiplier: float) -> None:
@@ -129,41 +134,47 @@ class Muon:
             for name, tensor in zip(names, momentum, strict=True)
         }
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        for key, tensor in self.state().items():
-            tensor.copy_(divided_like(state[key].to(tensor.device), tensor))
-
 
 class Optimizer:
-    """All of a model's parameters under one `step`; which goes where is `split`."""
+    """All of a model's parameters under one `step`; which goes where is `split`.
 
-    def __init__(self, model: nn.Module, config: OptimConfig, *, bf16: bool = True) -> None:
+    width_ratio: the width the rates were found at over the model's (`model.width`).
+    """
+
+    def __init__(
+        self, model: nn.Module, config: OptimConfig, *, bf16: bool = True, width_ratio: float = 1.0
+    ) -> None:
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        matrices, embeddings, rest = split(named) if config.kind == "muon" else ({}, {}, named)
+        matrices, embeddings, rest = split(named)
         if config.kind == "adamw":
-            embeddings = {n: p for n, p in rest.items() if "embed_tokens" in n}
-            rest = {n: p for n, p in rest.items() if n not in embeddings}
+            matrices, rest = {}, {**matrices, **rest}
         self.config = config
         self.muon = Muon(matrices, config, torch.bfloat16 if bf16 else torch.float32)
         # A norm's gain or a bias is a scale of its own; only matrices decay.
         scales = {n: p for n, p in rest.items() if p.ndim < 2}
-        others = {n: p for n, p in rest.items() if p.ndim >= 2}
-        self.names = [*scales, *others, *embeddings]
-        embedding_rate = config.embedding_learning_rate or config.learning_rate
-        groups: list[dict[str, Any]] = [
-            {"params": list(scales.values()), "weight_decay": 0.0},
-            {"params": list(others.values())},
-            {"params": list(embeddings.values()), "rate": embedding_rate},
+        inputs = {n: p for n, p in rest.items() if "embed_" in n}
+        wide = {n: p for n, p in rest.items() if n not in scales and n not in inputs}
+        rate, decay = config.learning_rate, config.weight_decay
+        kinds = [
+            (scales, rate, 0.0),
+            (inputs, rate, decay),
+            (wide, rate * width_ratio, decay / width_ratio),
+            (embeddings, config.embedding_learning_rate or rate, decay),
         ]
+        groups = [
+            ({"rate": peak, "weight_decay": shrink}, alike)
+            for parameters, peak, shrink in kinds
+            for alike in together(parameters.items())
+        ]
+        self.names = [name for _, alike in groups for name in alike]
         self.adamw = torch.optim.AdamW(
-            [{"rate": config.learning_rate} | group for group in groups if group["params"]],
+            [{"params": list(alike.values()), **rates} for rates, alike in groups],
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
-            weight_decay=config.weight_decay,
             fused=True,
         )
-        self.parameters = list(named.values())
+        self.parameters = [list(alike.values()) for alike in together(named.items())]
 
     def step(self, multiplier: float) -> None:
         """One update at `multiplier` times the peak rates, from the gradients in place."""
@@ -173,16 +184,17 @@ class Optimizer:
         self.muon.step(multiplier)
 
     def zero_grad(self) -> None:
-        for parameter in self.parameters:
+        for parameter in chain.from_iterable(self.parameters):
             parameter.grad = None
 
     def clip(self, limit: float | None) -> Tensor:
         """The global gradient norm; gradients are scaled down to `limit` when it is above."""
-        gradients = [_gradient(parameter) for parameter in self.parameters]
-        norms = [whole(norm) for norm in torch._foreach_norm(gradients)]
+        alike = [[_gradient(parameter) for parameter in group] for group in self.parameters]
+        norms = [whole(norm) for gradients in alike for norm in torch._foreach_norm(gradients)]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         if limit is not None and bool(norm + 1e-6 > limit):
-            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+            for gradients in alike:
+                torch._foreach_mul_(gradients, limit / (norm + 1e-6))
         return norm
 
     def state(self) -> dict[str, Tensor]:
@@ -193,14 +205,20 @@ class Optimizer:
                 tensors[f"{name}.{key}"] = value
         return tensors
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `state`, for the same parameters."""
-        self.muon.load_state(state)
-        for name, parameter in zip(self.names, self._adamw_parameters(), strict=True):
+        for key, tensor in self.blank_state().items():
+            tensor.copy_(divided_like(state[key].to(tensor.device), tensor))
+
+    def blank_state(self) -> dict[str, Tensor]:
+        """`state` before the first step, which makes AdamW's: tensors to be filled."""
+        for parameter in self._adamw_parameters():
             self.adamw.state[parameter] = {
-                key: divided_like(state[f"{name}.{key}"].to(parameter.device), parameter).clone()
-                for key in ("exp_avg", "exp_avg_sq")
-            } | {"step": state[f"{name}.step"].clone()}
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        return self.state()
 
     def _adamw_parameters(self) -> Iterable[Tensor]:
         return (parameter for group in self.adamw.param_groups for parameter in group["params"])

@@ -1,26 +1,69 @@
-"""FSDP2: parameters, gradients and optimiser state divided among ranks (`fully_shard`).
+"""What is divided among the ranks of a run: the batch, and if asked for the weights.
 
-Each block is gathered when its turn comes and let go after it; what stands outside the blocks stays
-gathered from the forward to the backward pass, because the loss uses the output matrix there.
-Checkpoints hold whole tensors, so that a run goes on with any number of ranks, or with none.
+FSDP2 (`shard`) divides parameters, gradients and optimiser state: each block is gathered when its
+turn comes and let go after it; what stands outside the blocks stays gathered from the forward to
+the backward pass, because the loss uses the output matrix there. Tensor parallelism
+(`model.tensor_parallel`) divides the work of each block as well.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.transformer import Transformer
 
 
-def shard(module: nn.Module, model: Transformer) -> nn.Module:
-    """Divide the parameters of `model` among all ranks; `module` computes its loss."""
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a run: it is number `index` of the `count` that each read a slice
+    of every batch. With a mesh of the dimensions data and tensor, those of one tensor group share
+    the blocks' matrices and read the same slice.
+    """
+
+    index: int = 0
+    count: int = 1
+    mesh: DeviceMesh | None = None
+
+    @classmethod
+    def here(cls, tensor: int, device: torch.device) -> "Ranks":
+        """Of the process group that is initialised, if there is one, in groups of `tensor`."""
+        if not dist.is_initialized():
+            return cls()
+        if tensor == 1:
+            return cls(dist.get_rank(), dist.get_world_size())
+        groups = dist.get_world_size() // tensor
+        mesh = init_device_mesh(device.type, (groups, tensor), mesh_dim_names=("data", "tensor"))
+        return cls(mesh.get_local_rank("data"), groups, mesh)
+
+    def add(self, values: Tensor) -> None:
+        """In place, the sum over the slices of a batch."""
+        if self.count > 1:
+            group = None if self.mesh is None else self.mesh.get_group("data")
+            dist.all_reduce(values, group=group)
+
+
+def shard(module: nn.Module, model: Transformer, ranks: Ranks) -> nn.Module:
+    """Divide the parameters of `model` among all that read a slice; `module` computes its loss."""
+    mesh = None if ranks.mesh is None else ranks.mesh["data"]
     for block in model.model.layers:
-        fully_shard(block)
-    fully_shard(module)
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
     return module
+
+
+def together(tensors: Iterable[tuple[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """In groups that one operation over many tensors takes: those divided among the same ranks."""
+    groups: dict[DeviceMesh | None, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors:
+        groups[tensor.device_mesh if isinstance(tensor, DTensor) else None][name] = tensor
+    return list(groups.values())
 
 
 def is_divided(tensor: Tensor) -> bool:
@@ -39,14 +82,14 @@ def divided_like(tensor: Tensor, model: Tensor) -> Tensor:
     return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a model with whole tensors; every rank must ask."""
-    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
+def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with none divided; every rank must ask."""
+    return {name: whole(tensor) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
 def load_whole_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """The inverse of `whole_state`."""
+    """Fill a model, divided or not, with whole tensors."""
     for name, tensor in model.state_dict().items():
         tensor.copy_(divided_like(state[name].to(tensor.device), tensor))
 
@@ -55,7 +98,7 @@ def whole_model(model: Transformer) -> Transformer:
     """A model without division, with the same weights; every rank must ask."""
     if not any(map(is_divided, model.parameters())):
         return model
-    state = whole_state(model)
+    state = whole_tensors(model.state_dict())
     with torch.device("meta"):
         single = Transformer(model.config)
     single.to_empty(device="cpu")

@@ -33,92 +33,29 @@ from model.checkpoint import (
     CheckpointWriter,
     latest_checkpoint,
     load_checkpoint,
+    read_manifest,
+    save_checkpoint,
+    verify_checkpoint,
 )
 from model.compiling import compile_blocks
-from model.config import ConfigError, ModelConfig
+from model.config import ModelConfig
+from model.divided_checkpoint import Together, is_divided, load_divided
 from model.flops import training_flops_per_token
 from model.loader import Batch, Loader, rank_slice
 from model.losses import cross_entropy_sum
 from model.meter import Meter, StepRecord, device_peak
 from model.moe import balance
 from model.optim import OptimConfig, Optimizer
-from model.precision import Precision, resolve_precision
+from model.precision import resolve_precision
 from model.schedule import Schedule
-from model.sharding import load_whole_state, shard, whole, whole_state
+from model.sharding import Ranks, load_whole_state, shard, whole_tensors
 from model.spikes import SpikeGuard
+from model.tensor_parallel import divide_blocks, join_gradients
+from model.train_config import TrainConfig
 from model.transformer import Transformer
 from model.validation import OVERALL, heldout_losses
+from model.width import width_ratio
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What a run is. total_tokens: tokens to train on, rounded up to whole steps; batch: sequences
-    of one step over all ranks; micro_batch: sequences a rank holds at once (memory only: it does
-    not change the result but for rounding); clip: global gradient norm; checkpoint_every,
-    log_every: steps; spike: a step whose loss lies that many standard deviations above the steps
-    before it is not taken (`model.spikes`), None: all are; balance_rate: how fast experts' biases
-    follow their load (`model.moe`); activation_checkpointing: keep only what enters a block and
-    compute the rest again, for less memory; peak_flops: what one device could do in a second, for
-    the share of it that is used, None: known or not shown; sharded: divide weights and optimiser
-    state among the ranks (FSDP2) instead of copying them to each; compiled: have torch.compile make
-    kernels of the blocks, where it finds a compiler; heldout_every: steps between
-    looks at the loss on held-out text; heldout_sequences: of each source; keep_best: checkpoints
-    kept in `best/` because theirs was least, beside the newest.
-    """
-
-    total_tokens: int
-    batch: int = 16
-    micro_batch: int = 16
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    schedule: Schedule = field(default_factory=Schedule)
-    clip: float | None = 1.0
-    precision: Precision = "auto"
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
-    log_every: int = 10
-    spike: float | None = None
-    balance_rate: float = 1e-3
-    activation_checkpointing: bool = False
-    peak_flops: float | None = None
-    sharded: bool = False
-    compiled: bool = False
-    heldout_every: int = 50
-    heldout_sequences: int = 32
-    keep_best: int = 0
-
-    def __post_init__(self) -> None:
-        names = "total_tokens", "batch", "micro_batch", "checkpoint_every", "log_every"
-        for name in (*names, "keep_checkpoints", "heldout_every", "heldout_sequences"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.clip is not None and self.clip <= 0:
-            raise ConfigError(f"clip {self.clip} must be above 0; use None for no clipping")
-        if self.spike is not None and self.spike <= 1:
-            raise ConfigError(f"spike {self.spike} must be above 1 standard deviation, 6 is usual")
-
-    def steps(self, sequence: int) -> int:
-        """Steps of the run at `sequence` tokens a row."""
-        return math.ceil(self.total_tokens / (self.batch * sequence))
-
-    def identity(self) -> dict[str, Any]:
-        """The settings that change the result, for comparison with a checkpoint's."""
-        return {name: value for name, value in asdict(self).items() if name not in PLACES}
-
-
-PLACES = (
-    "micro_batch",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "precision",
-    "activation_checkpointing",
-    "peak_flops",
-    "sharded",
-    "compiled",
-    "heldout_every",
-    "heldout_sequences",
-    "keep_best",
-)
 BEST = "best"  # folder of the checkpoints with the least held-out loss
 
 
@@ -173,45 +110,37 @@ def train(
     Raises `ConfigError` for settings that contradict each other or the checkpoint,
     `CheckpointError` for a damaged checkpoint, `DivergedError` when loss or gradient is not finite.
     """
-    if loader.sequence > model.config.context:
-        raise ConfigError(
-            f"sequence {loader.sequence} is longer than the model's context "
-            f"{model.config.context}; "
-            "lower one or raise the other"
-        )
-    if model.config.causal == getattr(loader, "masked", False):
-        raise ConfigError(
-            "a model that looks both ways sees the next token: give it a MaskedLoader, and causal "
-            "models any other"
-        )
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if world > config.batch:
-        raise ConfigError(
-            f"{world} workers for a batch of {config.batch} sequences; use fewer workers"
-        )
+    config.require_possible(model.config, loader, world)
     device = model.output_weight.device
+    ranks = Ranks.here(config.tensor, device)
     precision = resolve_precision(config.precision, device.type)
     bf16 = precision == "bf16"
     model.remat = config.activation_checkpointing
     if config.compiled:
-        compile_blocks(model)
+        compile_blocks(model.model.layers)
+    if ranks.mesh is not None:
+        divide_blocks(model, ranks)
     bare: nn.Module = _Loss(model)
-    if config.sharded and world > 1:
-        bare = shard(bare, model)
-    optimizer = Optimizer(model, config.optim, bf16=bf16)
+    if config.sharded and ranks.count > 1:
+        bare = shard(bare, model, ranks)
+    ratio = width_ratio(model.config, config.optim.base_width)
+    optimizer = Optimizer(model, config.optim, bf16=bf16, width_ratio=ratio)
     steps = config.steps(loader.sequence)
     identity = {
         "train": config.identity() | {"precision": precision, "sequence": loader.sequence},
         "model": model.config.to_dict(),
     }
     past = _History(SpikeGuard(config.spike))
-    first = _resume(model, optimizer, past, checkpoints, identity)
+    divided = config.sharded and ranks.count > 1 and config.divided_checkpoints
+    together = Together.of_all() if divided and checkpoints is not None else None
+    first = _resume(model, optimizer, past, checkpoints, identity, together)
     for record in past.curve:
         on_step(record)
     for step, losses in past.heldout:
         on_heldout(step, losses)
     module = bare
-    if world > 1 and not config.sharded:
+    if ranks.count > 1 and not config.sharded:
         # Every parameter is used in every step; the gradient is the sum over ranks, which DDP
         # averages.
         module = DistributedDataParallel(
@@ -224,12 +153,17 @@ def train(
     flops = training_flops_per_token(model.config, loader.sequence) / world
     peak = device_peak(config.peak_flops, device)
     meter = Meter(loader.sequence * config.batch, first, steps, flops, peak)
-    writer = None if checkpoints is None else CheckpointWriter(checkpoints, on_checkpoint)
+    writer = None
+    if checkpoints is not None:
+        how = save_checkpoint if together is None else together.save
+        writer = CheckpointWriter(checkpoints, on_checkpoint, how)
 
     def save(step: int, keep: int, folder: str = "") -> None:
-        """What every rank does for a checkpoint; rank 0 writes it."""
-        tensors = whole_state(model), {k: whole(t) for k, t in optimizer.state().items()}
-        if rank == 0 and writer is not None:
+        """What every rank does for a checkpoint; rank 0 writes it, or each its part."""
+        tensors = model.state_dict(), optimizer.state()
+        if together is None:
+            tensors = whole_tensors(tensors[0]), whole_tensors(tensors[1])
+        if writer is not None and (rank == 0 or together is not None):
             state = {"identity": identity} | past.state()
             writer.write(Checkpoint(step, *tensors, state), keep, folder)
 
@@ -246,20 +180,21 @@ def train(
         for step in range(first, steps):
             ids = loader.order(step * config.batch, config.batch)
             counted = loader.targets(ids)
-            mine = loader.read(rank_slice(ids, rank, world))
+            mine = loader.read(rank_slice(ids, ranks.index, ranks.count))
             micro = mine.micro_batches(config.micro_batch)
             totals = torch.zeros(2, dtype=torch.float64)  # nats, bytes
             for number, piece in enumerate(micro):
                 piece = piece.to(device)
                 last = number == len(micro) - 1
-                with _synchronised(module, last, world):
+                with _synchronised(module, last, ranks):
                     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                         nats = module(piece)
-                    (nats * (world / max(counted, 1))).backward()
+                    (nats * (ranks.count / max(counted, 1))).backward()
                 totals[0] += nats.detach().double().cpu()
                 totals[1] += _bytes(piece, token_bytes)
-            if world > 1:
-                dist.all_reduce(totals)
+            ranks.add(totals)
+            if ranks.mesh is not None:
+                join_gradients(model, ranks)
             grad_norm = float(optimizer.clip(config.clip))
             loss = float(totals[0]) / max(counted, 1)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -275,7 +210,7 @@ def train(
                 # Several in a row: the weights are at fault, not the batches. On with older weights
                 # and the data that follows.
                 settle()
-                _restore(model, optimizer, latest_checkpoint(checkpoints))
+                _restore(model, optimizer, latest_checkpoint(checkpoints), together)
                 past.guard.reset()
             optimizer.zero_grad()
             imbalance = balance(model, config.balance_rate) if model.config.experts else None
@@ -289,9 +224,8 @@ def train(
                 on_step(record)
             if heldout and (done % config.heldout_every == 0 or done == steps):
                 model.eval()
-                losses = heldout_losses(
-                    bare, heldout, config.heldout_sequences, config.micro_batch, device, bf16=bf16
-                )
+                shown = config.heldout_sequences, config.micro_batch
+                losses = heldout_losses(bare, heldout, *shown, device, ranks, bf16=bf16)
                 least = min((earlier[OVERALL] for _, earlier in past.heldout), default=math.inf)
                 past.heldout.append((done, losses))
                 on_heldout(done, losses)
@@ -323,9 +257,9 @@ class _History:
 
 
 @contextlib.contextmanager
-def _synchronised(module: nn.Module, last: bool, world: int) -> Iterator[None]:
+def _synchronised(module: nn.Module, last: bool, ranks: Ranks) -> Iterator[None]:
     """Gradients go between ranks with the last micro-batch of a step only."""
-    if world == 1:
+    if ranks.count == 1:
         yield
     elif isinstance(module, DistributedDataParallel):
         with contextlib.nullcontext() if last else module.no_sync():
@@ -336,12 +270,23 @@ def _synchronised(module: nn.Module, last: bool, world: int) -> Iterator[None]:
         yield
 
 
-def _restore(model: Transformer, optimizer: Optimizer, path: Path | None) -> None:
+def _restore(
+    model: Transformer, optimizer: Optimizer, path: Path | None, together: Together | None
+) -> None:
     """Weights and optimiser state of a checkpoint, if there is one."""
-    if path is not None:
-        checkpoint = load_checkpoint(path)
-        load_whole_state(model, checkpoint.model)
-        optimizer.load_state(dict(checkpoint.optimizer))
+    if path is None:
+        return
+    if is_divided(read_manifest(path)):
+        tensors = {"model": model.state_dict(), "optimizer": optimizer.blank_state()}
+        if together is not None:
+            together.load(path, tensors)
+        else:
+            verify_checkpoint(path)
+            load_divided(path, tensors)
+        return
+    checkpoint = load_checkpoint(path)
+    load_whole_state(model, checkpoint.model)
+    optimizer.load_state(checkpoint.optimizer)
 
 
 def _resume(
@@ -350,27 +295,31 @@ def _resume(
     past: _History,
     checkpoints: Path | None,
     identity: dict[str, Any],
+    together: Together | None,
 ) -> int:
     """Load the newest checkpoint, if there is one; returns its steps."""
     path = None if checkpoints is None else latest_checkpoint(checkpoints)
     if path is None:
         return 0
-    checkpoint = load_checkpoint(path)
+    manifest = read_manifest(path)
     # A setting that did not exist then had its default.
-    unsaid = {f.name: f.default for kind in (TrainConfig, ModelConfig) for f in fields(kind)}
+    kinds = TrainConfig, ModelConfig
+    usual: dict[str, Any] = {each.name: each.default for kind in kinds for each in fields(kind)}
+    usual |= {"optim": asdict(OptimConfig()), "schedule": asdict(Schedule())}
     # Through JSON and back, as the saved one went: tuples are lists there.
     for part, wanted in json.loads(json.dumps(identity)).items():
         for name, value in wanted.items():
-            saved = checkpoint.state["identity"][part].get(name, unsaid.get(name))
+            saved = manifest["state"]["identity"][part].get(name, usual.get(name))
+            if isinstance(saved, dict):
+                saved = (usual[name] or {}) | saved
             if saved != value:
                 raise CheckpointError(
                     f"checkpoint {path.name} was made with {part} setting {name} = {saved}, "
                     f"not {value}; delete {checkpoints} to start anew"
                 )
-    load_whole_state(model, checkpoint.model)
-    optimizer.load_state(dict(checkpoint.optimizer))
-    past.load_state(checkpoint.state)
-    return checkpoint.step
+    _restore(model, optimizer, path, together)
+    past.load_state(manifest["state"])
+    return int(manifest["step"])
 
 
 def _bytes(batch: Batch, token_bytes: Tensor | None) -> int:

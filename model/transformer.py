@@ -15,6 +15,7 @@ from model.layers import FeedForward, activate, make_norm
 from model.losses import softcapped
 from model.moe import MixtureOfExperts
 from model.rope import rope_table
+from model.width import width_ratio
 
 Angles = tuple[Tensor, Tensor]
 
@@ -104,13 +105,14 @@ class Transformer(nn.Module):
 
     Initialisation: matrices and embeddings N(0, 0.02²); the matrices that write into the residual
     stream (o_proj, down_proj) are scaled by 1/√(2·layers), so that its variance does not grow with
-    depth (GPT-2); norms 1, biases 0. It uses torch's global generator: seed it before.
+    depth (GPT-2); norms 1, biases 0. With a `base_width` these are of a model of that width, and
+    follow the width from there (`model.width`). It uses torch's global generator: seed it before.
     """
 
     rope_cos: Tensor  # (context, rotary channels), always float32
     rope_sin: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, base_width: int = 0) -> None:
         super().__init__()
         self.config = config
         self.model = Decoder(config)
@@ -122,7 +124,7 @@ class Transformer(nn.Module):
         self.remat = False  # keep only blocks' inputs for the backward pass, compute the rest again
         for name, table in zip(self._tables, self._angles(), strict=True):
             self.register_buffer(name, table, persistent=False)
-        self.reset_parameters()
+        self.reset_parameters(width_ratio(config, base_width))
 
     @property
     def _tables(self) -> tuple[str, ...]:
@@ -148,8 +150,8 @@ class Transformer(nn.Module):
                 setattr(self, name, table.to(device))
         return self
 
-    def reset_parameters(self) -> None:
-        residual_std = 0.02 / math.sqrt(2 * self.config.layers)
+    def reset_parameters(self, width_ratio: float = 1.0) -> None:
+        std = 0.02 * math.sqrt(width_ratio)
         one = 0.0 if self.config.norm == "rms+1" else 1.0
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -158,9 +160,13 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif "o_proj." in name or "down_proj" in name:
-                nn.init.normal_(parameter, std=residual_std)
-            else:
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.layers))
+            elif "embed_" in name:
                 nn.init.normal_(parameter, std=0.02)
+            elif name == "lm_head.weight" or name.endswith(".mlp.gate.weight"):
+                nn.init.normal_(parameter, std=0.02 * width_ratio)
+            else:
+                nn.init.normal_(parameter, std=std)
 
     def forward(
         self,

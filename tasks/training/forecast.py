@@ -300,7 +300,7 @@ def _vocabulary(store: Store, shards: Manifest) -> int:
 def _train_config(config: PretrainConfig, tokens: int) -> Any:
     from model.optim import OptimConfig
     from model.schedule import Schedule
-    from model.train import TrainConfig
+    from model.train_config import TrainConfig
 
     loop = config.loop()
     parts = {"optim": OptimConfig(**loop["optim"]), "schedule": Schedule(**loop["schedule"])}

@@ -103,10 +103,11 @@ def main(argument: str) -> None:
 
 def _impossible(job: TrainingJob, cpus: int) -> str | None:
     """Why this cluster could never run the job; Ray would wait for ever."""
-    if job.run.workers > cpus:
+    needed = job.run.least_workers or job.run.workers
+    if needed > cpus:
         return (
-            f"{job.run.workers} training workers need {job.run.workers} CPUs, the Ray cluster has "
-            f"{cpus}; lower run.workers or add nodes"
+            f"{needed} training workers need {needed} CPUs, the Ray cluster has {cpus}; lower "
+            f"run.workers or add nodes"
         )
     return None
 
@@ -117,12 +118,14 @@ def _fit(job: TrainingJob, directory: Directory) -> None:
 
     from tasks.training.worker import train_worker
 
+    least, most = job.run.least_workers, job.run.workers
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"uri": directory.uri, "path": directory.path},
-        torch_config=TorchConfig(backend="nccl" if job.run.gpu else "gloo"),
+        # Counts of the loop and the digests of checkpoints go between CPUs also where GPUs train.
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if job.run.gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=job.run.workers,
+            num_workers=(least, most) if least else most,  # type: ignore[arg-type]  # as above
             use_gpu=job.run.gpu,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if job.run.gpu else {})},
         ),

@@ -32,6 +32,9 @@ class OptimizerOptions(StageConfig):
     weight_decay: float = Field(0.2, ge=0)
     """Decoupled weight decay of the matrices: what keeps several passes over the same text from
     being learned by heart."""
+    base_width: int = Field(0, ge=0)
+    """Width of a smaller model that these rates were found with: initialisation and rates then
+    follow the width from there (µP), so that they stay near the best. 0: they are of this model."""
 
 
 class ScheduleOptions(StageConfig):
@@ -60,6 +63,9 @@ class RunOptions(StageConfig):
 
     workers: int = Field(0, ge=0)
     """Processes that share every batch; 0: two where the cluster has two free CPUs, else one."""
+    least_workers: int = Field(0, ge=0)
+    """Begin, and go on after a loss, with as few workers as this where the cluster has not room for
+    all; the batch stays as it is. 0: wait for all."""
     threads: int = Field(0, ge=0)
     """Threads of each worker; 0: the machine's cores divided by the workers."""
     gpu: bool = False
@@ -74,6 +80,13 @@ class RunOptions(StageConfig):
     """Keep only what enters each block and compute the rest again: less memory, a third slower."""
     sharded: bool = False
     """Divide weights and optimiser state among the workers (FSDP2) instead of copying them."""
+    tensor: int = Field(1, ge=1)
+    """Workers that share the matrices of every layer (tensor parallelism); they need a fast
+    connection. The number of workers must be a multiple; more than one such group needs sharded."""
+    compiled: bool = False
+    """Compile the layers with torch.compile; without a compiler they run as they are."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints kept while the training goes on."""
     restarts: int = Field(3, ge=0)
     """How often workers that die are started again, from the last checkpoint."""
 
@@ -117,9 +130,25 @@ class TrainingConfig(StageConfig):
 
     @model_validator(mode="after")
     def everyone_has_work(self) -> Self:
-        if self.run.workers > self.batch:
+        run = self.run
+        if run.tensor > 1 and not run.workers:
+            raise ValueError(f"run.tensor {run.tensor} needs run.workers, a multiple of it")
+        slices = run.workers // run.tensor
+        if run.workers % run.tensor:
+            raise ValueError(f"{run.workers} workers are no groups of run.tensor {run.tensor}")
+        if slices > 1 and run.tensor > 1 and not run.sharded:
             raise ValueError(
-                f"{self.run.workers} workers cannot share a batch of {self.batch} sequences; "
+                f"{slices} groups of run.tensor {run.tensor} workers need run.sharded, which keeps "
+                f"them equal"
+            )
+        if run.least_workers > run.workers or (run.least_workers and run.tensor > 1):
+            raise ValueError(
+                f"run.least_workers {run.least_workers} must be at most run.workers {run.workers}, "
+                f"which it needs, and goes with run.tensor 1"
+            )
+        if slices > self.batch:
+            raise ValueError(
+                f"{slices} workers cannot share a batch of {self.batch} sequences; "
                 "use fewer workers or a larger batch"
             )
         return self
@@ -142,4 +171,7 @@ class TrainingConfig(StageConfig):
             "log_every": self.run.log_every,
             "activation_checkpointing": self.run.activation_checkpointing,
             "sharded": self.run.sharded,
+            "tensor": self.run.tensor,
+            "compiled": self.run.compiled,
+            "keep_checkpoints": self.run.keep_checkpoints,
         }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from model.config import ModelConfig
+from model.config import ConfigError, ModelConfig
 from model.flops import count_parameters
+from model.width import width_ratio
 from tasks.corpus.source_config import allowed
 from tasks.registry.tracking import log_metrics, tracked
 from tasks.runtime.errors import UserError
@@ -43,6 +44,8 @@ class PretrainConfig(TrainingConfig):
     """Steps between looks at the loss on held-out documents, and at samples of what it writes."""
     heldout_sequences: int = place(32, ge=0)
     """Held-out sequences of each source that are looked at; 0: none."""
+    weights: Literal["last", "best"] = "last"
+    """Which weights become the model: the last, or those that held-out documents liked best."""
     mask_share: float = Field(0.15, gt=0, lt=1)
     """Share of the tokens that is hidden and guessed; of the family bert only."""
     start_from: str = place("")
@@ -70,6 +73,21 @@ class PretrainConfig(TrainingConfig):
     def means_something(self) -> Self:
         if self.mask_share != 0.15 and self.model.causal:
             raise ValueError("mask_share is of the family bert; leave it out with any other")
+        if self.weights == "best" and not self.heldout_sequences:
+            raise ValueError(
+                "weights 'best' are found by held-out documents: heldout_sequences > 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def follows_the_width_and_can_be_divided(self) -> Self:
+        if not self.start_from:
+            shape = self.model.config(vocab_size=1)
+            try:
+                width_ratio(shape, self.optimizer.base_width)
+                shape.require_tensor(self.run.tensor)
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
         return self
 
     @model_validator(mode="after")
@@ -83,7 +101,8 @@ class PretrainConfig(TrainingConfig):
 
     def loop(self) -> dict[str, Any]:
         looks = {"every": self.heldout_every, "sequences": max(self.heldout_sequences, 1)}
-        return super().loop() | {f"heldout_{name}": number for name, number in looks.items()}
+        found = {f"heldout_{name}": number for name, number in looks.items()}
+        return super().loop() | found | {"keep_best": int(self.weights == "best")}
 
     def resolve(self) -> Self:
         resolved = super().resolve()

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ import torch.distributed as dist
 
 from model import train as training
 from model.chat import Tokenizer, encode_example
-from model.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from model.checkpoint import CheckpointError, latest_checkpoint, step_of, verify_checkpoint
 from model.config import ConfigError, ModelConfig
+from model.divided_checkpoint import load_whole_model
 from model.huggingface import FormatError, SpecialTokens, load_directory, save_directory
 from model.loader import DataError, Loader, WindowLoader
 from model.masking import MaskedLoader
@@ -35,6 +36,7 @@ from model.precision import cpu_flags
 from model.schedule import Schedule
 from model.sharding import whole_model
 from model.tokenizer_files import tokenizer_files
+from model.train_config import TrainConfig
 from model.transformer import Transformer
 from tasks.registry.tracking import MetricLogger
 from tasks.runtime.manifest import Manifest
@@ -82,10 +84,14 @@ def _train(job: TrainingJob, directory: Directory) -> None:
     store = Store.open(Settings.load())
     tokenizer = Tokenizer.load(store.local(job.tokenizer, "tokenizer.model"))
     torch.manual_seed(job.seed)
-    model = _model(job, store).to(ray.train.torch.get_device() if job.run.gpu else "cpu")
+    base_width = int(job.loop["optim"].get("base_width", 0))
+    model = _model(job, store, base_width).to(
+        ray.train.torch.get_device() if job.run.gpu else "cpu"
+    )
     loader, tokens, counts = training_data(job, store, tokenizer, model.config)
     heldout = heldout_data(job, store, tokenizer, model.config)
-    config = _config(job, tokens)
+    # Parts are written by all ranks into one directory; a store elsewhere gets whole ones.
+    config = replace(_config(job, tokens), divided_checkpoints=directory.is_local)
     sizes = torch.zeros(model.config.vocab_size, dtype=torch.int64)
     sizes[: len(tokenizer)] = torch.tensor([len(piece) for piece in tokenizer.token_bytes])
     losses: list[dict[str, float]] = []
@@ -94,7 +100,7 @@ def _train(job: TrainingJob, directory: Directory) -> None:
             dist.barrier()  # rank 0 may have just removed a damaged checkpoint
         begun = time.monotonic()
         newest = latest_checkpoint(checkpoints)
-        resumed = int(newest.name.removeprefix("step-")) if newest else 0
+        resumed = step_of(newest) if newest else 0
         progress = _Progress(directory, resumed)
 
         def on_step(record: training.StepRecord) -> None:
@@ -107,7 +113,10 @@ def _train(job: TrainingJob, directory: Directory) -> None:
         def on_heldout(step: int, found: dict[str, float]) -> None:
             losses.append({"step": step, **found})
             report.heldout(step, found)
-            if rank == 0 and step > resumed and model.config.causal and not job.run.sharded:
+            # Weights divided by rows are whole only inside a step; ranks that share blocks write
+            # together.
+            able = not job.run.sharded and (rank == 0 or job.run.tensor > 1)
+            if able and step > resumed and model.config.causal:
                 openings = next(iter(heldout.values())).order(0, SAMPLES)
                 report.samples(step, samples(model, tokenizer, heldout, openings))
 
@@ -123,7 +132,11 @@ def _train(job: TrainingJob, directory: Directory) -> None:
             on_checkpoint=push,
         )
         seconds = time.monotonic() - begun
-    model = whole_model(model)
+        model = whole_model(model)
+        best = latest_checkpoint(checkpoints / training.BEST) if config.keep_best else None
+        if best is not None and rank == 0:
+            model.load_state_dict(load_whole_model(best))
+            counts |= {"best_step": step_of(best)}
     if rank == 0:
         _save_model(model, tokenizer, directory)
         counts |= {"parameters": sum(p.numel() for p in model.parameters())}
@@ -160,19 +173,19 @@ def samples(
     )
 
 
-def _config(job: TrainingJob, tokens: int) -> training.TrainConfig:
+def _config(job: TrainingJob, tokens: int) -> TrainConfig:
     parts = {
         "optim": OptimConfig(**job.loop["optim"]),
         "schedule": Schedule(**job.loop["schedule"]),
     }
-    return training.TrainConfig(**(job.loop | parts | {"total_tokens": tokens}))
+    return TrainConfig(**(job.loop | parts | {"total_tokens": tokens}))
 
 
-def _model(job: TrainingJob, store: Store) -> Transformer:
+def _model(job: TrainingJob, store: Store, base_width: int) -> Transformer:
     if job.start_from is not None:
         return load_directory(Path(job.start_from))
     if job.base is None:
-        return Transformer(ModelConfig.from_dict(job.shape))
+        return Transformer(ModelConfig.from_dict(job.shape), base_width)
     files = [store.local(job.base, name) for name in ("config.json", "model.safetensors")]
     return load_directory(files[0].parent)
 
@@ -296,10 +309,10 @@ def _checkpoints(directory: Directory, rank: int) -> Iterator[tuple[Path, Any]]:
             _drop_damaged(folder)
         yield folder, lambda path, step: None
         return
-    remote = _Remote(directory)
     folder = Path(tempfile.mkdtemp(prefix="gristmill-checkpoints-"))
+    remote = _Remote(directory, folder)
     try:
-        remote.pull(folder)
+        remote.pull()
         _drop_damaged(folder)
         yield folder, remote.push
     finally:
@@ -310,7 +323,7 @@ def _drop_damaged(folder: Path) -> None:
     """Remove newest checkpoints that cannot be read, so that the run goes on from one that can."""
     while (path := latest_checkpoint(folder)) is not None:
         try:
-            load_checkpoint(path)
+            verify_checkpoint(path)
             return
         except CheckpointError as error:
             logger.warning("%s; going on from an older one", error)
@@ -318,31 +331,37 @@ def _drop_damaged(folder: Path) -> None:
 
 
 class _Remote:
-    """Checkpoints in a store that is no directory."""
+    """Checkpoints in a store that is no directory: what lies in the local folder lies there."""
 
-    def __init__(self, directory: Directory) -> None:
-        self.directory = directory
+    def __init__(self, directory: Directory, folder: Path) -> None:
+        self.directory, self.folder = directory, folder
 
-    def _steps(self) -> list[str]:
-        names = [n for n in self.directory.names() if n.startswith(f"{CHECKPOINTS}/")]
-        return sorted({n.split("/")[1] for n in names if n.endswith("/checkpoint.json")})
+    def _whole(self) -> list[str]:
+        """Paths of those that have their manifest, `step-…` and `best/step-…`, oldest first."""
+        start, end = f"{CHECKPOINTS}/", "/checkpoint.json"
+        names = [name for name in self.directory.names() if name.startswith(start)]
+        return sorted(n.removeprefix(start).removesuffix(end) for n in names if n.endswith(end))
 
-    def pull(self, folder: Path) -> None:
-        for step in self._steps()[-1:]:
-            (folder / step).mkdir()
-            prefix = f"{CHECKPOINTS}/{step}/"
+    def pull(self) -> None:
+        """The newest, and the best so far."""
+        newest = {path.rpartition("/")[0]: path for path in self._whole()}
+        for path in newest.values():
+            prefix = f"{CHECKPOINTS}/{path}/"
             for name in self.directory.names():
                 if name.startswith(prefix):
-                    target = folder / step / name.removeprefix(prefix)
+                    target = self.folder / path / name.removeprefix(prefix)
+                    target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(self.directory.read_bytes(name))
 
     def push(self, path: Path, step: int) -> None:
-        older = self._steps()[:-1]
+        before = self._whole()
+        within = path.relative_to(self.folder)
         for file in sorted(path.iterdir(), key=lambda file: file.name == "checkpoint.json"):
-            self.directory.put(file, f"{CHECKPOINTS}/{path.name}/{file.name}")
-        for name in older:
-            location = self.directory.location(f"{CHECKPOINTS}/{name}")
-            self.directory.filesystem.delete_dir(location)
+            self.directory.put(file, f"{CHECKPOINTS}/{within}/{file.name}")
+        for name in before:
+            if not (self.folder / name).exists():
+                location = self.directory.location(f"{CHECKPOINTS}/{name}")
+                self.directory.filesystem.delete_dir(location)
 
 
 class _Reporter:

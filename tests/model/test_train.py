@@ -3,9 +3,6 @@
 import contextlib
 import functools
 import json
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +26,10 @@ from model.masking import MaskedLoader
 from model.optim import OptimConfig
 from model.packing import Example, PackedLoader
 from model.sharding import whole_model
-from model.train import DivergedError, TrainConfig, train
+from model.train import DivergedError, train
+from model.train_config import TrainConfig
 from model.transformer import Transformer
+from tests.model.ranks import run_ranks
 
 TEXT = (b"the quick brown fox jumps over the lazy dog and the dog sleeps on. " * 60)[:3000]
 CONFIG = TrainConfig(
@@ -113,41 +112,14 @@ def test_fine_tuning_learns_only_what_it_is_asked_to(tmp_path: Path) -> None:
     assert records[-1].loss < 0.5 < records[0].loss
 
 
-def two_ranks(folder: Path, *how: str) -> list[dict]:
-    """What each of two processes of this file says, run with these words."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = str(sock.getsockname()[1])
-    env = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), *how],
-            env=env | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = []
-    for process in ranks:
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        said.append(json.loads(out.splitlines()[-1]))
-    return said
-
-
 @pytest.mark.parametrize(
     "how",
     [
         ("copied", "muon"),
         ("sharded", "muon"),
+        ("tensor", "muon"),
         pytest.param(("sharded", "adamw"), marks=pytest.mark.slow),
+        pytest.param(("tensor", "adamw"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
@@ -157,18 +129,20 @@ def test_two_ranks_follow_the_curve_of_one(loader: WindowLoader, tmp_path: Path,
     seen: dict[int, dict[str, float]] = {}
     records = train(model, loader, config, heldout={"a": loader}, on_heldout=seen.__setitem__)
     expected = [r.loss for r in records]
-    first, second = two_ranks(tmp_path, *how)
+    first, second = run_ranks(__file__, 2, str(tmp_path), *how)
     assert first["curve"] == second["curve"]
     np.testing.assert_allclose(first["curve"], expected, rtol=1e-4)
     assert first["heldout"] == second["heldout"]
     assert first["heldout"] == pytest.approx(seen[12]["heldout_loss"], rel=1e-3)
     # Threads of the process group that live on may abort the process at its exit. (The mesh of
     # divided weights holds the group until then.)
-    assert how[0] == "sharded" or not [
+    assert how[0] != "copied" or not [
         name for name in first["threads"] + second["threads"] if "gloo" in name
     ]
     steps = list_checkpoints(tmp_path / "c")
     assert [path.name for path in steps] == ["step-00000008", "step-00000012"]
+    if how[0] == "sharded":  # each rank wrote its part
+        assert len(list(steps[-1].glob("model/shard-*"))) == 2
     # What two ranks wrote, divided or not, is whole: one goes on with it.
     alone = tiny_model()
     train(alone, loader, config, checkpoints=tmp_path / "c")
@@ -181,7 +155,7 @@ def _one_rank(folder: Path, how: str, kind: str) -> None:
     torch.distributed.init_process_group("gloo")
     loader = WindowLoader([folder / "tokens-00000.npy"], 32, seed=1)
     config = replace(CONFIG, precision="fp32", optim=OptimConfig(kind=kind))
-    config = replace(config, sharded=how == "sharded")
+    config = replace(config, sharded=how == "sharded", tensor=2 if how == "tensor" else 1)
     seen: dict[int, dict[str, float]] = {}
     model = tiny_model()
     options = {"checkpoints": folder / "c", "on_heldout": seen.__setitem__}
@@ -231,7 +205,7 @@ def test_compiled_blocks_follow_the_same_curve(loader: WindowLoader) -> None:
 def test_without_a_compiler_blocks_stay_as_they_are(monkeypatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert "needs a C++ compiler; install g++" in str(missing_compiler("cpu"))
-    assert compile_blocks(tiny_model()) is False
+    assert compile_blocks(tiny_model().model.layers) is False
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model import flex
 from model.attention import attend
 from model.config import ConfigError, ModelConfig
 from model.flops import count_parameters, training_flops_per_token
@@ -140,6 +141,35 @@ def test_decoding_with_a_cache_equals_the_full_forward_pass(flags: dict) -> None
     pieces = [slice(0, 7), slice(7, 10), *(slice(i, i + 1) for i in range(10, 16))]
     steps = [model(tokens[:, p], positions[:, p], cache=cache) for p in pieces]
     torch.testing.assert_close(torch.cat(steps, 1), model(tokens), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"sliding_window": 5},
+        {"kv_heads": 2, "attention_softcap": 3.0, "sliding_window": 7, "full_attention_every": 2},
+        {"causal": False},
+    ],
+)
+def test_flex_attention_sees_what_the_masks_say(flags: dict, monkeypatch) -> None:
+    # Its plain formula, which kernels for GPUs are compiled from; on a CPU it has no backward pass.
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=50, width=64, layers=2, heads=4, context=48, **flags)
+    model = Transformer(config)
+    for matrix in (parameter for parameter in model.parameters() if parameter.ndim == 2):
+        matrix.data *= 5  # attention that differs from a mean
+    tokens = torch.randint(0, 50, (3, 40))
+    segments = torch.sort(torch.randint(0, 3, (3, 40))).values
+    with torch.no_grad():
+        expected = model(tokens, segments=segments), model(tokens)
+        monkeypatch.setattr(flex, "usable", lambda device: True)
+        found = model(tokens, segments=segments), model(tokens)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_gpu_flex_attention_is_left_alone() -> None:
+    assert not flex.usable("cpu")
 
 
 def test_logits_can_be_computed_where_they_are_wanted() -> None:

@@ -12,6 +12,9 @@ import torch
 from model.families import family_of
 from model.huggingface import save_directory
 from model.masking import MaskedLoader
+from model.optim import OptimConfig
+from model.schedule import Schedule
+from model.train_config import TrainConfig
 from model.transformer import Transformer
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
@@ -50,12 +53,39 @@ def test_every_family_of_the_form_has_its_name_outside(family: str) -> None:
         ({"mask_share": 0.3}, "mask_share is of the family bert"),
         ({"source_weights": {"notes": 0}}, "weight 0.0 of source 'notes' must be a number above 0"),
         ({"spike": 0.5}, "spike 0.5 must be above 1 standard deviation"),
+        ({"weights": "best", "heldout_sequences": 0}, "'best' are found by held-out documents"),
+        ({"optimizer": {"base_width": 64}}, "base_width needs tied_embeddings False"),
+        ({"run": {"tensor": 2}}, "run.tensor 2 needs run.workers"),
+        ({"run": {"tensor": 2, "workers": 3}}, "3 workers are no groups of run.tensor 2"),
+        ({"run": {"tensor": 2, "workers": 4}}, "2 groups of run.tensor 2 workers need run.sharded"),
+        ({"run": {"least_workers": 2}}, "least_workers 2 must be at most run.workers 0"),
+        ({"run": {"tensor": 3, "workers": 3}}, "heads 4 is not a multiple of tensor 3"),
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         PretrainConfig.model_validate(values)
     assert len(error.value.errors()) == 1
+
+
+def test_what_the_form_says_reaches_the_loop() -> None:
+    run = {"workers": 4, "tensor": 2, "sharded": True, "compiled": True, "keep_checkpoints": 5}
+    values = {
+        "spike": 6.0,
+        "heldout_every": 7,
+        "heldout_sequences": 9,
+        "weights": "best",
+        "run": run,
+        "model": {"tied_embeddings": False},
+        "optimizer": {"base_width": 64},
+    }
+    loop = PretrainConfig.model_validate(values).loop()
+    parts = {"optim": OptimConfig(**loop["optim"]), "schedule": Schedule(**loop["schedule"])}
+    config = TrainConfig(**(loop | parts), total_tokens=1)
+    assert config.optim.base_width == 64
+    assert (config.tensor, config.sharded, config.compiled) == (2, True, True)
+    assert (config.keep_checkpoints, config.keep_best, config.spike) == (5, 1, 6.0)
+    assert (config.heldout_every, config.heldout_sequences) == (7, 9)
 
 
 def test_a_family_that_the_engine_lacks_is_refused_before_anything_runs() -> None:

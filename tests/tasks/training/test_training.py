@@ -25,7 +25,8 @@ from model.huggingface import load_directory
 from model.loader import WindowLoader
 from model.optim import OptimConfig
 from model.schedule import Schedule
-from model.train import TrainConfig, train
+from model.train import train
+from model.train_config import TrainConfig
 from model.transformer import Transformer
 from tasks.registry import tracking
 from tasks.runtime.manifest import Manifest
@@ -302,6 +303,35 @@ def test_two_workers_of_which_one_is_killed_follow_the_same_curve(inputs, stack,
     assert ours == pytest.approx(one_rank, rel=0.15)
     steps = logged_steps(manifest)
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
+def test_with_room_for_fewer_workers_it_begins_with_these_on_the_same_batches(
+    inputs, stack, home
+) -> None:
+    run = RUN.model_copy(update={"workers": 8, "least_workers": 1})
+    config = changed(seed=6, run=run.model_dump(), tokens=30 * 8 * 64)
+    with training(config, stack, inputs) as process:
+        manifest = trained(process)
+    assert 1 <= manifest.world["workers"] < 8  # what the cluster has, not what was asked for
+    expected = bare_losses(config, inputs["shards"], 320)
+    assert losses(manifest) == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.slow
+def test_the_best_weights_become_the_model_when_asked_for(inputs, stack, home) -> None:
+    config = changed(
+        seed=7,
+        weights="best",
+        heldout_every=5,
+        tokens=40 * 8 * 64,
+        optimizer={"muon_learning_rate": 0.5, "learning_rate": 0.5},  # so that it gets worse
+        schedule={"warmup": 0.5},
+    )
+    with training(config, stack, inputs) as process:
+        manifest = trained(process)
+    looks = manifest.metrics["heldout_loss"]
+    assert 0 < manifest.counts["best_step"] < 40 and looks > 0
 
 
 @pytest.mark.slow

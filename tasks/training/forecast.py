@@ -116,17 +116,20 @@ def memory_bytes(shape: ModelConfig, config: PretrainConfig, workers: int) -> fl
     for each token, channel and layer where attention keeps no matrix (Korthikanti et al.,
     arXiv:2205.05198, in bf16), 16 of them for a feed-forward twice as wide as the stream (ours is
     gated: 8 for each of its channels); with checkpointing 2, and one layer.
-    On a CPU the attention matrix of short sequences is kept too (model/kernels.py).
+    On a CPU the attention matrix of short sequences is kept too (model/kernels.py). With tensor
+    parallelism a worker has its part of the matrices; activations are counted whole, and are less.
     """
-    count = count_parameters(shape)
-    states = 2 * count.total
+    count, slices = count_parameters(shape), max(workers // config.run.tensor, 1)
+    matrices = count.matrices / config.run.tensor
+    weights = count.total - count.matrices + matrices
+    states = 2 * weights
     if config.optimizer.kind == "muon":
-        states -= count.matrices
-    held: float = 4 * (2 * count.total + states)
+        states -= matrices
+    held = 4 * (2 * weights + states)
     if config.run.sharded:
         # Beside its share a worker holds the tables, and the weights and gradients of a block.
-        held = held / workers + 8 * (count.embedding + count.matrices / shape.layers)
-    rows = min(config.run.micro_batch, -(-config.batch // workers))
+        held = held / slices + 8 * (count.embedding + matrices / shape.layers)
+    rows = min(config.run.micro_batch, -(-config.batch // slices))
     tokens = rows * config.sequence
     layer: float = tokens * (18 * shape.width + 8 * shape.mlp_size)
     if not config.run.gpu and config.sequence <= 1024:

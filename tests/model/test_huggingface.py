@@ -167,7 +167,7 @@ def test_counted_parameters_are_the_parameters_of_every_family(family: str) -> N
 
 def test_the_engine_says_which_models_it_does_not_serve(tmp_path: Path) -> None:
     save_directory(tmp_path, Transformer(tiny(**FAMILIES["deepseekv2"])))
-    with pytest.raises(FormatError, match="not those with .*kv_latent"):
+    with pytest.raises(FormatError, match=r"not those with .*kv_latent"):
         load_model(tmp_path)
 
 

@@ -55,7 +55,9 @@ def launch(job: TrainingJob, work: Workspace) -> Outcome:
     }
     heldout = result.get("heldout", [])
     if heldout:
-        metrics["heldout_loss"] = heldout[-1]["heldout_loss"]
+        looks = {row["step"]: row["heldout_loss"] for row in heldout}
+        kept = result["counts"].get("best_step", heldout[-1]["step"])
+        metrics["heldout_loss"] = looks[kept]
     words = "Held-out loss by source"
     judged = [Report(f"{job.stage}-heldout", "table", _judged(heldout), words)] if heldout else []
     return Outcome(

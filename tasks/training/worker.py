@@ -90,6 +90,11 @@ def _train(job: TrainingJob, directory: Directory) -> None:
     )
     loader, tokens, counts = training_data(job, store, tokenizer, model.config)
     heldout = heldout_data(job, store, tokenizer, model.config)
+    if job.loop.get("keep_best") and not heldout:
+        raise ConfigError(
+            "weights 'best' are found by held-out documents, and the corpus has none of a "
+            "sequence's length; take the last, or hold out more"
+        )
     # Parts are written by all ranks into one directory; a store elsewhere gets whole ones.
     config = replace(_config(job, tokens), divided_checkpoints=directory.is_local)
     sizes = torch.zeros(model.config.vocab_size, dtype=torch.int64)

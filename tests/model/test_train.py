@@ -117,9 +117,8 @@ def test_fine_tuning_learns_only_what_it_is_asked_to(tmp_path: Path) -> None:
     [
         ("copied", "muon"),
         ("sharded", "muon"),
-        ("tensor", "muon"),
+        pytest.param(("tensor", "muon"), marks=pytest.mark.slow),
         pytest.param(("sharded", "adamw"), marks=pytest.mark.slow),
-        pytest.param(("tensor", "adamw"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )

@@ -1,5 +1,6 @@
 """The coordinate check: over widths, what a step changes has one scale (arXiv:2203.03466, D.1)."""
 
+import functools
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from model.width import width_ratio
 BASE, WIDTHS, STEPS = 32, (32, 64, 128, 256), 4
 
 
+@functools.cache
 def changes(width: int, kind: str, base: int) -> dict[str, float]:
     """Root mean squares of what a few steps change in the residual stream and the logits."""
     torch.manual_seed(0)

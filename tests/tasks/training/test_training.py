@@ -320,6 +320,10 @@ def test_with_room_for_fewer_workers_it_begins_with_these_on_the_same_batches(
 
 @pytest.mark.slow
 def test_the_best_weights_become_the_model_when_asked_for(inputs, stack, home) -> None:
+    store = Store.open(stack.settings).of(inputs["shards"])
+    files = {name: store.read_bytes(name) for name in inputs["shards"].names()}
+    files |= {f"heldout-{name}": body for name, body in files.items()}
+    judged = commit(stack, "judged-shards", files, inputs["shards"].counts)
     config = changed(
         seed=7,
         weights="best",
@@ -328,10 +332,14 @@ def test_the_best_weights_become_the_model_when_asked_for(inputs, stack, home) -
         optimizer={"muon_learning_rate": 0.5, "learning_rate": 0.5},  # so that it gets worse
         schedule={"warmup": 0.5},
     )
-    with training(config, stack, inputs) as process:
+    with training(config, stack, inputs | {"shards": judged}) as process:
         manifest = trained(process)
-    looks = manifest.metrics["heldout_loss"]
-    assert 0 < manifest.counts["best_step"] < 40 and looks > 0
+    best = manifest.counts["best_step"]
+    assert 0 < best < 40 and best % 5 == 0
+    run_id = str(manifest.metrics["mlflow_run_id"])
+    looks = tracking.client().get_metric_history(run_id, "heldout_loss")
+    told = {look.step: look.value for look in looks}
+    assert manifest.metrics["heldout_loss"] == told[best] == min(told.values())
 
 
 @pytest.mark.slow

@@ -194,6 +194,7 @@ def settle(completion: "Completion | ResponseRun", meter: Meter) -> None:
     served.metrics.record(
         seconds=completion.clock.elapsed,
         first=completion.clock.first,
+        waited=usage.waited,
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         reasons=usage.reasons.values(),

@@ -128,8 +128,8 @@ class Completion:
             yield DONE
 
     def count(self, index: int, update: Update) -> None:
-        if self.clock.first is None and self.request.stream:
-            self.clock.first = self.clock.elapsed
+        if self.request.stream and (gap := self.clock.heard(index)) is not None:
+            self.served.metrics.between_tokens.observe(gap)
         self.usage.add(index, index // self.request.candidates, update)
 
     @contextmanager

@@ -42,7 +42,9 @@ class RequestMetrics:
 
     def __init__(self) -> None:
         self.first_token = Histogram(SECONDS)
+        self.between_tokens = Histogram(SECONDS)
         self.per_token = Histogram(SECONDS)
+        self.waiting = Histogram(SECONDS)
         self.whole = Histogram(SECONDS)
         self.prompt_tokens = Histogram(TOKENS)
         self.generation_tokens = Histogram(TOKENS)
@@ -53,13 +55,17 @@ class RequestMetrics:
         *,
         seconds: float,
         first: float | None,
+        waited: float,
         prompt_tokens: int,
         completion_tokens: int,
         reasons: Iterable[str],
     ) -> None:
-        """One request that ended. first: seconds until its first token, None if not streamed."""
+        """One request that ended. first: seconds until its first token, None if not streamed;
+        waited: seconds for a place in the batch.
+        """
         self.finished.update(reasons)
         self.whole.observe(seconds)
+        self.waiting.observe(waited)
         self.prompt_tokens.observe(prompt_tokens)
         self.generation_tokens.observe(completion_tokens)
         if first is not None:
@@ -106,7 +112,9 @@ def render(served: "Sequence[ServedModel]") -> str:
             lines.append(f'{name}{{{labels},finished_reason="{reason}"}} {count}')
     for attribute, name, help in (
         ("first_token", "time_to_first_token_seconds", "Until the first token of a stream."),
-        ("per_token", "time_per_output_token_seconds", "Between tokens of a stream, on average."),
+        ("between_tokens", "inter_token_latency_seconds", "Between two news of a streamed answer."),
+        ("per_token", "request_time_per_output_token_seconds", "The same, a stream's average."),
+        ("waiting", "request_queue_time_seconds", "For a place in the batch."),
         ("whole", "e2e_request_latency_seconds", "From a request to the end of its answer."),
         ("prompt_tokens", "request_prompt_tokens", "Prompt tokens of a request."),
         ("generation_tokens", "request_generation_tokens", "Tokens generated for a request."),

@@ -26,6 +26,7 @@ class Usage:
     cached: dict[int, int] = field(default_factory=dict)  # of the prompts, found in the cache
     completions: dict[int, int] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)  # why each answer ended
+    waited: float = 0.0  # seconds for a place in the batch, of the answer that waited longest
 
     def add(self, choice: int, prompt: int, update: Update) -> None:
         self.prompts[prompt] = update.prompt_tokens
@@ -34,6 +35,7 @@ class Usage:
             self.cached.get(prompt, update.cached_tokens), update.cached_tokens
         )
         self.completions[choice] = update.completion_tokens
+        self.waited = max(self.waited, update.waited)
         if update.finish_reason is not None:
             self.reasons[choice] = update.finish_reason
 
@@ -59,7 +61,17 @@ class Clock:
 
     def __init__(self) -> None:
         self._started = time.monotonic()
+        self._heard: dict[int, float] = {}  # answer → when its last news came
         self.first: float | None = None
+
+    def heard(self, answer: int) -> float | None:
+        """Seconds between this news of an answer and the last; None where it is the first."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = now - self._started
+        last = self._heard.get(answer)
+        self._heard[answer] = now
+        return None if last is None else now - last
 
     @property
     def elapsed(self) -> float:

@@ -1,5 +1,6 @@
 """The engine without its thread: sequences in, one step at a time, updates out."""
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -163,6 +164,7 @@ class Core:
         return own.union(sampling.stop_ids)
 
     def add(self, sequence: Answer) -> None:
+        sequence.added = time.monotonic()
         self.scheduler.add(sequence)
         self.counters.requests += 1
         self.counters.prompt_tokens += len(sequence.prompt)
@@ -180,7 +182,9 @@ class Core:
         for source, target in self.scheduler.moved:
             self.runner.cache.shift(source, target)
         self.runner.cache.copy(self.scheduler.copies)
-        self.counters.cached_tokens += sum(s.cached for s in self.scheduler.running[before:])
+        for sequence in self.scheduler.running[before:]:
+            sequence.waited = time.monotonic() - sequence.added
+            self.counters.cached_tokens += sequence.cached
         self._guess()
         plan = self.scheduler.plan()
         if self.deterministic:
@@ -375,6 +379,7 @@ class Core:
             logprobs=sequence.logprobs,
             prompt_logprobs=sequence.prompt_logprobs,
             total_logprob=sequence.total_logprob,
+            waited=sequence.waited,
             embedding=None if sequence.hidden is None else sequence.hidden / len(sequence.prompt),
         )
         sequence.logprobs, sequence.prompt_logprobs = [], []

@@ -43,6 +43,7 @@ class Update:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # in the first update
     embedding: torch.Tensor | None = None  # (C,), the only news of a prompt that was to be embedded
     total_logprob: float = 0.0  # of all tokens so far, where logprobs were asked for
+    waited: float = 0.0  # seconds for a place in the batch
 
 
 @dataclass(eq=False)
@@ -58,6 +59,8 @@ class Sequence:
     embed: bool = False  # report the mean hidden state of the prompt, and no token
     tokens: list[int] = field(default_factory=list)
     adjustment: Adjustment | None = None
+    added: float = 0.0  # when it began to wait, by the monotonic clock
+    waited: float = 0.0  # seconds it did
     # In the cache:
     run: Run | None = None  # None: waiting
     computed: int = 0  # tokens whose keys and values lie in the cache

@@ -291,6 +291,34 @@ def test_models_health_ready_and_metrics_tell_what_is_served(endpoint: Endpoint)
         )
 
 
+def test_metrics_have_the_names_of_vllm_and_count_what_happened(endpoint: Endpoint) -> None:
+    def count(name: str) -> float:
+        with endpoint.client() as client:
+            lines = client.get("/metrics").text.splitlines()
+        return sum(float(one.split()[-1]) for one in lines if one.startswith(f"gristmill_{name}{{"))
+
+    each = (
+        *("time_to_first_token_seconds", "inter_token_latency_seconds", "request_prompt_tokens"),
+        *("request_time_per_output_token_seconds", "e2e_request_latency_seconds"),
+        *("request_queue_time_seconds", "request_generation_tokens"),
+    )
+    names = [f"{name}_count" for name in each]
+    names += ["request_success_total", "generation_tokens_total", "prompt_tokens_total"]
+    before = {name: count(name) for name in names}
+    post(endpoint, "/v1/chat/completions", CHAT | {"max_tokens": 5, "ignore_eos": True})
+    stream(
+        endpoint,
+        "/v1/chat/completions",
+        CHAT | {"max_tokens": 5, "ignore_eos": True, "stream": True},
+    )
+    more = {name: count(name) - before[name] for name in names}
+    assert more.pop("prompt_tokens_total") > 10 and more.pop("generation_tokens_total") == 10
+    assert 0 < more.pop("inter_token_latency_seconds_count") <= 4
+    ours = {"time_to_first_token_seconds_count", "request_time_per_output_token_seconds_count"}
+    assert {name for name, grown in more.items() if grown == 1} == ours
+    assert {name for name, grown in more.items() if grown == 2} == more.keys() - ours
+
+
 def test_the_page_and_its_assets_are_ours_alone(endpoint: Endpoint) -> None:
     with endpoint.client() as client:
         page = client.get("/")

@@ -28,6 +28,19 @@ def page(*links: str, text: str = "Some words.", head: str = "") -> str:
     return f"<!DOCTYPE html><title>t</title>{head}<p>{text}</p>{anchors}"
 
 
+def redirect(target: str, status: int = 302) -> Any:
+    return lambda: web.Response(status=status, headers={"Location": target})
+
+
+def small_site(**more: Any) -> dict[str, Any]:
+    return {
+        "/": page("/a", "/b#part", "a", "mailto:x@y.z"),
+        "/a": page("/b", "/", text="page a"),
+        "/b": page("/c", text="page b"),
+        "/c": page(text="page c"),
+    } | more
+
+
 class LoopbackSite:
     """Serves `pages` (path → HTML, response factory or handler) and notes every request."""
 

@@ -1,19 +1,14 @@
-"""The crawler against real loopback servers: politeness, limits, safety, recrawl, bad servers."""
+"""The crawler against real loopback servers: what it finds, follows, keeps and crawls again."""
 
-import asyncio
 import gzip
-from datetime import datetime
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 from aiohttp import web
 from fastwarc.warc import ArchiveIterator
-from loopback_site import Crawler, CrawlResult, LoopbackSite, page
+from loopback_site import Crawler, LoopbackSite, page, redirect, small_site
 from multidict import CIMultiDict
 
-from tasks.corpus.crawl import CrawlConfig, SiteDown
 from tasks.corpus.warc import payload_digest
 from tasks.runtime.errors import UserError
 
@@ -21,25 +16,6 @@ from tasks.runtime.errors import UserError
 @pytest.fixture
 def crawler(tmp_path: Path) -> Crawler:
     return Crawler(tmp_path / "home")
-
-
-def redirect(target: str, status: int = 302) -> Any:
-    return lambda: web.Response(status=status, headers={"Location": target})
-
-
-def small_site(**more: Any) -> dict[str, Any]:
-    return {
-        "/": page("/a", "/b#part", "a", "mailto:x@y.z"),
-        "/a": page("/b", "/", text="page a"),
-        "/b": page("/c", text="page b"),
-        "/c": page(text="page c"),
-    } | more
-
-
-def smallest_gap(result: CrawlResult) -> float:
-    """Seconds between the starts of two requests for pages, as the WARC records date them."""
-    moments = sorted(datetime.fromisoformat(p.fetched_at) for p in result.pages.values())
-    return min((b - a).total_seconds() for a, b in pairwise(moments))
 
 
 def test_every_linked_page_is_fetched_once_and_readable(crawler: Crawler) -> None:
@@ -81,99 +57,6 @@ def test_robots_rules_sitemaps_and_user_agent(crawler: Crawler) -> None:
     agent = site.requests[-1][2]
     assert agent["User-Agent"] == "Gristmill/1.0 (+owner@example.org)"
     assert agent["From"] == "owner@example.org"
-
-
-@pytest.mark.parametrize(("status", "pages"), [(404, 1), (403, 1), (500, 0), (503, 0), (429, 0)])
-def test_missing_robots_allow_and_broken_robots_forbid(
-    crawler: Crawler, status: int, pages: int
-) -> None:
-    with LoopbackSite({"/": page(), "/robots.txt": lambda: web.Response(status=status)}) as site:
-        if pages:
-            assert crawler.crawl(site.url, max_delay=0.1).counts["pages"] == 1
-        else:
-            with pytest.raises(UserError, match=f"robots.txt answered {status}"):
-                crawler.crawl(site.url, max_delay=0.1)
-    assert site.paths["/"] == pages
-
-
-def test_crawl_delay_spaces_requests_and_is_capped(crawler: Crawler) -> None:
-    robots = "User-agent: *\nCrawl-delay: 0.2\n"
-    with LoopbackSite(small_site(), robots) as site:
-        result = crawler.crawl(site.url)
-    assert len(result.pages) == 4
-    assert smallest_gap(result) > 0.1  # 0.2 s between starts, less the jitter of a busy machine
-    with (
-        LoopbackSite(small_site(), "User-agent: *\nCrawl-delay: 3600\n") as slow,
-        pytest.raises(UserError, match="asks for 3600 s between requests"),
-    ):
-        crawler.crawl(slow.url, epoch=1)
-    assert set(slow.paths) == {"/robots.txt"}
-
-
-def test_default_delay_applies_when_robots_say_nothing(crawler: Crawler) -> None:
-    with LoopbackSite(small_site()) as site:
-        result = crawler.crawl(site.url, delay=0.2)
-    assert smallest_gap(result) > 0.1
-
-
-def test_retry_after_is_honoured(crawler: Crawler) -> None:
-    answers = iter([429, 503])
-
-    def busy() -> web.Response:
-        status = next(answers, None)
-        if status is None:
-            return web.Response(text=page(), content_type="text/html")
-        return web.Response(status=status, headers={"Retry-After": "1"})
-
-    with LoopbackSite({"/": busy}) as site:
-        result = crawler.crawl(site.url, retries=2)
-    times = site.times()
-    assert len(times) == 3
-    assert times[2] - times[0] > 1.5  # twice a second, less the jitter of a busy machine
-    assert result.counts["pages"] == 1
-
-
-def test_a_site_that_asks_for_a_long_pause_is_continued_by_the_next_run(crawler: Crawler) -> None:
-    answer = {"Retry-After": "86400"}
-    broken = {"/a": lambda: web.Response(status=503, headers=answer)}
-    with LoopbackSite(small_site(**broken)) as site:
-        with pytest.raises(SiteDown, match=r"stopped after 1 pages .*pause longer than max_delay"):
-            crawler.crawl(site.url, max_delay=0.2, parallel=1)
-        assert site.paths["/a"] == 1
-        assert "/b" not in site.paths
-        site.pages["/a"] = page()
-        result = crawler.crawl(site.url, max_delay=0.2, parallel=1)
-    assert len(result.pages) == 4
-    assert site.paths["/"] == site.paths["/robots.txt"] == 1
-
-
-def test_a_site_that_goes_down_is_continued_by_the_next_run(crawler: Crawler) -> None:
-    pages = {"/": page(*(f"/{n}" for n in range(40)))} | {f"/{n}": page() for n in range(40)}
-    with LoopbackSite(pages) as site:
-        up = dict(site.pages)
-
-        async def down(request: web.Request) -> web.Response:
-            assert request.transport is not None
-            request.transport.abort()
-            return web.Response()
-
-        def last_page() -> web.Response:
-            site.pages = dict.fromkeys([*up, "/robots.txt"], down)
-            return web.Response(text=page(), content_type="text/html")
-
-        site.pages["/20"] = last_page
-        with pytest.raises(
-            SiteDown, match=r"host gives no answer.*run it again when the site answ"
-        ):
-            crawler.crawl(site.url, max_delay=0.05)
-        answered = [path for path in site.paths if path not in ("/robots.txt",)]
-        fetched = set(answered[: answered.index("/20") + 1])
-        site.requests.clear()
-        site.pages = up
-        result = crawler.crawl(site.url, max_delay=0.05)
-    assert len(result.pages) == 41
-    assert len(fetched & set(site.paths)) <= 4  # asked while the site went down
-    assert "/" not in site.paths
 
 
 def test_redirects_are_followed_bounded_and_loops_end(crawler: Crawler) -> None:
@@ -271,18 +154,6 @@ def test_limits_of_pages_depth_size_and_type(crawler: Crawler) -> None:
     assert "over max_pages" in result.rules
 
 
-def test_a_compressed_bomb_is_too_large(crawler: Crawler) -> None:
-    bomb = gzip.compress(b"\x00" * 20_000_000)
-
-    def explode() -> web.Response:
-        headers = {"Content-Encoding": "gzip"}
-        return web.Response(body=bomb, content_type="text/html", headers=headers)
-
-    with LoopbackSite(small_site(**{"/a": explode})) as site:
-        result = crawler.crawl(site.url, max_bytes=100_000)
-    assert result.reason(f"{site.url}/a") == ("skipped", "too large")
-
-
 def test_compressed_pages_are_stored_decoded(crawler: Crawler) -> None:
     def zipped() -> web.Response:
         headers = {"Content-Encoding": "gzip"}
@@ -293,19 +164,6 @@ def test_compressed_pages_are_stored_decoded(crawler: Crawler) -> None:
         result = crawler.crawl(site.url)
     assert b"zipped" in result.pages[f"{site.url}/"].body
     assert f"{site.url}/b" in result.pages
-
-
-def test_endless_query_strings_stop(crawler: Crawler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.corpus.frontier.MAX_QUERIES", 20)
-
-    def calendar(request: web.Request) -> web.Response:
-        day = int(request.query.get("day", "0"))
-        return web.Response(text=page(f"/?day={day + 1}"), content_type="text/html")
-
-    with LoopbackSite({"/": calendar} | {f"/?day={n}": calendar for n in range(60)}) as site:
-        result = crawler.crawl(site.url, max_depth=100)
-    assert len(result.pages) == 21
-    assert result.rules["trap: too many query strings"] == 1
 
 
 def test_a_recrawl_of_an_unchanged_site_has_the_same_content(crawler: Crawler) -> None:
@@ -344,91 +202,6 @@ def test_a_recrawl_of_an_unchanged_site_has_the_same_content(crawler: Crawler) -
     assert refers == {found.record_id for found in first.pages.values()}
 
 
-@pytest.mark.parametrize("kind", ["hangs", "drips", "stops short", "closes", "no HTTP"])
-def test_bad_servers_are_counted_and_the_rest_is_crawled(crawler: Crawler, kind: str) -> None:
-    async def bad(request: web.Request) -> web.StreamResponse:
-        transport = request.transport
-        assert transport is not None
-        if kind == "hangs":
-            await asyncio.sleep(30)
-        if kind == "drips":
-            response = web.StreamResponse(headers={"Content-Type": "text/html"})
-            await response.prepare(request)
-            for _ in range(100):
-                await response.write(b"x")
-                await asyncio.sleep(0.2)
-        if kind == "stops short":
-            transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n<p>half")
-        if kind == "no HTTP":
-            transport.write(b"\x00\x01 this is no status line\r\n\r\n")
-        transport.close()
-        return web.Response()
-
-    with LoopbackSite(small_site(**{"/a": bad})) as site:
-        result = crawler.crawl(site.url, timeout=1.0)
-    reasons = {
-        "hangs": "timeout",
-        "drips": "timeout",
-        "stops short": "truncated or damaged body",
-        "closes": "connection closed",
-        "no HTTP": "not HTTP",
-    }
-    assert result.reason(f"{site.url}/a") == ("error", reasons[kind])
-    assert site.paths["/a"] == 2  # one retry
-    assert {f"{site.url}/b", f"{site.url}/c"} <= set(result.pages)
-    assert result.rules[reasons[kind]] == 1
-
-
-def test_a_host_with_too_many_bad_pages_is_left_with_what_it_gave(
-    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tasks.corpus.host_fetcher.FAILURES_TO_LEAVE", 12)
-
-    async def hang() -> web.Response:
-        await asyncio.sleep(30)
-        return web.Response()
-
-    pages = {"/": page(*(f"/{n}" for n in range(40)))} | {f"/{n}": hang for n in range(40)}
-    with LoopbackSite(pages) as site:
-        result = crawler.crawl(site.url, timeout=0.3, retries=0, max_delay=0.05)
-    assert result.rules["too many requests of the host failed"] >= 20
-    assert len(result.pages) == 1
-    assert len(site.requests) < 30
-
-
-def test_a_huge_robots_file_with_a_byte_order_mark_is_read(crawler: Crawler) -> None:
-    robots = "\ufeffUser-agent: *\nDisallow: /a\n" + "# filler\n" * 200_000
-    with LoopbackSite(small_site(), robots) as site:
-        result = crawler.crawl(site.url)
-    assert result.reason(f"{site.url}/a")[0] == "denied"
-
-
-def test_damaged_sitemaps_are_reported(crawler: Crawler) -> None:
-    robots = "Sitemap: /broken.gz\nSitemap: /missing.xml\nSitemap: /text.txt\n"
-    with LoopbackSite({"/": page(), "/x": page()}, robots) as site:
-        site.pages["/broken.gz"] = lambda: web.Response(body=b"\x1f\x8b\x08garbage")
-        site.pages["/text.txt"] = lambda: web.Response(text=f"{site.url}/x\n")
-        result = crawler.crawl(site.url)
-    state, reason = result.reason(f"{site.url}/broken.gz")
-    assert state == "error"
-    assert "damaged" in reason
-    assert result.reason(f"{site.url}/missing.xml") == ("error", "HTTP 404")
-    assert f"{site.url}/x" in result.pages
-
-
-def test_unreachable_seeds_are_one_clear_sentence(crawler: Crawler) -> None:
-    with pytest.raises(UserError, match=r"found no page at http://127.0.0.1:9/ \(connection ref"):
-        crawler.crawl("http://127.0.0.1:9/", retries=0)
-    with pytest.raises(UserError, match="name not resolved"):
-        crawler.crawl("http://no-such-host.invalid/", retries=0)
-    with pytest.raises(UserError, match=r"embedded:stdlib .*gristmill up"):
-        crawler.crawl("embedded:stdlib", retries=0)
-    with pytest.raises(ValueError, match="'exmaple' cannot be crawled"):
-        CrawlConfig(seeds=("exmaple",))
-    with pytest.raises(ValueError, match="embedded site is 'embedded:stdlib'"):
-        CrawlConfig(seeds=("embedded:docs",))
-
-
 def test_the_embedded_name_does_not_depend_on_a_port(crawler: Crawler) -> None:
     pages = {"/index.html": page("/a"), "/a": page()}
     with LoopbackSite(pages) as one:
@@ -438,17 +211,6 @@ def test_the_embedded_name_does_not_depend_on_a_port(crawler: Crawler) -> None:
     assert set(first.pages) == {"embedded://stdlib/index.html", "embedded://stdlib/a"}
     assert first.outcome.content == second.outcome.content
     assert first.pages["embedded://stdlib/a"].fetch_url == f"{one.url}/a"
-
-
-def test_several_hosts_are_crawled_side_by_side(crawler: Crawler) -> None:
-    with LoopbackSite(small_site()) as one, LoopbackSite(small_site()) as two:
-        one.pages["/"] = page("/a", f"{two.url}/c", "http://unrelated.example/")
-        result = crawler.crawl(one.url, f"{two.url}/b")
-    assert len(result.pages) == 6
-    hosts = {row["host"]: row for row in result.outcome.reports[0].body}
-    assert {one.url[7:], two.url[7:]} == set(hosts)
-    assert hosts[two.url[7:]]["fetched"] == 2
-    assert result.counts["links_out_of_scope"] == 1
 
 
 def test_segments_are_rolled_and_packed_by_size(crawler: Crawler) -> None:
@@ -470,14 +232,6 @@ def test_a_site_is_reached_over_ipv6(crawler: Crawler) -> None:
     assert set(result.pages) == {f"{site.url}{path}" for path in ("/", "/a", "/b", "/c")}
 
 
-def test_a_site_without_proper_tls_is_named(crawler: Crawler) -> None:
-    with LoopbackSite(small_site()) as site:
-        secure = site.url.replace("http:", "https:")
-        result = crawler.crawl(site.url, f"{secure}/a", retries=2)
-    assert result.reason(f"{secure}/a") == ("error", "TLS error")
-    assert len(result.pages) == 4
-
-
 def test_a_page_is_also_fetched_by_the_name_it_gives_itself(crawler: Crawler) -> None:
     pages = {
         "/": page("/print"),
@@ -488,22 +242,3 @@ def test_a_page_is_also_fetched_by_the_name_it_gives_itself(crawler: Crawler) ->
         result = crawler.crawl(site.url)
     assert f"{site.url}/real" in result.pages
     assert result.addresses[f"{site.url}/real"]["source"] == f"{site.url}/print"
-
-
-def test_requests_in_flight_are_bounded_over_all_hosts(crawler: Crawler) -> None:
-    now = most = 0
-
-    async def slow() -> web.Response:
-        nonlocal now, most
-        now += 1
-        most = max(most, now)
-        await asyncio.sleep(0.02)
-        now -= 1
-        return web.Response(text=page(), content_type="text/html")
-
-    pages = {"/": page(*(f"/{n}" for n in range(12)))} | {f"/{n}": slow for n in range(12)}
-    with LoopbackSite(pages) as site:
-        crawler.crawl(site.url, parallel=8, parallel_total=2)
-        assert most == 2
-        crawler.crawl(site.url, parallel=8, parallel_total=50, epoch=1)
-        assert most > 2

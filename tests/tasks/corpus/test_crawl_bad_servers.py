@@ -1,0 +1,157 @@
+"""Servers that hang, lie, break off or are not there are counted; the rest is crawled."""
+
+import asyncio
+import gzip
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from loopback_site import Crawler, LoopbackSite, page, small_site
+
+from tasks.corpus.crawl import CrawlConfig, SiteDown
+from tasks.runtime.errors import UserError
+
+
+@pytest.fixture
+def crawler(tmp_path: Path) -> Crawler:
+    return Crawler(tmp_path / "home")
+
+
+def test_a_site_that_goes_down_is_continued_by_the_next_run(crawler: Crawler) -> None:
+    pages = {"/": page(*(f"/{n}" for n in range(40)))} | {f"/{n}": page() for n in range(40)}
+    with LoopbackSite(pages) as site:
+        up = dict(site.pages)
+
+        async def down(request: web.Request) -> web.Response:
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+
+        def last_page() -> web.Response:
+            site.pages = dict.fromkeys([*up, "/robots.txt"], down)
+            return web.Response(text=page(), content_type="text/html")
+
+        site.pages["/20"] = last_page
+        with pytest.raises(
+            SiteDown, match=r"host gives no answer.*run it again when the site answ"
+        ):
+            crawler.crawl(site.url, max_delay=0.05)
+        answered = [path for path in site.paths if path not in ("/robots.txt",)]
+        fetched = set(answered[: answered.index("/20") + 1])
+        site.requests.clear()
+        site.pages = up
+        result = crawler.crawl(site.url, max_delay=0.05)
+    assert len(result.pages) == 41
+    assert len(fetched & set(site.paths)) <= 4  # asked while the site went down
+    assert "/" not in site.paths
+
+
+def test_a_compressed_bomb_is_too_large(crawler: Crawler) -> None:
+    bomb = gzip.compress(b"\x00" * 20_000_000)
+
+    def explode() -> web.Response:
+        headers = {"Content-Encoding": "gzip"}
+        return web.Response(body=bomb, content_type="text/html", headers=headers)
+
+    with LoopbackSite(small_site(**{"/a": explode})) as site:
+        result = crawler.crawl(site.url, max_bytes=100_000)
+    assert result.reason(f"{site.url}/a") == ("skipped", "too large")
+
+
+def test_endless_query_strings_stop(crawler: Crawler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.corpus.frontier.MAX_QUERIES", 20)
+
+    def calendar(request: web.Request) -> web.Response:
+        day = int(request.query.get("day", "0"))
+        return web.Response(text=page(f"/?day={day + 1}"), content_type="text/html")
+
+    with LoopbackSite({"/": calendar} | {f"/?day={n}": calendar for n in range(60)}) as site:
+        result = crawler.crawl(site.url, max_depth=100)
+    assert len(result.pages) == 21
+    assert result.rules["trap: too many query strings"] == 1
+
+
+@pytest.mark.parametrize("kind", ["hangs", "drips", "stops short", "closes", "no HTTP"])
+def test_bad_servers_are_counted_and_the_rest_is_crawled(crawler: Crawler, kind: str) -> None:
+    async def bad(request: web.Request) -> web.StreamResponse:
+        transport = request.transport
+        assert transport is not None
+        if kind == "hangs":
+            await asyncio.sleep(30)
+        if kind == "drips":
+            response = web.StreamResponse(headers={"Content-Type": "text/html"})
+            await response.prepare(request)
+            for _ in range(100):
+                await response.write(b"x")
+                await asyncio.sleep(0.2)
+        if kind == "stops short":
+            transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n<p>half")
+        if kind == "no HTTP":
+            transport.write(b"\x00\x01 this is no status line\r\n\r\n")
+        transport.close()
+        return web.Response()
+
+    with LoopbackSite(small_site(**{"/a": bad})) as site:
+        result = crawler.crawl(site.url, timeout=1.0)
+    reasons = {
+        "hangs": "timeout",
+        "drips": "timeout",
+        "stops short": "truncated or damaged body",
+        "closes": "connection closed",
+        "no HTTP": "not HTTP",
+    }
+    assert result.reason(f"{site.url}/a") == ("error", reasons[kind])
+    assert site.paths["/a"] == 2  # one retry
+    assert {f"{site.url}/b", f"{site.url}/c"} <= set(result.pages)
+    assert result.rules[reasons[kind]] == 1
+
+
+def test_a_host_with_too_many_bad_pages_is_left_with_what_it_gave(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.corpus.host_fetcher.FAILURES_TO_LEAVE", 12)
+
+    async def hang() -> web.Response:
+        await asyncio.sleep(30)
+        return web.Response()
+
+    pages = {"/": page(*(f"/{n}" for n in range(40)))} | {f"/{n}": hang for n in range(40)}
+    with LoopbackSite(pages) as site:
+        result = crawler.crawl(site.url, timeout=0.3, retries=0, max_delay=0.05)
+    assert result.rules["too many requests of the host failed"] >= 20
+    assert len(result.pages) == 1
+    assert len(site.requests) < 30
+
+
+def test_damaged_sitemaps_are_reported(crawler: Crawler) -> None:
+    robots = "Sitemap: /broken.gz\nSitemap: /missing.xml\nSitemap: /text.txt\n"
+    with LoopbackSite({"/": page(), "/x": page()}, robots) as site:
+        site.pages["/broken.gz"] = lambda: web.Response(body=b"\x1f\x8b\x08garbage")
+        site.pages["/text.txt"] = lambda: web.Response(text=f"{site.url}/x\n")
+        result = crawler.crawl(site.url)
+    state, reason = result.reason(f"{site.url}/broken.gz")
+    assert state == "error"
+    assert "damaged" in reason
+    assert result.reason(f"{site.url}/missing.xml") == ("error", "HTTP 404")
+    assert f"{site.url}/x" in result.pages
+
+
+def test_unreachable_seeds_are_one_clear_sentence(crawler: Crawler) -> None:
+    with pytest.raises(UserError, match=r"found no page at http://127.0.0.1:9/ \(connection ref"):
+        crawler.crawl("http://127.0.0.1:9/", retries=0)
+    with pytest.raises(UserError, match="name not resolved"):
+        crawler.crawl("http://no-such-host.invalid/", retries=0)
+    with pytest.raises(UserError, match=r"embedded:stdlib .*gristmill up"):
+        crawler.crawl("embedded:stdlib", retries=0)
+    with pytest.raises(ValueError, match="'exmaple' cannot be crawled"):
+        CrawlConfig(seeds=("exmaple",))
+    with pytest.raises(ValueError, match="embedded site is 'embedded:stdlib'"):
+        CrawlConfig(seeds=("embedded:docs",))
+
+
+def test_a_site_without_proper_tls_is_named(crawler: Crawler) -> None:
+    with LoopbackSite(small_site()) as site:
+        secure = site.url.replace("http:", "https:")
+        result = crawler.crawl(site.url, f"{secure}/a", retries=2)
+    assert result.reason(f"{secure}/a") == ("error", "TLS error")
+    assert len(result.pages) == 4

@@ -1,0 +1,125 @@
+"""The crawler asks a host as rarely as it wishes: rules, delays, pauses, limits over all hosts."""
+
+import asyncio
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from loopback_site import Crawler, CrawlResult, LoopbackSite, page, small_site
+
+from tasks.corpus.crawl import SiteDown
+from tasks.runtime.errors import UserError
+
+
+@pytest.fixture
+def crawler(tmp_path: Path) -> Crawler:
+    return Crawler(tmp_path / "home")
+
+
+def smallest_gap(result: CrawlResult) -> float:
+    """Seconds between the starts of two requests for pages, as the WARC records date them."""
+    moments = sorted(datetime.fromisoformat(p.fetched_at) for p in result.pages.values())
+    return min((b - a).total_seconds() for a, b in pairwise(moments))
+
+
+@pytest.mark.parametrize(("status", "pages"), [(404, 1), (403, 1), (500, 0), (503, 0), (429, 0)])
+def test_missing_robots_allow_and_broken_robots_forbid(
+    crawler: Crawler, status: int, pages: int
+) -> None:
+    with LoopbackSite({"/": page(), "/robots.txt": lambda: web.Response(status=status)}) as site:
+        if pages:
+            assert crawler.crawl(site.url, max_delay=0.1).counts["pages"] == 1
+        else:
+            with pytest.raises(UserError, match=f"robots.txt answered {status}"):
+                crawler.crawl(site.url, max_delay=0.1)
+    assert site.paths["/"] == pages
+
+
+def test_crawl_delay_spaces_requests_and_is_capped(crawler: Crawler) -> None:
+    robots = "User-agent: *\nCrawl-delay: 0.2\n"
+    with LoopbackSite(small_site(), robots) as site:
+        result = crawler.crawl(site.url)
+    assert len(result.pages) == 4
+    assert smallest_gap(result) > 0.1  # 0.2 s between starts, less the jitter of a busy machine
+    with (
+        LoopbackSite(small_site(), "User-agent: *\nCrawl-delay: 3600\n") as slow,
+        pytest.raises(UserError, match="asks for 3600 s between requests"),
+    ):
+        crawler.crawl(slow.url, epoch=1)
+    assert set(slow.paths) == {"/robots.txt"}
+
+
+def test_default_delay_applies_when_robots_say_nothing(crawler: Crawler) -> None:
+    with LoopbackSite(small_site()) as site:
+        result = crawler.crawl(site.url, delay=0.2)
+    assert smallest_gap(result) > 0.1
+
+
+def test_retry_after_is_honoured(crawler: Crawler) -> None:
+    answers = iter([429, 503])
+
+    def busy() -> web.Response:
+        status = next(answers, None)
+        if status is None:
+            return web.Response(text=page(), content_type="text/html")
+        return web.Response(status=status, headers={"Retry-After": "1"})
+
+    with LoopbackSite({"/": busy}) as site:
+        result = crawler.crawl(site.url, retries=2)
+    times = site.times()
+    assert len(times) == 3
+    assert times[2] - times[0] > 1.5  # twice a second, less the jitter of a busy machine
+    assert result.counts["pages"] == 1
+
+
+def test_a_site_that_asks_for_a_long_pause_is_continued_by_the_next_run(crawler: Crawler) -> None:
+    answer = {"Retry-After": "86400"}
+    broken = {"/a": lambda: web.Response(status=503, headers=answer)}
+    with LoopbackSite(small_site(**broken)) as site:
+        with pytest.raises(SiteDown, match=r"stopped after 1 pages .*pause longer than max_delay"):
+            crawler.crawl(site.url, max_delay=0.2, parallel=1)
+        assert site.paths["/a"] == 1
+        assert "/b" not in site.paths
+        site.pages["/a"] = page()
+        result = crawler.crawl(site.url, max_delay=0.2, parallel=1)
+    assert len(result.pages) == 4
+    assert site.paths["/"] == site.paths["/robots.txt"] == 1
+
+
+def test_a_huge_robots_file_with_a_byte_order_mark_is_read(crawler: Crawler) -> None:
+    robots = "\ufeffUser-agent: *\nDisallow: /a\n" + "# filler\n" * 200_000
+    with LoopbackSite(small_site(), robots) as site:
+        result = crawler.crawl(site.url)
+    assert result.reason(f"{site.url}/a")[0] == "denied"
+
+
+def test_several_hosts_are_crawled_side_by_side(crawler: Crawler) -> None:
+    with LoopbackSite(small_site()) as one, LoopbackSite(small_site()) as two:
+        one.pages["/"] = page("/a", f"{two.url}/c", "http://unrelated.example/")
+        result = crawler.crawl(one.url, f"{two.url}/b")
+    assert len(result.pages) == 6
+    hosts = {row["host"]: row for row in result.outcome.reports[0].body}
+    assert {one.url[7:], two.url[7:]} == set(hosts)
+    assert hosts[two.url[7:]]["fetched"] == 2
+    assert result.counts["links_out_of_scope"] == 1
+
+
+def test_requests_in_flight_are_bounded_over_all_hosts(crawler: Crawler) -> None:
+    now = most = 0
+
+    async def slow() -> web.Response:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.02)
+        now -= 1
+        return web.Response(text=page(), content_type="text/html")
+
+    pages = {"/": page(*(f"/{n}" for n in range(12)))} | {f"/{n}": slow for n in range(12)}
+    with LoopbackSite(pages) as site:
+        crawler.crawl(site.url, parallel=8, parallel_total=2)
+        assert most == 2
+        crawler.crawl(site.url, parallel=8, parallel_total=50, epoch=1)
+        assert most > 2

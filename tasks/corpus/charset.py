@@ -7,6 +7,7 @@ when a header claims Latin-1, because that lie is common and the coincidence is 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import re
 
 from charset_normalizer import from_bytes
@@ -41,6 +42,9 @@ def decode(body: bytes, content_type: str = "") -> tuple[str, tuple[str, ...]]:
     if b"\x00" in body:
         body = body.replace(b"\x00", b"")
         mended.append("nul-bytes")
+    if b"\x1b" not in body:  # else it may be an encoding with escapes, which is valid UTF-8, too
+        with contextlib.suppress(UnicodeDecodeError):
+            return body.decode(), tuple(mended)
     declared = _declared(body, content_type)
     stateful = [name for name in declared if name.startswith(("iso2022", "hz")) and b"\x1b" in body]
     for encoding in (*stateful, "utf-8", *declared):

@@ -15,7 +15,7 @@ def tidy(text: str, prose_line: Callable[[str], str]) -> str:
     lines: list[str] = []
     fence = ""
     for line in text.split("\n"):
-        mark = _FENCE.match(line)
+        mark = _FENCE.match(line) if line.startswith("```") else None
         if fence:
             lines.append(line.rstrip())
             if mark and line.strip() == fence:

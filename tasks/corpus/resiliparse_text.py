@@ -119,5 +119,5 @@ def _cells(grid: Any) -> list[list[str]]:
 
 
 def _prose_line(line: str) -> str:
-    item = _ITEM.match(line)
+    item = _ITEM.match(line) if line.startswith("  ") else None
     return f"{item[1]}{item[2] or '-'} {line[item.end() :]}" if item else line

@@ -14,13 +14,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from html import unescape
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.corpus import warc
@@ -37,6 +40,7 @@ PAGE = "report.html"  # of a corpus report, which quotes what any stage removed
 KEPT = ("documents-", "train-", "heldout-", "pages.parquet")  # what later stages read
 KEYS = ("url", "fetch_url", "id", "record_id", "digest", "host")
 TEXTS = ("reason", "source", "location", "canonical")  # may name the address in another's row
+READERS = 8  # tables at a time: each waits for its place of storage
 ERASED = "(erased)"
 NOTE = "erased on request"
 
@@ -182,21 +186,43 @@ def _search(
 ) -> _Found:
     """The rows of an artifact's tables that name what is to be erased; reads key columns only."""
     found = _Found()
-    for name in names:
-        with directory.filesystem.open_input_file(directory.location(name)) as file:
-            parquet = pq.ParquetFile(file)
-            keys = [key for key in KEYS if key in parquet.schema_arrow.names]
-            if not {"url", "host"} & set(keys):
+    with ThreadPoolExecutor(READERS) as readers:
+        looked = readers.map(partial(_rows, directory, forgotten, records), names)
+        for name, (gone, rows) in zip(names, looked, strict=True):
+            if not rows:
                 continue
-            rows = parquet.read(keys).to_pylist()
-        gone = [_is_forgotten(row, forgotten, records) for row in rows]
-        if any(gone):
             found.rows[name] = gone
-            for row, goes in zip(rows, gone, strict=True):
-                if goes:
-                    found.addresses |= {row[key] for key in ("url", "fetch_url") if row.get(key)}
-                    found.records |= {row["record_id"]} if row.get("record_id") else set()
+            for row in rows:
+                found.addresses |= {row[key] for key in ("url", "fetch_url") if row.get(key)}
+                found.records |= {row["record_id"]} if row.get("record_id") else set()
     return found
+
+
+def _rows(
+    directory: Directory, forgotten: Forgotten, records: set[str], name: str
+) -> tuple[list[bool], list[dict[str, Any]]]:
+    """Which rows of a table are to be erased, and the keys of those."""
+    with directory.filesystem.open_input_file(directory.location(name)) as file:
+        parquet = pq.ParquetFile(file)
+        keys = [key for key in KEYS if key in parquet.schema_arrow.names]
+        if not {"url", "host"} & set(keys):
+            return [], []
+        table = parquet.read(keys)
+    possible = forgotten.possibly(table["url" if "url" in keys else "host"])
+    ids = pa.array(sorted(forgotten.digests), pa.string())
+    for key, values in (("id", ids), ("digest", ids), ("record_id", sorted(records))):
+        if key in keys:
+            column = pc.utf8_rtrim(table[key], "=") if key == "digest" else table[key]
+            known = pa.array(values, pa.string())
+            possible = pc.or_(possible, pc.is_in(column, value_set=known))
+    gone = [False] * table.num_rows
+    rows = []
+    for place in np.flatnonzero(possible.to_numpy()).tolist():
+        row = {key: table[key][place].as_py() for key in keys}
+        if _is_forgotten(row, forgotten, records):
+            gone[place] = True
+            rows.append(row)
+    return gone, rows
 
 
 def _is_forgotten(row: dict[str, Any], forgotten: Forgotten, records: set[str]) -> bool:

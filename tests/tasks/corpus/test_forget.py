@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from documents_of import rows, urls
@@ -325,6 +326,29 @@ def test_a_domain_covers_what_is_below_it_and_nothing_beside() -> None:
         assert forgotten.address(url) is None
     assert forgotten.address("https://e.net/x/../p#top") == stones[1]
     assert forgotten.digest(None, "") is None
+
+
+HOSTS = ("a.example", "b.a.example", "bücher.example", "127.0.0.1", "[::1]", "c.example:8080")
+SPELT = (*HOSTS, "A.Example", "xn--bcher-kva.example", "0x7f.1", "a.example.", "a%2eexample")
+PLACES = st.sampled_from(["", "/", "/x", "/X?q=1#part", "/x y", "/é"])
+
+
+@given(
+    st.lists(st.sampled_from(HOSTS) | st.tuples(st.sampled_from(HOSTS), PLACES), max_size=3),
+    st.lists(
+        st.tuples(
+            st.sampled_from(["http://", "https://", "file://"]), st.sampled_from(SPELT), PLACES
+        )
+    ),
+)
+def test_a_look_at_whole_columns_misses_no_address(buried: list[Any], spelt: list[Any]) -> None:
+    named = [what if isinstance(what, str) else "http://" + "".join(what) for what in buried]
+    stones = tuple(Tombstone(n, *parse(what), "", 0.0) for n, what in enumerate(named))
+    forgotten = Forgotten(stones)
+    addresses = ["".join(parts) for parts in spelt]
+    possible = forgotten.possibly(pa.chunked_array([addresses], pa.string())).to_pylist()
+    for address, asked in zip(addresses, possible, strict=True):
+        assert asked or forgotten.address(address) is None
 
 
 @given(st.integers(220, 300_000))

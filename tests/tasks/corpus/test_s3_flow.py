@@ -1,0 +1,69 @@
+"""The corpus flow of a running stack whose store is a bucket, from the command line."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from loopback_site import LoopbackSite, page
+from test_corpus_chain import THINGS, module
+
+from tasks.runtime.settings import Ports, Settings
+from tasks.runtime.store import Store
+from tests.conftest import Stack, free_ports
+from tests.flows.killable_stack import put_small_site
+from tests.s3_server import s3_server
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
+    home = Path(tempfile.mkdtemp(prefix="gristmill-s3-"))
+    names = list(Ports.model_fields)
+    ports = Ports(**dict(zip(names, free_ports(len(names)), strict=True)))
+    settings = Settings(home=home, ports=ports, store="s3://bucket/gristmill")
+    settings.save()
+    put_small_site(home / "site")
+    with s3_server() as server:
+        server.bucket("bucket")
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        running = Stack(settings)
+        try:
+            running.gristmill("up", timeout=200)
+            yield running
+        finally:
+            running.command("down", timeout=120)
+            shutil.rmtree(home, ignore_errors=True)
+
+
+def test_a_corpus_is_made_planned_and_purged_in_a_bucket(stack: Stack) -> None:
+    pages = {f"/library/{t}s.html": module(n, t) for n, t in enumerate(THINGS)}
+    with LoopbackSite({"/": page(*pages)} | pages) as site:
+        asked = ["--set", f"corpus.seeds={json.dumps([site.url])}", "--set", "corpus.crawl.delay=0"]
+        stack.gristmill("run", "corpus", *asked, "--watch")
+        again = stack.gristmill("plan", "corpus", *asked)
+        victim = f"{site.url}/library/{THINGS[0]}s.html"
+        store = Store.open(stack.settings)
+        chosen = store.latest("quality")
+        assert chosen is not None and victim in urls_of(store, "quality")
+        for manifest in store.lineage(chosen):
+            store.verify(manifest)
+        assert all(line.split()[1] == "cached" for line in again.splitlines() if "quality" in line)
+        assert not (stack.settings.home / "store").exists()
+        stack.gristmill("forget", victim, "--purge")
+    for stage in ("crawl", "extract", "quality", "split"):
+        assert victim not in urls_of(store, stage)
+
+
+def urls_of(store: Store, stage: str) -> set[str]:
+    """Addresses in the tables of the newest artifact of a stage."""
+    manifest = store.latest(stage)
+    assert manifest is not None
+    tables = store.tables(manifest)
+    return {
+        url for table in tables if "url" in table.column_names for url in table["url"].to_pylist()
+    }

@@ -8,7 +8,8 @@ flow, personal data masked too, runs on a Ray node of its own, with one worker a
 per second and core are pages per CPU second of everything that runs: workers, the children that
 parse, Ray's own processes, and the process that drives the stages; up to the selected documents
 (SELECTION) and, beside it, up to the split. Each node works off a small crawl first, so that
-imports are not counted. What two workers gain is told beside what two plain processes gain.
+imports are not counted, then the large one three times: told are medians. What two workers gain is
+told beside what two plain processes gain, on cores that share caches or are two threads of one.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,6 +46,7 @@ from tasks.runtime.store import Store
 
 SHARD_MB = 8.0
 WARM_UP_PAGES = 250
+ROUNDS = 3
 SELECTION = ("extract", "measure", "language", "quality")
 TARGETS: Targets = {
     "trafilatura_pages_per_cpu_second": (">=", 60),
@@ -145,9 +148,8 @@ def walk(extractor: str, crawl: Manifest, timed: Callable[..., Manifest]) -> Non
 
 
 def run(crawls: Path, extractor: str, workers: int) -> list[dict[str, Any]]:
-    """One pass of the pipeline over the larger of two crawls: a row for each stage."""
-    home = Path(tempfile.mkdtemp(prefix="gristmill-bench-"))
-    rows: list[dict[str, Any]] = []
+    """The pipeline over the larger of two crawls: a row for each stage, medians of ROUNDS."""
+    rows: dict[str, list[dict[str, Any]]] = {}
 
     def timed(step: Stage[Any], config: StageConfig, **inputs: Manifest) -> Manifest:
         begun, cpu = time.monotonic(), cpu_seconds()
@@ -156,20 +158,39 @@ def run(crawls: Path, extractor: str, workers: int) -> list[dict[str, Any]]:
         seconds = time.monotonic() - begun
         spent = {kind: total - cpu[kind] for kind, total in cpu_seconds().items()}
         took = {"seconds": seconds, "cpu_seconds": sum(spent.values())}
-        rows.append({"stage": step.name, "documents": kept} | took | spent)
+        rows.setdefault(step.name, []).append({"documents": kept} | took | spent)
         return manifest
 
-    try:
+    with ray_node(workers) as address, home_of(crawls) as home:
+        os.environ |= {"GRISTMILL_HOME": str(home), "GRISTMILL_RAY_ADDRESS": address}
+        for crawled in rounds(home):
+            walk(extractor, crawled, timed)
+    return [
+        {"stage": stage} | {field: median(one[field] for one in found[1:]) for field in found[0]}
+        for stage, found in rows.items()
+    ]
+
+
+@contextlib.contextmanager
+def home_of(crawls: Path) -> Iterator[Path]:
+    """A fresh home whose store holds the crawls of another."""
+    with tempfile.TemporaryDirectory(prefix="gristmill-bench-") as directory:
+        home = Path(directory)
         (home / "store").mkdir()
         (home / "store" / "benchmark-crawl").symlink_to(crawls / "store" / "benchmark-crawl")
-        with ray_node(workers) as address:
-            os.environ |= {"GRISTMILL_HOME": str(home), "GRISTMILL_RAY_ADDRESS": address}
-            for crawled in by_size():
-                rows.clear()
-                walk(extractor, crawled, timed)
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
-    return rows
+        yield home
+
+
+def rounds(home: Path) -> Iterator[Manifest]:
+    """The small crawl once, then the large one ROUNDS times; between them all else is removed."""
+    small, large = sorted(
+        Store.open().all("benchmark-crawl"), key=lambda made: made.counts["documents"]
+    )
+    for crawled in [small, *[large] * ROUNDS]:
+        yield crawled
+        for made in (home / "store").iterdir():
+            if not made.is_symlink():
+                shutil.rmtree(made)
 
 
 def plain(crawls: Path, extractor: str, workers: int) -> float:
@@ -195,21 +216,14 @@ def _alone(crawls: Path, extractor: str, together: Any, told: Any) -> None:
     def timed(step: Stage[Any], config: StageConfig, **inputs: Manifest) -> Manifest:
         return step(config, **inputs)
 
-    with tempfile.TemporaryDirectory(prefix="gristmill-bench-") as home, one_core(Path(home)):
-        (Path(home) / "store").mkdir()
-        (Path(home) / "store" / "benchmark-crawl").symlink_to(crawls / "store" / "benchmark-crawl")
-        seconds, pages = 0.0, 0
-        for crawled in by_size():
+    rates = []
+    with home_of(crawls) as home, one_core(home):
+        for crawled in rounds(home):
             together.wait(600)
             begun = time.monotonic()
             walk(extractor, crawled, timed)
-            seconds, pages = time.monotonic() - begun, crawled.counts["documents"]
-    told.put(pages / seconds)
-
-
-def by_size() -> list[Manifest]:
-    """The crawls to warm up with and to measure."""
-    return sorted(Store.open().all("benchmark-crawl"), key=lambda m: m.counts["documents"])
+            rates.append(crawled.counts["documents"] / (time.monotonic() - begun))
+    told.put(median(rates[1:]))
 
 
 def main() -> None:
@@ -221,7 +235,7 @@ def main() -> None:
         folder, extractor, workers = options.worker
         print(json.dumps({"rows": run(Path(folder), extractor, int(workers))}))
         return
-    count = 1000 if options.quick else 3000
+    count = 800 if options.quick else 3000
     os.environ |= {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(prefix="gristmill-bench-") as directory:
         with one_core(Path(directory)):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tasks.runtime.store import Directory
 
-T = TypeVar("T", np.uint32, np.uint64)
+T = TypeVar("T", np.uint32, np.uint64, np.int64)
 
 
 def write_array(directory: Directory, name: str, array: NDArray[Any]) -> None:
@@ -30,7 +30,7 @@ def distinct(values: NDArray[T]) -> NDArray[T]:
     return ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])[: len(ordered)]]
 
 
-def is_among(values: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> NDArray[np.bool_]:
+def is_among(values: NDArray[T], ordered: NDArray[T]) -> NDArray[np.bool_]:
     """Which of `values` are in the sorted set: (len(values),). Its size hardly matters."""
     if len(ordered) == 0:
         return np.zeros(len(values), np.bool_)

@@ -10,6 +10,8 @@ up only where that decides something, so they need no room in any key.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,6 +22,7 @@ from tasks.corpus.minhash import Folded, candidate_pairs
 from tasks.corpus.signatures import ENTRY, SHARD, Sources, place_of, shard_of
 from tasks.runtime.stage import Workspace
 
+SEVERAL = 4  # partners of a document, from which they are compared with it together
 COPY = np.dtype([("row", "<u8"), ("kept", "<u8")])
 PAIR = np.dtype([("better", "<u8"), ("worse", "<u8"), ("order", "<u4"), ("tied", "?")])
 # `order` is that of the better one; `tied`: the other has the same.
@@ -141,20 +144,14 @@ def verify_shard(
     pairs = _distinct(np.frombuffer(b"".join(parts), PAIR), "better", "worse")
     similarity = np.zeros(len(pairs))
     if len(pairs):
-        mine = _Sets(sources, number, place_of(pairs["worse"]))
+        mine = Sets.read(sources, number, place_of(pairs["worse"]))
         shards = shard_of(pairs["better"])
         edges = np.flatnonzero(np.diff(shards, prepend=-1))
         for start, stop in zip(edges, [*edges[1:], len(pairs)], strict=True):
             block = pairs[start:stop]
-            other = _Sets(sources, int(shards[start]), place_of(block["better"]))
-            similarity[start:stop] = [
-                jaccard_above(other[a], mine[b], threshold)
-                for a, b in zip(
-                    place_of(block["better"]).tolist(),
-                    place_of(block["worse"]).tolist(),
-                    strict=True,
-                )
-            ]
+            other = Sets.read(sources, int(shards[start]), place_of(block["better"]))
+            better, worse = place_of(block["better"]), place_of(block["worse"])
+            similarity[start:stop] = similarities(other, mine, better, worse, threshold)
     reached = similarity >= threshold
     resembling = np.zeros(int(reached.sum()), RESEMBLING)
     for field in PAIR.names or ():
@@ -192,18 +189,68 @@ def spanning(pairs: NDArray[np.void], duplicate: float) -> NDArray[np.void]:
     return np.concatenate([pairs[alike], links])
 
 
-class _Sets:
+class Sets:
     """The sets of some documents of one shard, sorted, by their places."""
 
-    def __init__(self, sources: Sources, shard: int, places: NDArray[np.int64]) -> None:
-        wanted = np.unique(places)
+    def __init__(self, sets: dict[int, Folded]) -> None:
+        self._sets = sets
+
+    @classmethod
+    def read(cls, sources: Sources, shard: int, places: NDArray[np.int64]) -> Sets:
+        wanted = distinct(places)
         with sources.open("sets", shard) as parts:
             found = (np.frombuffer(part, np.uint32) for part in parts.read(wanted))
             sets = [distinct(shingles) for shingles in found]
-        self._sets = dict(zip(wanted.tolist(), sets, strict=True))
+        return cls(dict(zip(wanted.tolist(), sets, strict=True)))
 
     def __getitem__(self, place: int) -> Folded:
         return self._sets[place]
+
+    @cached_property
+    def numbered(self) -> tuple[Folded, dict[int, NDArray[np.intp]]]:
+        """All members of the sets, sorted, and a zero; by place the numbers of each set's there."""
+        members = distinct(np.concatenate([np.zeros(0, np.uint32), *self._sets.values()]))
+        numbers = {
+            place: np.asarray(np.searchsorted(members, of), np.intp)
+            for place, of in self._sets.items()
+        }
+        return np.append(members, np.uint32(0)), numbers
+
+
+def similarities(
+    other: Sets,
+    mine: Sets,
+    better: NDArray[np.int64],
+    worse: NDArray[np.int64],
+    threshold: float,
+) -> NDArray[np.float64]:
+    """`jaccard_above` of pairs (better, worse) sorted by the better one: (P,).
+
+    Where pages are made of one template nearly all pairs are candidates. So a document with several
+    partners marks its members once, and those of all partners are looked up in one go.
+    """
+    found = np.zeros(len(better))
+    edges = np.flatnonzero(np.diff(better, prepend=-1))
+    for start, stop in zip(edges.tolist(), [*edges[1:].tolist(), len(better)], strict=True):
+        members, partners = other[int(better[start])], worse[start:stop].tolist()
+        if len(partners) < SEVERAL:
+            pairs = ((members, mine[partner]) for partner in partners)
+            found[start:stop] = [jaccard_above(a, b, threshold) for a, b in pairs]
+            continue
+        known, numbers = mine.numbered
+        marks = np.zeros(len(known), np.uint8)
+        places = np.searchsorted(known[:-1], members)
+        marks[places[known.take(places) == members]] = 1
+        theirs = [numbers[partner] for partner in partners]
+        sizes = np.array([*map(len, theirs)])
+        begins = np.cumsum(sizes) - sizes
+        looked_up = marks.take(np.concatenate([*theirs, [len(known) - 1]]))  # the last is no mark
+        shared = np.where(sizes, np.add.reduceat(looked_up, begins, dtype=np.int64), 0)
+        smaller, larger = np.minimum(sizes, len(members)), np.maximum(sizes, len(members))
+        whole = smaller + larger - shared
+        likeness = np.where(whole, shared / np.maximum(whole, 1), 1.0)
+        found[start:stop] = np.where(smaller < threshold * larger, 0.0, likeness)
+    return found
 
 
 def jaccard_above(a: Folded, b: Folded, threshold: float) -> float:

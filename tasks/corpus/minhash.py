@@ -14,6 +14,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.corpus.arrays import distinct
 from tasks.corpus.shingles import Hashes, mix
 
 _BLOCK = 1 << 15  # shingles at a time: they stay in the second cache
@@ -101,7 +102,7 @@ def candidate_pairs(keys: Hashes, order: Hashes, widest: int = 64) -> NDArray[np
         several = counts[start:stop]
         tails = np.repeat(rows[start:stop], several)
         place = np.arange(len(tails)) - np.repeat(ends[start:stop] - several - before, several)
-        found.append(np.unique(by[begin[tails] + place] * len(by) + by[tails]))
+        found.append(distinct(by[begin[tails] + place] * len(by) + by[tails]))
         start = stop
     pairs = np.concatenate(found)
     return np.column_stack(np.divmod(pairs, max(len(by), 1)))

@@ -16,7 +16,14 @@ from shared_data import shared
 from tasks.corpus.clusters import connected, keep_best
 from tasks.corpus.dedup import DeduplicateConfig, deduplicate, select_shard
 from tasks.corpus.documents import document_id
-from tasks.corpus.matching import RESEMBLING, jaccard_above, spanning, verify_shard
+from tasks.corpus.matching import (
+    RESEMBLING,
+    Sets,
+    jaccard_above,
+    similarities,
+    spanning,
+    verify_shard,
+)
 from tasks.corpus.minhash import Bands, candidate_pairs, minima
 from tasks.corpus.shingles import normalise
 from tasks.corpus.signatures import order_of, sign_shard
@@ -282,6 +289,23 @@ def test_partitions_decide_as_if_every_pair_had_been_compared(
     assert sum({row["cluster"]: row["removed"] for row in listed}.values()) == len(gone)
     assert gone.keys() <= {row["url"] for row in listed}
     assert manifest.counts["clusters"] == len(sizes)
+
+
+sets_of_numbers = st.lists(st.sets(st.integers(0, 30), max_size=20), min_size=1, max_size=8)
+
+
+@given(sets_of_numbers, sets_of_numbers, st.floats(0, 1))
+def test_many_pairs_at_once_are_compared_like_each_alone(
+    left: list[set[int]], right: list[set[int]], threshold: float
+) -> None:
+    other, mine = (
+        Sets({n: np.array(sorted(one), np.uint32) for n, one in enumerate(several)})
+        for several in (left, right)
+    )
+    better, worse = np.divmod(np.arange(len(left) * len(right)), len(right))
+    found = similarities(other, mine, better, worse, threshold)
+    pairs = zip(better.tolist(), worse.tolist(), strict=True)
+    assert found.tolist() == [jaccard_above(other[a], mine[b], threshold) for a, b in pairs]
 
 
 @pytest.mark.parametrize("wanted", [0.3, 0.5, 0.7, 0.9])

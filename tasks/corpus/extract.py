@@ -35,6 +35,7 @@ from tasks.corpus.sharding import run_shards
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
+from tasks.runtime.store import Directory
 
 PAGES = "pages.parquet"
 HTML_TYPES = ("text/html", "application/xhtml+xml")
@@ -83,7 +84,8 @@ def extract(config: ExtractConfig, work: Workspace, *, crawl: Manifest) -> Outco
         table, damaged = _scanned(work, crawl)
     ranges = _ranges(table["bytes"].to_pylist(), int(config.shard_megabytes * 2**20))
     # `take` copies the rows; a pickled slice would carry the whole table to every shard.
-    items = [(config, crawl, table.take(list(range(start, stop)))) for start, stop in ranges]
+    where = work.store.of(crawl)
+    items = [(config, where, table.take(list(range(start, stop)))) for start, stop in ranges]
     tally = Tally.total(run_shards(work, "extracted", extract_shard, items, label="Extract"))
     tally.seen += damaged
     if damaged:
@@ -148,14 +150,14 @@ def _scan_shard(work: Workspace, number: int, crawl: Manifest, name: str) -> int
 
 
 def extract_shard(
-    work: Workspace, number: int, config: ExtractConfig, crawl: Manifest, rows: pa.Table
+    work: Workspace, number: int, config: ExtractConfig, where: Directory, rows: pa.Table
 ) -> dict[str, Any]:
     """Documents of some records: `documents-NNNNN.parquet`, `rejected-NNNNN.parquet`, a tally."""
     tally, kept, rejected = Tally(), [], []
     largest = int(config.largest_page_megabytes * 2**20)
     child = page_child(config)
     honour = config.honour_opt_outs
-    for row, found in _fetched(work, crawl, rows.to_pylist(), largest, honour):
+    for row, found in _fetched(where, rows.to_pylist(), largest, honour):
         document: dict[str, Any] = dict.fromkeys(FROM_PAGE, "") | {
             "url": row["url"],
             "language_score": 0.0,
@@ -185,14 +187,12 @@ def extract_shard(
 
 
 def _fetched(
-    work: Workspace,
-    crawl: Manifest,
+    directory: Directory,
     rows: list[dict[str, Any]],
     largest: int,
     honour_opt_outs: bool,
 ) -> Iterator[tuple[dict[str, Any], Fetched | Removal]]:
     """Each row with its response, or with the reason why there is none to read."""
-    directory = work.store.of(crawl)
     with contextlib.ExitStack() as files:
         opened: dict[str, Any] = {}
         for row in rows:

@@ -28,6 +28,7 @@ from tasks.corpus.sharding import run_shards
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Report, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
+from tasks.runtime.store import Directory
 
 
 class LanguageConfig(StageConfig):
@@ -56,7 +57,8 @@ def language(
     config: LanguageConfig, work: Workspace, *, documents: Manifest, attributes: Manifest
 ) -> Outcome:
     """Keep the documents in the wanted languages."""
-    items = [(config, documents, name, attributes) for name in document_shards(documents)]
+    where, measured = work.store.of(documents), work.store.of(attributes)
+    items = [(config, where, name, measured) for name in document_shards(documents)]
     reports = run_shards(work, "selected", language_shard, items, label="Language")
     tally = Tally.total(report["tally"] for report in reports)
     found: dict[str, int] = {}
@@ -88,12 +90,12 @@ def language_shard(
     work: Workspace,
     number: int,
     config: LanguageConfig,
-    documents: Manifest,
+    where: Directory,
     name: str,
-    attributes: Manifest,
+    attributes: Directory,
 ) -> dict[str, Any]:
-    table = work.store.of(documents).read_table(name)
-    measured = attributes_of(work, attributes, number, table, IDENTIFIED.names).to_pylist()
+    table = where.read_table(name)
+    measured = attributes_of(attributes, number, table, IDENTIFIED.names).to_pylist()
     codes, scores = [], []
     for row in measured:
         code, score = row["language"], row["language_score"]

@@ -38,6 +38,7 @@ from tasks.corpus.text_units import units_of, without
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Report, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
+from tasks.runtime.store import Directory
 
 LineRule = Literal["punctuation", "words", "javascript", "policy"]
 TERMINAL = (".", "!", "?", '"', "”", "。", "！", "？", "」")
@@ -70,7 +71,8 @@ class LinesConfig(StageConfig):
 @stage("lines", version=1)
 def edit_lines(config: LinesConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """Cut lines by C4's rules out of documents that are no code."""
-    items = [(config, documents, name) for name in document_shards(documents)]
+    where = work.store.of(documents)
+    items = [(config, where, name) for name in document_shards(documents)]
     reports = run_shards(work, "edited", edit_shard, items, label="Lines")
     tally = Tally.total(report["tally"] for report in reports)
     remedies = {"": "crawl more pages", "few-sentences": "lower lines.min_sentences or drop a rule"}
@@ -99,9 +101,9 @@ def edit_lines(config: LinesConfig, work: Workspace, *, documents: Manifest) -> 
 
 
 def edit_shard(
-    work: Workspace, number: int, config: LinesConfig, documents: Manifest, name: str
+    work: Workspace, number: int, config: LinesConfig, where: Directory, name: str
 ) -> dict[str, Any]:
-    table = work.store.of(documents).read_table(name)
+    table = where.read_table(name)
     texts: list[str] = []
     removals: list[Removal | None] = []
     cut: Counter[str] = Counter()

@@ -23,6 +23,7 @@ from tasks.corpus.sharding import run_shards
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Report, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
+from tasks.runtime.store import Directory
 
 IDENTIFIED = pa.schema(
     [
@@ -42,7 +43,8 @@ class MeasureConfig(StageConfig):
 @stage("measure", version=2)
 def measure(config: MeasureConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """Identify each document's language and measure it by every quality rule."""
-    items = [(documents, name) for name in document_shards(documents)]
+    where = work.store.of(documents)
+    items = [(where, name) for name in document_shards(documents)]
     ranges = run_shards(work, "measured", measure_shard, items, label="Measure")
     rows = []
     for rule in RULES:
@@ -62,8 +64,8 @@ def measure(config: MeasureConfig, work: Workspace, *, documents: Manifest) -> O
     return Outcome(counts={"documents": seen}, reports=(report,))
 
 
-def measure_shard(work: Workspace, number: int, documents: Manifest, name: str) -> dict[str, Any]:
-    table = work.store.of(documents).read_table(name, ["id", "url", "text"])
+def measure_shard(work: Workspace, number: int, where: Directory, name: str) -> dict[str, Any]:
+    table = where.read_table(name, ["id", "url", "text"])
     columns = attributes(table["text"].to_pylist())
     beside = {"id": table["id"], "url": table["url"]}
     work.write_table(f"attributes-{number:05d}.parquet", pa.table(beside | columns))
@@ -88,7 +90,7 @@ def attributes(texts: Sequence[str]) -> dict[str, pa.Array]:
 
 
 def attributes_of(
-    work: Workspace, measured: Manifest, number: int, documents: pa.Table, columns: list[str]
+    measured: Directory, number: int, documents: pa.Table, columns: list[str]
 ) -> pa.Table:
     """The attributes of the documents of shard `number`, row by row.
 
@@ -96,7 +98,7 @@ def attributes_of(
     when one was never measured.
     """
     name = f"attributes-{number:05d}.parquet"
-    table = work.store.of(measured).read_table(name, ["id", *columns])
+    table = measured.read_table(name, ["id", *columns])
     places = pc.index_in(documents["id"], value_set=table["id"].combine_chunks())
     if places.null_count:
         raise ValueError(f"{places.null_count} documents of shard {number} are not in {name}")

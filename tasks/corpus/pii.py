@@ -24,6 +24,7 @@ from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
+from tasks.runtime.store import Directory
 
 NAMES = tuple(kind.name for kind in KINDS)
 
@@ -53,7 +54,8 @@ def pii(config: PIIConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """Mask personal data and secrets, or remove the documents that have them."""
     if config.action == "keep":
         raise UserError("pii.action is 'keep', which needs no stage; choose 'mask' or 'drop'")
-    items = [(config, documents, name) for name in document_shards(documents)]
+    where = work.store.of(documents)
+    items = [(config, where, name) for name in document_shards(documents)]
     tally = Tally.total(run_shards(work, "masked", pii_shard, items, label="Personal data"))
     remedies = {"": "crawl more pages", "pii": f"raise pii.most (now: {config.most})"}
     require_some("pii", tally, remedies, "documents")
@@ -66,10 +68,10 @@ def pii(config: PIIConfig, work: Workspace, *, documents: Manifest) -> Outcome:
 
 
 def pii_shard(
-    work: Workspace, number: int, config: PIIConfig, documents: Manifest, name: str
+    work: Workspace, number: int, config: PIIConfig, where: Directory, name: str
 ) -> dict[str, Any]:
     """One shard masked; what is removed for its finds is written masked too."""
-    table = work.store.of(documents).read_table(name)
+    table = where.read_table(name)
     kinds = frozenset(config.kinds)
     texts: list[str] = []
     removals: list[Removal | None] = []

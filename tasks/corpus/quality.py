@@ -31,6 +31,7 @@ from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
+from tasks.runtime.store import Directory
 
 MODEL = "model_score"  # the rule of the quality model
 
@@ -135,7 +136,9 @@ def quality(
             f"quality.min_model_score is {config.min_model_score:g} and there is no quality model; "
             "give labelled examples (corpus.quality_model.examples) or set it to 0"
         )
-    items = [(config, documents, name, attributes, scores) for name in document_shards(documents)]
+    where, measured = work.store.of(documents), work.store.of(attributes)
+    scored = work.store.of(scores) if scores is not None else None
+    items = [(config, where, name, measured, scored) for name in document_shards(documents)]
     reports = run_shards(work, "selected", quality_shard, items, label="Quality")
     tally = Tally.total(reports)
     remedies = {
@@ -163,16 +166,16 @@ def quality_shard(
     work: Workspace,
     number: int,
     config: QualityConfig,
-    documents: Manifest,
+    where: Directory,
     name: str,
-    attributes: Manifest,
-    scores: Manifest | None,
+    attributes: Directory,
+    scores: Directory | None,
 ) -> dict[str, Any]:
-    table = work.store.of(documents).read_table(name)
-    measured = attributes_of(work, attributes, number, table, [rule.name for rule in RULES])
+    table = where.read_table(name)
+    measured = attributes_of(attributes, number, table, [rule.name for rule in RULES])
     removals = select(config, table["url"], measured)
     if scores is not None:
-        scored = attributes_of(work, scores, number, table, ["score"])["score"].to_pylist()
+        scored = attributes_of(scores, number, table, ["score"])["score"].to_pylist()
         for row, value in enumerate(scored):
             if removals[row] is None and value < config.min_model_score:
                 reason = f"{MODEL} {value:.4g} < {config.min_model_score:g}"

@@ -29,6 +29,7 @@ from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Report, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
+from tasks.runtime.store import Directory
 
 WEIGHTS = "weights.npy"  # (buckets + 1,): one for each hashed feature, the bias last
 LONGEST = 50_000  # characters of a document that are looked at
@@ -212,7 +213,8 @@ def telling_words(examples: list[Example], weights: NDArray[np.float32]) -> list
 @stage("score", version=1)
 def score(config: ScoreConfig, work: Workspace, *, documents: Manifest, model: Manifest) -> Outcome:
     """Score every document by the quality model: `attributes-NNNNN.parquet` (id, url, score)."""
-    items = [(documents, name, model) for name in document_shards(documents)]
+    where, learned = work.store.of(documents), work.store.of(model)
+    items = [(where, name, learned) for name in document_shards(documents)]
     seen = run_shards(work, "scored", score_shard, items, label="Score")
     deciles = np.sum([shard["deciles"] for shard in seen], axis=0).tolist() if seen else []
     rows = [
@@ -226,10 +228,10 @@ def score(config: ScoreConfig, work: Workspace, *, documents: Manifest, model: M
 
 
 def score_shard(
-    work: Workspace, number: int, documents: Manifest, name: str, model: Manifest
+    work: Workspace, number: int, where: Directory, name: str, model: Directory
 ) -> dict[str, Any]:
-    table = work.store.of(documents).read_table(name, ["id", "url", "text"])
-    weights = read_array(work.store.of(model), WEIGHTS)
+    table = where.read_table(name, ["id", "url", "text"])
+    weights = read_array(model, WEIGHTS)
     scores = np.array([probability(text, weights) for text in table["text"].to_pylist()])
     columns = {"id": table["id"], "url": table["url"], "score": pa.array(scores, pa.float64())}
     work.write_table(f"attributes-{number:05d}.parquet", pa.table(columns))

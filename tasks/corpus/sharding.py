@@ -22,7 +22,8 @@ def run_shards(
     """`function(work, number, *item)` for every item; what they return (JSON), in order.
 
     `function` writes its files through `work`. A shard that reported is not run again by a later
-    attempt; `step` keeps apart the reports of several rounds in one stage.
+    attempt; `step` keeps apart the reports of several rounds in one stage. Items name other
+    artifacts by their Directory: a manifest names every file and would go along with every shard.
     """
     names = [f"_{step}-{number:05d}.json" for number in range(len(items))]
     done = set(work.names())

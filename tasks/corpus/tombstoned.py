@@ -36,6 +36,7 @@ from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
+from tasks.runtime.store import Directory
 from tasks.state.tombstones import Tombstone, Tombstones, digest_of
 
 RULE = "tombstoned"
@@ -186,7 +187,8 @@ def forget(
             "run it again"
         )
     records = payload_records(forgotten, work, crawl) if crawl is not None else {}
-    items = [(forgotten, records, documents, name) for name in document_shards(documents)]
+    where = work.store.of(documents)
+    items = [(forgotten, records, where, name) for name in document_shards(documents)]
     reports = run_shards(work, "forgotten", forget_shard, items, label="Forget")
     tally = Tally.total(report["tally"] for report in reports)
     require_some("forget", tally, REMEDIES, "documents")
@@ -215,11 +217,11 @@ def forget_shard(
     number: int,
     forgotten: Forgotten,
     records: dict[str, Tombstone],
-    documents: Manifest,
+    where: Directory,
     name: str,
 ) -> dict[str, Any]:
     """One shard without what is tombstoned; of that no text is kept, not even as rejected."""
-    table = work.store.of(documents).read_table(name)
+    table = where.read_table(name)
     tally, keep = Tally(), []
     gone: list[dict[str, Any]] = []
     for row in table.select(["id", "url", "record_id", "bytes"]).to_pylist():

@@ -30,7 +30,7 @@ from tasks.corpus.killable import ChildDied, ChildTimeout, KillableChild
 from tasks.corpus.opt_out import headers_reserve
 from tasks.corpus.page_text import PDF_TYPE, PLAIN_TYPES, Extractor
 from tasks.corpus.pages import page_rows
-from tasks.corpus.records import DamagedRecord, Fetched, read_record, scan
+from tasks.corpus.records import Ahead, DamagedRecord, Fetched, read_record, scan
 from tasks.corpus.sharding import run_shards
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Workspace, stage
@@ -39,6 +39,7 @@ from tasks.runtime.store import Directory
 
 PAGES = "pages.parquet"
 HTML_TYPES = ("text/html", "application/xhtml+xml")
+READ_AHEAD = 1 << 20  # bytes of neighbouring records that one request to a remote store asks for
 EXCERPT = 2000  # characters of a rejected page's HTML that are kept for inspection
 FROM_PAGE = ("title", "text", "language", "date", "licence")
 REMEDIES = {
@@ -193,17 +194,19 @@ def _fetched(
     honour_opt_outs: bool,
 ) -> Iterator[tuple[dict[str, Any], Fetched | Removal]]:
     """Each row with its response, or with the reason why there is none to read."""
+    ends: dict[str, int] = {}
+    for row in rows:
+        ends[row["warc"]] = max(ends.get(row["warc"], 0), row["offset"] + row["length"])
     with contextlib.ExitStack() as files:
-        opened: dict[str, Any] = {}
+        opened: dict[str, Ahead] = {}
         for row in rows:
             name = row["warc"]
             if name not in opened:
-                location = directory.location(name)
-                file = directory.filesystem.open_input_file(location)
-                opened[name] = files.enter_context(file)
-            opened[name].seek(row["offset"])
+                file = directory.filesystem.open_input_file(directory.location(name))
+                ahead = 0 if directory.is_local else READ_AHEAD
+                opened[name] = Ahead(files.enter_context(file), ends[name], ahead)
             try:
-                found = read_record(opened[name].read(row["length"]), largest)
+                found = read_record(opened[name].read(row["offset"], row["length"]), largest)
             except DamagedRecord as damage:
                 yield row, Removal("damaged-record", str(damage))
                 continue

@@ -101,6 +101,22 @@ def _next_member(stream: io.BufferedReader, start: int) -> int | None:
     return None
 
 
+class Ahead:
+    """Ranges of a file that follow each other, up to `end`; `ahead` bytes come with one request."""
+
+    def __init__(self, file: Any, end: int, ahead: int) -> None:
+        self._file, self._end, self._ahead = file, end, ahead
+        self._start, self._held = 0, b""
+
+    def read(self, offset: int, length: int) -> bytes:
+        inside = offset - self._start
+        if inside < 0 or inside + length > len(self._held):
+            self._file.seek(offset)
+            size = max(length, min(self._ahead, self._end - offset))
+            self._held, self._start, inside = self._file.read(size), offset, 0
+        return self._held[inside : inside + length]
+
+
 def read_record(data: bytes, largest: int) -> Fetched:
     """The response in `data` (one record as it lies in the file), at most `largest` bytes of body.
 

@@ -1,14 +1,17 @@
 """Other people's WARC files: read where whole, counted where not."""
 
 import gzip
+import io
 import zlib
 from pathlib import Path
 
 import pytest
 from fastwarc.warc import ArchiveIterator, WarcRecordType
+from hypothesis import given
+from hypothesis import strategies as st
 from shared_data import shared
 
-from tasks.corpus.records import DamagedRecord, Place, read_record, scan
+from tasks.corpus.records import Ahead, DamagedRecord, Place, read_record, scan
 
 HTML = b"<html><body>" + b"hello " * 1000 + b"</body></html>"
 LIMIT = 1 << 20
@@ -114,3 +117,14 @@ def test_what_cannot_be_read_is_named() -> None:
         read(response(http(b"x" * (LIMIT + 1))))
     with pytest.raises(OverflowError):  # a small record that unpacks into a large one
         read(response(http(gzip.compress(b"x" * (LIMIT + 1)), b"Content-Encoding: gzip")))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 200), st.integers(0, 60)), max_size=20), st.integers(0, 100)
+)
+def test_ranges_read_ahead_are_those_asked_for(ranges: list[tuple[int, int]], ahead: int) -> None:
+    data = bytes(range(256))
+    end = max((offset + length for offset, length in ranges), default=0)
+    file = Ahead(io.BytesIO(data), end, ahead)
+    for offset, length in ranges:
+        assert file.read(offset, length) == data[offset : offset + length]

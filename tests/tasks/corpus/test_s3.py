@@ -10,17 +10,23 @@ import pyarrow.parquet as pq
 import pytest
 from documents_of import documents, rows, urls
 from inline_shards import stages_inline
+from loopback_site import LoopbackSite, page
 from shared_data import shared
+from test_corpus_chain import THINGS, module
+from test_forget import VICTIM, bury, everything, params, purge
 from test_quality import DOCUMENTATION, PROSE
 
+from flows.corpus import build_corpus
 from tasks.corpus.erase import erase
 from tasks.corpus.gather import GatherConfig, gather
 from tasks.corpus.measure import MeasureConfig, measure
 from tasks.corpus.quality import QualityConfig, quality
+from tasks.corpus.report import ReportConfig, report_corpus
 from tasks.corpus.source_config import SourceConfig, content_digest
 from tasks.corpus.tombstoned import Forgotten
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
+from tasks.runtime.planning import planning
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import Store
 from tasks.state.tombstones import Tombstones
@@ -119,3 +125,33 @@ def test_stages_and_a_purge_in_a_bucket() -> None:
     for manifest in (left, *store.all("measure"), *store.all("tested-documents")):
         store.verify(manifest)
     assert erase(settings, forgotten) == []
+
+
+@pytest.mark.slow
+def test_a_whole_corpus_is_made_crawled_again_and_purged_in_a_bucket(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRISTMILL_MLFLOW_URL", "http://127.0.0.1:9")
+    pages = {f"/library/{t}s.html": module(n, t) for n, t in enumerate(THINGS)}
+    with LoopbackSite({"/": page(*pages)} | pages) as site:
+        victim = f"{site.url}{VICTIM}"
+        made = build_corpus(params(site))
+        assert victim in everything(made)
+        with planning() as planned:
+            build_corpus(params(site))
+        assert {step.status for step in planned} == {"cached"}
+        assert build_corpus(params(site, epoch=1)).fingerprint == made.fingerprint
+    report_corpus(ReportConfig(), corpus=made)
+    store = Store.open()
+    for stage in store.stages():
+        for manifest in store.all(stage):
+            store.verify(manifest)
+    bury(victim)
+    assert {done.action for done in purge()} == {"rewritten", "deleted"}
+    for stage in store.stages():
+        for manifest in store.all(stage):
+            store.verify(manifest)
+            for table in store.tables(manifest):
+                assert victim not in table.to_pydict().get("url", [])
+    assert purge() == []
+    assert not (home / "store").exists()

@@ -7,7 +7,8 @@ stand copies with some words edited, whose Jaccard similarity J (sets of five-wo
 here in plain Python. At threshold t the stage must remove one of a pair with J ≥ t + .05 and none
 for a pair with J ≤ t − .02. The peer is datatrove's MinHash pipeline (signatures, buckets, cluster,
 filter) with its default 14 bands of 8, on the same documents, words cut at blanks, which is faster
-than its default tokenizer. Speeds are per CPU second on one core, both from Parquet to Parquet.
+than its default tokenizer. Speeds are per CPU second on one core, both from Parquet to Parquet;
+ours, too, on pages made of one template, of which all pairs are candidates.
 Memory is the peak of the driver and that of a worker, in processes of their own, on an input and on
 one ten times as large.
 """
@@ -40,7 +41,7 @@ from benchmarks.one_core import (
     worker,
 )
 from benchmarks.report import Targets, finish
-from benchmarks.samples import articles, samples
+from benchmarks.samples import articles, samples, vocabulary
 
 THRESHOLD = 0.8
 SHARD_BYTES = 1_000_000
@@ -92,6 +93,27 @@ def write_documents(folder: Path, megabytes: float, pairs: int, seed: int) -> No
         if size >= megabytes * 1e6 and number >= pairs:
             break
     rng.shuffle(rows)
+    write_shards(folder, rows)
+
+
+def write_templated(folder: Path, count: int, seed: int) -> None:
+    """Pages of 20 paragraphs of 40 words, four fifths of them a template's: no two are duplicates
+    (J is about .6), and all are candidates."""
+    rng, words = random.Random(seed), vocabulary(samples())
+
+    def paragraph() -> str:
+        return " ".join(rng.choices(words, k=40))
+
+    template = [paragraph() for _ in range(20)]
+    rows: list[dict[str, object]] = []
+    for number in range(count):
+        own = set(rng.sample(range(20), 4))
+        text = "\n\n".join(paragraph() if n in own else template[n] for n in range(20))
+        rows.append({"url": f"http://t.example/{number}", "text": text, "j": -1.0})
+    write_shards(folder, rows)
+
+
+def write_shards(folder: Path, rows: list[dict[str, object]]) -> None:
     folder.mkdir(parents=True)
     start, filled, shard = 0, 0, 0
     for end, row in enumerate(rows, 1):
@@ -217,7 +239,8 @@ def main() -> None:
         return
     megabytes, pairs, rounds = (24.0, 300, 1) if options.quick else (90.0, 1000, 3)
     with tempfile.TemporaryDirectory(prefix="gristmill-bench-") as directory:
-        small, large = Path(directory) / "small", Path(directory) / "large"
+        small, large, alike = (Path(directory) / name for name in ("small", "large", "alike"))
+        write_templated(alike, 500 if options.quick else 2000, seed=3)
         write_documents(small, megabytes / 10, pairs // 10, seed=1)
         write_documents(large, megabytes, pairs, seed=2)
         input_mb = {
@@ -227,11 +250,12 @@ def main() -> None:
                 for text in pq.read_table(path, columns=["text"])["text"].to_pylist()
             )
             / 1e6
-            for folder in (small, large)
+            for folder in (small, large, alike)
         }
         tenth, whole = (worker(__file__, "memory", str(folder)) for folder in (small, large))
-        ours, peers = [], []
+        ours, peers, templated = [], [], []
         for _ in range(rounds):
+            templated.append(worker(__file__, "ours", str(alike)))
             ours.append(worker(__file__, "ours", str(large)))
             peers.append(worker(__file__, "datatrove", str(large)))
         truth = {
@@ -264,6 +288,9 @@ def main() -> None:
             "mb_per_cpu_second": round(input_mb[large] / ours_cpu, 2),
             "datatrove_mb_per_cpu_second": round(input_mb[large] / peer_cpu, 2),
             "times_datatrove": round(peer_cpu / ours_cpu, 2),
+            "templated_mb_per_cpu_second": round(
+                input_mb[alike] / statistics.median(float(run["cpu"]) for run in templated), 2
+            ),
             "driver_mb": round(whole["driver_mb"]),
             "driver_mb_tenth": round(tenth["driver_mb"]),
             "worker_mb": round(whole["worker_mb"]),

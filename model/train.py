@@ -1,7 +1,8 @@
 """The training loop: one function for pretraining and supervised fine-tuning.
 
 It runs bare, or on every rank of a `torch.distributed` process group that the caller has
-initialised.
+initialised, with a backend for CPUs also where GPUs train ("cpu:gloo,cuda:nccl"): counts and
+checkpoints' digests go between CPUs.
 Each step takes the same global batch whatever the number of ranks: a rank reads its slice of it, in
 micro-batches, and every loss is divided by the global count of targets. A run that resumes from a
 checkpoint goes on with the same batches, and on one CPU with the same threads with the same bits.

@@ -7,7 +7,6 @@ import ctypes
 import logging
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ import torch.distributed as dist
 
 from model import train as training
 from model.chat import Tokenizer, encode_example
-from model.checkpoint import CheckpointError, latest_checkpoint, step_of, verify_checkpoint
+from model.checkpoint import CheckpointError, latest_checkpoint, step_of
 from model.config import ConfigError, ModelConfig
 from model.divided_checkpoint import load_whole_model
 from model.huggingface import FormatError, SpecialTokens, load_directory, save_directory
@@ -43,7 +42,8 @@ from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import Directory, Store
 from tasks.tokenizer.shards import shard_sources
-from tasks.training.job import CHECKPOINTS, FAILURE, PROGRESS, RESULT, TrainingJob
+from tasks.training.checkpoints import checkpoint_folder
+from tasks.training.job import FAILURE, PROGRESS, RESULT, TrainingJob
 
 SECONDS_BETWEEN_REPORTS = 1.0
 # Starting the workers again would end the same way.
@@ -100,7 +100,7 @@ def _train(job: TrainingJob, directory: Directory) -> None:
     sizes = torch.zeros(model.config.vocab_size, dtype=torch.int64)
     sizes[: len(tokenizer)] = torch.tensor([len(piece) for piece in tokenizer.token_bytes])
     losses: list[dict[str, float]] = []
-    with _checkpoints(directory, rank) as (checkpoints, push), _reporter(job, rank) as report:
+    with checkpoint_folder(directory, rank) as (checkpoints, push), _reporter(job, rank) as report:
         if world > 1:
             dist.barrier()  # rank 0 may have just removed a damaged checkpoint
         begun = time.monotonic()
@@ -299,74 +299,6 @@ def read_examples(
             else:
                 examples.append(example)
     return examples, too_long
-
-
-@contextmanager
-def _checkpoints(directory: Directory, rank: int) -> Iterator[tuple[Path, Any]]:
-    """(a local folder of checkpoints, a function that stores each new one for good).
-
-    In a local store that is the workspace itself. Otherwise the newest whole checkpoint is fetched
-    first, and every new one is copied up, its manifest last.
-    """
-    if directory.is_local:
-        folder = Path(directory.location(CHECKPOINTS))
-        if rank == 0:
-            _drop_damaged(folder)
-        yield folder, lambda path, step: None
-        return
-    folder = Path(tempfile.mkdtemp(prefix="gristmill-checkpoints-"))
-    remote = _Remote(directory, folder)
-    try:
-        remote.pull()
-        _drop_damaged(folder)
-        yield folder, remote.push
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _drop_damaged(folder: Path) -> None:
-    """Remove newest checkpoints that cannot be read, so that the run goes on from one that can."""
-    while (path := latest_checkpoint(folder)) is not None:
-        try:
-            verify_checkpoint(path)
-            return
-        except CheckpointError as error:
-            logger.warning("%s; going on from an older one", error)
-            shutil.rmtree(path)
-
-
-class _Remote:
-    """Checkpoints in a store that is no directory: what lies in the local folder lies there."""
-
-    def __init__(self, directory: Directory, folder: Path) -> None:
-        self.directory, self.folder = directory, folder
-
-    def _whole(self) -> list[str]:
-        """Paths of those that have their manifest, `step-…` and `best/step-…`, oldest first."""
-        start, end = f"{CHECKPOINTS}/", "/checkpoint.json"
-        names = [name for name in self.directory.names() if name.startswith(start)]
-        return sorted(n.removeprefix(start).removesuffix(end) for n in names if n.endswith(end))
-
-    def pull(self) -> None:
-        """The newest, and the best so far."""
-        newest = {path.rpartition("/")[0]: path for path in self._whole()}
-        for path in newest.values():
-            prefix = f"{CHECKPOINTS}/{path}/"
-            for name in self.directory.names():
-                if name.startswith(prefix):
-                    target = self.folder / path / name.removeprefix(prefix)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(self.directory.read_bytes(name))
-
-    def push(self, path: Path, step: int) -> None:
-        before = self._whole()
-        within = path.relative_to(self.folder)
-        for file in sorted(path.iterdir(), key=lambda file: file.name == "checkpoint.json"):
-            self.directory.put(file, f"{CHECKPOINTS}/{within}/{file.name}")
-        for name in before:
-            if not (self.folder / name).exists():
-                location = self.directory.location(f"{CHECKPOINTS}/{name}")
-                self.directory.filesystem.delete_dir(location)
 
 
 class _Reporter:

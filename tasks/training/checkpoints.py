@@ -1,0 +1,85 @@
+"""Where a training's checkpoints lie: in the workspace, or beside the worker and copied up."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
+from tasks.runtime.store import Directory
+from tasks.training.job import CHECKPOINTS
+
+logger = logging.getLogger("gristmill.training")
+
+
+@contextmanager
+def checkpoint_folder(directory: Directory, rank: int) -> Iterator[tuple[Path, Any]]:
+    """(a local folder of checkpoints, a function that stores each new one for good).
+
+    In a local store that is the workspace itself. Otherwise the newest whole checkpoint is fetched
+    first, and every new one is copied up, its manifest last.
+    """
+    if directory.is_local:
+        folder = Path(directory.location(CHECKPOINTS))
+        if rank == 0:
+            drop_damaged(folder)
+        yield folder, lambda path, step: None
+        return
+    folder = Path(tempfile.mkdtemp(prefix="gristmill-checkpoints-"))
+    remote = RemoteCheckpoints(directory, folder)
+    try:
+        remote.pull()
+        drop_damaged(folder)
+        yield folder, remote.push
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def drop_damaged(folder: Path) -> None:
+    """Remove newest checkpoints that cannot be read, so that the run goes on from one that can."""
+    while (path := latest_checkpoint(folder)) is not None:
+        try:
+            verify_checkpoint(path)
+            return
+        except CheckpointError as error:
+            logger.warning("%s; going on from an older one", error)
+            shutil.rmtree(path)
+
+
+class RemoteCheckpoints:
+    """Checkpoints in a store that is no directory: what lies in the local folder lies there."""
+
+    def __init__(self, directory: Directory, folder: Path) -> None:
+        self.directory, self.folder = directory, folder
+
+    def _whole(self) -> list[str]:
+        """Paths of those that have their manifest, `step-…` and `best/step-…`, oldest first."""
+        start, end = f"{CHECKPOINTS}/", "/checkpoint.json"
+        names = [name for name in self.directory.names() if name.startswith(start)]
+        return sorted(n.removeprefix(start).removesuffix(end) for n in names if n.endswith(end))
+
+    def pull(self) -> None:
+        """The newest, and the best so far."""
+        newest = {path.rpartition("/")[0]: path for path in self._whole()}
+        for path in newest.values():
+            prefix = f"{CHECKPOINTS}/{path}/"
+            for name in self.directory.names():
+                if name.startswith(prefix):
+                    target = self.folder / path / name.removeprefix(prefix)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(self.directory.read_bytes(name))
+
+    def push(self, path: Path, step: int) -> None:
+        before = self._whole()
+        within = path.relative_to(self.folder)
+        for file in sorted(path.iterdir(), key=lambda file: file.name == "checkpoint.json"):
+            self.directory.put(file, f"{CHECKPOINTS}/{within}/{file.name}")
+        for name in before:
+            if not (self.folder / name).exists():
+                location = self.directory.location(f"{CHECKPOINTS}/{name}")
+                self.directory.filesystem.delete_dir(location)

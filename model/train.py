@@ -49,7 +49,7 @@ from model.moe import balance
 from model.optim import OptimConfig, Optimizer
 from model.precision import resolve_precision
 from model.schedule import Schedule
-from model.sharding import Ranks, load_whole_state, shard, whole_tensors
+from model.sharding import Ranks, SummedGradients, load_whole_state, shard, whole_tensors
 from model.spikes import SpikeGuard
 from model.tensor_parallel import divide_blocks, join_gradients
 from model.train_config import TrainConfig
@@ -140,13 +140,15 @@ def train(
         on_step(record)
     for step, losses in past.heldout:
         on_heldout(step, losses)
-    module = bare
-    if ranks.count > 1 and not config.sharded:
-        # Every parameter is used in every step; the gradient is the sum over ranks, which DDP
-        # averages.
+    module, summed = bare, None
+    if ranks.count > 1 and not config.sharded and device.type == "cpu":
+        summed = SummedGradients(model, ranks)
+    elif ranks.count > 1 and not config.sharded:
+        # Every parameter is used in every step.
         module = DistributedDataParallel(
             module, broadcast_buffers=False, gradient_as_bucket_view=True
         )
+    averaging = ranks.count if module is not bare or config.sharded else 1  # DDP and FSDP average
     model.train()
     if token_bytes is not None:
         token_bytes = token_bytes.to(device)
@@ -178,6 +180,8 @@ def train(
     with contextlib.ExitStack() as ending:
         if writer is not None:
             ending.callback(writer.finish)  # also when a step fails
+        if summed is not None:
+            ending.callback(summed.let_go)
         for step in range(first, steps):
             ids = loader.order(step * config.batch, config.batch)
             counted = loader.targets(ids)
@@ -187,13 +191,15 @@ def train(
             for number, piece in enumerate(micro):
                 piece = piece.to(device)
                 last = number == len(micro) - 1
-                with _synchronised(module, last, ranks):
+                with _synchronised(module, last):
                     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                         nats = module(piece)
-                    (nats * (ranks.count / max(counted, 1))).backward()
+                    (nats * (averaging / max(counted, 1))).backward()
                 totals[0] += nats.detach().double().cpu()
                 totals[1] += _bytes(piece, token_bytes)
             ranks.add(totals)
+            if summed is not None:
+                summed.add()
             if ranks.mesh is not None:
                 join_gradients(model, ranks)
             grad_norm = float(optimizer.clip(config.clip))
@@ -258,17 +264,15 @@ class _History:
 
 
 @contextlib.contextmanager
-def _synchronised(module: nn.Module, last: bool, ranks: Ranks) -> Iterator[None]:
+def _synchronised(module: nn.Module, last: bool) -> Iterator[None]:
     """Gradients go between ranks with the last micro-batch of a step only."""
-    if ranks.count == 1:
-        yield
-    elif isinstance(module, DistributedDataParallel):
+    if isinstance(module, DistributedDataParallel):
         with contextlib.nullcontext() if last else module.no_sync():
             yield
-    else:
-        assert isinstance(module, FSDPModule)  # what `shard` made of it
+        return
+    if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
-        yield
+    yield
 
 
 def _restore(

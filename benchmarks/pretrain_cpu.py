@@ -1,6 +1,6 @@
 """How fast we pretrain on a CPU, beside nanoGPT's loop and Hugging Face's Trainer.
 
-    python benchmarks/pretrain_cpu.py [--quick] [--nanogpt DIR]
+    python benchmarks/pretrain_cpu.py [--quick] [--nanogpt DIR] [--part peers|workers]
 
 All three train the same GPT-2 (LayerNorm, learned positions, biases, exact GELU, tied embeddings)
 from the same tokens with AdamW, the same batch, bf16 autocast and a thread for each core, each in a
@@ -233,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps and rounds")
     parser.add_argument("--nanogpt", **nanogpt.OPTION)
+    parser.add_argument("--part", choices=("peers", "workers"), help="only the one comparison")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -240,35 +241,46 @@ def main() -> None:
         print(json.dumps(WORKERS[contender](Path(folder), int(steps))))
         return
     steps, rounds = (12, 2) if arguments.quick else (16, 3)
-    contenders = ["ours", "trainer"]
-    targets = dict(TARGETS)
+    metrics: dict[str, float | None] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         ids = np.random.default_rng(0).integers(0, VOCABULARY, 400_000, dtype=np.uint16)
         np.save(folder / "tokens.npy", ids)
-        if arguments.nanogpt:
-            contenders.append("nanogpt")
-            (folder / "nanogpt").mkdir()
-            splits = {"train": ids, "val": ids}
-            checkout = nanogpt.verified(arguments.nanogpt)
-            nanogpt.prepare(checkout, folder / "nanogpt", splits, VOCABULARY, autocast=True)
-        else:
-            del targets["vs_nanogpt"]
-        medians: dict[str, list[float]] = {contender: [] for contender in contenders}
-        for turn in range(rounds):
-            for contender in contenders:
-                medians[contender].append(seconds(contender, folder, steps))
-            print(f"round {turn + 1} of {rounds}: {medians}", file=sys.stderr, flush=True)
-        scaling = two_workers_vs_one(folder, steps, rounds) if CORES > 1 else {}
-    step = {contender: statistics.median(values) for contender, values in medians.items()}
+        if arguments.part != "workers":
+            metrics |= beside_peers(folder, ids, arguments.nanogpt, steps, rounds)
+        if arguments.part != "peers" and CORES > 1:
+            metrics |= two_workers_vs_one(folder, steps, rounds)
+    unasked = {"vs_nanogpt"} if not arguments.nanogpt else set()
+    unasked |= {"workers": {"vs_trainer", "vs_nanogpt"}, "peers": {"two_workers_vs_one"}}.get(
+        arguments.part, set()
+    )
+    finish("pretrain_cpu", metrics, {k: v for k, v in TARGETS.items() if k not in unasked})
+
+
+def beside_peers(
+    folder: Path, ids: np.ndarray, checkout: Path | None, steps: int, rounds: int
+) -> dict[str, float | None]:
+    """Tokens a second of each, and ours over theirs, of runs in turns."""
+    contenders = ["ours", "trainer"]
+    if checkout:
+        contenders.append("nanogpt")
+        (folder / "nanogpt").mkdir()
+        splits = {"train": ids, "val": ids}
+        verified = nanogpt.verified(checkout)
+        nanogpt.prepare(verified, folder / "nanogpt", splits, VOCABULARY, autocast=True)
+    medians: dict[str, list[float]] = {contender: [] for contender in contenders}
+    for turn in range(rounds):
+        for contender in contenders:
+            medians[contender].append(seconds(contender, folder, steps))
+        print(f"round {turn + 1} of {rounds}: {medians}", file=sys.stderr, flush=True)
     metrics: dict[str, float | None] = {
-        f"{contender}_tokens_per_second": BATCH * SEQUENCE / step[contender]
+        f"{contender}_tokens_per_second": BATCH * SEQUENCE / statistics.median(medians[contender])
         for contender in contenders
     }
     for peer in contenders[1:]:
         pairs = zip(medians[peer], medians["ours"], strict=True)
         metrics[f"vs_{peer}"] = statistics.median(theirs / own for theirs, own in pairs)
-    finish("pretrain_cpu", metrics | scaling, targets)
+    return metrics
 
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ def test_fine_tuning_learns_only_what_it_is_asked_to(tmp_path: Path) -> None:
         ("copied", "muon"),
         ("sharded", "muon"),
         pytest.param(("tensor", "muon"), marks=pytest.mark.slow),
+        pytest.param(("compiled", "muon"), marks=pytest.mark.slow),  # and sharded
         pytest.param(("sharded", "adamw"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
@@ -154,7 +155,8 @@ def _one_rank(folder: Path, how: str, kind: str) -> None:
     torch.distributed.init_process_group("gloo")
     loader = WindowLoader([folder / "tokens-00000.npy"], 32, seed=1)
     config = replace(CONFIG, precision="fp32", optim=OptimConfig(kind=kind))
-    config = replace(config, sharded=how == "sharded", tensor=2 if how == "tensor" else 1)
+    config = replace(config, sharded=how in ("sharded", "compiled"), compiled=how == "compiled")
+    config = replace(config, tensor=2 if how == "tensor" else 1)
     seen: dict[int, dict[str, float]] = {}
     model = tiny_model()
     options = {"checkpoints": folder / "c", "on_heldout": seen.__setitem__}

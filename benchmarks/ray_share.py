@@ -27,7 +27,8 @@ from tasks.training.options import ModelOptions, RunOptions
 from tasks.training.pretrain import PretrainConfig
 
 TARGETS: Targets = {"share_of_a_step": ("<=", 0.03)}
-WARM = 5
+LOG_EVERY = 5  # steps, the default of the form; a record is their mean
+WARM = 2  # records
 
 
 def settings(seed: int, steps: int) -> PretrainConfig:
@@ -36,12 +37,12 @@ def settings(seed: int, steps: int) -> PretrainConfig:
         tokens=steps * 16 * 256,
         seed=seed,
         model=ModelOptions(),
-        run=RunOptions(workers=1, threads=1, log_every=1, checkpoint_every=10**6),
+        run=RunOptions(workers=1, threads=1, log_every=LOG_EVERY, checkpoint_every=10**6),
     )
 
 
 def bare(config: PretrainConfig, shards: Path) -> list[float]:
-    """Tokens a second, step by step."""
+    """Tokens a second, record by record."""
     import torch
 
     from model.loader import WindowLoader
@@ -79,7 +80,7 @@ def main() -> None:
         config, shards = arguments.worker
         print(json.dumps(bare(PretrainConfig.model_validate_json(config), Path(shards))))
         return
-    steps, rounds = (30, 2) if arguments.quick else (60, 4)
+    steps, rounds = (40, 2) if arguments.quick else (80, 4)
     ours: list[float] = []
     plain: list[float] = []
     environment = os.environ | {

@@ -329,8 +329,11 @@ def test_the_best_weights_become_the_model_when_asked_for(inputs, stack, home) -
         weights="best",
         heldout_every=5,
         tokens=40 * 8 * 64,
-        optimizer={"muon_learning_rate": 0.5, "learning_rate": 0.5},  # so that it gets worse
-        schedule={"warmup": 0.5},
+        # Rates that rise to the end: it learns, and then gets worse.
+        optimizer=dict.fromkeys(
+            ("muon_learning_rate", "learning_rate", "embedding_learning_rate"), 1.0
+        ),
+        schedule={"kind": "linear", "warmup": 1.0},
     )
     with training(config, stack, inputs | {"shards": judged}) as process:
         manifest = trained(process)

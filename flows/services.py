@@ -213,6 +213,9 @@ def _ray(settings: Settings) -> Service:
             RAY_SERVE_ENABLE_HA_PROXY="1",
             RAY_SERVE_HAPROXY_BINARY_PATH=str(_haproxy_wrapper(settings)),
             RAY_SERVE_HAPROXY_NBTHREAD="1",
+            # Our replica's engine has a thread of its own; another one between server and
+            # application would only hand each token on.
+            RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD="0",
             # On cores that train as well, a late answer is no dead proxy; its restart under load
             # cut the endpoint off for four minutes.
             RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S="60",

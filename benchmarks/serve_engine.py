@@ -68,6 +68,25 @@ def ours(
     return run
 
 
+def matrices_alone(model: Transformer, new: int) -> Callable[[], None]:
+    """A row times every matrix for each token, and nothing else: what no step can undercut."""
+    runner = Core(model, None, slots=1, kv_tokens=2048).runner
+    x = torch.randn(1, CONFIG.width)
+    hidden = torch.randn(1, CONFIG.mlp_size)
+
+    @torch.inference_mode()
+    def run() -> None:
+        for _ in range(new):
+            for layer in runner.layers:
+                layer.qkv(x)
+                layer.output(x)
+                layer.up(x)
+                layer.down(hidden)
+            runner.output(x)
+
+    return run
+
+
 def of_transformers(directory: Path, batch: int, new: int) -> Callable[[], None]:
     from transformers import AutoModelForCausalLM
 
@@ -166,6 +185,7 @@ def main() -> None:
     contenders: dict[str, tuple[Callable[[], None], int]] = {
         f"ours_{batch}": (ours(model, batch, new), batch * new) for batch in (1, 8, 32)
     }
+    contenders["ours_matrices_alone_1"] = (matrices_alone(model, new), new)
     contenders["ours_bf16_1"] = (ours(model, 1, new, "bfloat16"), new)
     contenders["ours_int8_1"] = (ours(model, 1, new, "int8"), new)
     with tempfile.TemporaryDirectory() as folder:
@@ -196,6 +216,7 @@ def main() -> None:
     metrics |= {
         "single_vs_llama_cpp": ratio("ours_1", "llama_cpp_1"),
         "single_vs_transformers": ratio("ours_1", "transformers_1"),
+        "matrices_alone_vs_transformers": ratio("ours_matrices_alone_1", "transformers_1"),
         "batch8_vs_transformers": ratio("ours_8", "transformers_8"),
         "batch32_vs_transformers_continuous": ratio("ours_32", "transformers_continuous_32"),
         "bf16_vs_fp32": ratio("ours_bf16_1", "ours_1"),

@@ -2,8 +2,8 @@
 
 import random
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from pyarrow import fs
@@ -14,6 +14,7 @@ from tasks.runtime.store import Store, open_filesystem
 EXAMPLES = 24
 LONGEST_EXAMPLE = 70  # characters, to fit a button
 QUESTIONS = "pairs-train.parquet"
+DATA = ("crawl", "gather", "split", "tokenizer", "pairs")  # stages whose digests name the data
 # Of a corpus that has them, the modules most readers know come first.
 FAMILIAR = (
     *("shutil", "os", "json", "random", "re", "math", "pathlib", "datetime", "collections", "csv"),
@@ -24,24 +25,30 @@ FAMILIAR = (
 
 @dataclass(frozen=True)
 class About:
-    """What to ask about, what the model was trained on, and questions it was taught."""
+    """What to ask about, what the model was trained on, and questions it was taught; the data it
+    comes from.
+    """
 
     title: str = ""
     corpus: str = ""
     examples: tuple[str, ...] = ()
+    data: Mapping[str, str] = field(default_factory=dict)  # stage → digest of what it made
 
 
 def about(store: Store, artifact: Manifest) -> About:
     """Walk from a model to its crawl and its questions; what is not found stays empty."""
     title = corpus = ""
     examples: tuple[str, ...] = ()
+    data: dict[str, str] = {}
     for manifest in ancestry(store, artifact):
         if manifest.stage == "crawl" and not corpus:
             title, corpus = _of_seeds([str(seed) for seed in manifest.config.get("seeds", ())])
         if QUESTIONS in manifest.names() and not examples:
             table = store.of(manifest).read_table(QUESTIONS, ["fact", "kind", "question"])
             examples = choose_examples(table.to_pylist())
-    return About(title, corpus, examples)
+        if manifest.stage in DATA:
+            data.setdefault(manifest.stage, manifest.content)
+    return About(title, corpus, examples, data)
 
 
 def ancestry(store: Store, artifact: Manifest) -> Iterator[Manifest]:

@@ -52,6 +52,7 @@ def specification(
     known = about(Store.open(settings), artifact)
     database = settings.database_url
     lineage = {"run": version.run_id, "artifact": version.artifact, **version.lineage}
+    lineage |= {f"data.{stage}": digest for stage, digest in known.data.items()}
     return ModelSpec(
         name=version.model,
         version=version.version,

@@ -99,6 +99,8 @@ def test_what_a_person_should_know_comes_from_the_chain(tmp_path: Path) -> None:
     known = about(store, model)
     assert known.corpus == "pages of docs.example.org"
     assert known.examples == ("What does os.walk do?",)
+    digests = {"crawl": crawl.content, "split": split.content, "pairs": pairs.content}
+    assert known.data == digests
     assert about(store, crawl).examples == ()
 
 

@@ -89,6 +89,18 @@ class View:
         return y.permute(2, 0, 1, 3).reshape(length, -1)
 
 
+def usual_rows(count: int) -> int:
+    """The next larger of about forty numbers of rows.
+
+    oneDNN makes a kernel for every number of rows it meets: 2 ms and 2.5 MB for each at width 128,
+    and steps that read prompts have a new one nearly every time.
+    """
+    for largest, step in ((16, 1), (64, 8), (256, 32)):
+        if count <= largest:
+            return -(-count // step) * step
+    return -(-count // 128) * 128
+
+
 class Runner:
     """The network and its cache. Not thread-safe: one thread owns it."""
 
@@ -124,14 +136,17 @@ class Runner:
         """
         if self.fixed is not None and all(len(span.tokens) == 1 for span in spans):
             return self.fixed.forward(spans)
-        positions = torch.tensor([p for s in spans for p in range(s.start, s.end)])
-        offsets = torch.tensor([s.page * PAGE for s in spans for _ in s.tokens])
-        tokens = torch.tensor([token for s in spans for token in s.tokens])
+        lengths = [len(span.tokens) for span in spans]
+        count = sum(lengths)
+        more = usual_rows(count) - count
+        positions = torch.tensor([p for s in spans for p in range(s.start, s.end)] + [0] * more)
+        offsets = [self.place(s.page) for s in spans for _ in s.tokens] + [self.spare] * more
+        tokens = torch.tensor([token for s in spans for token in s.tokens] + [0] * more)
         positions, tokens = positions.to(self.device), tokens.to(self.device)
-        places = positions + offsets.to(self.device)
+        places = positions + torch.tensor(offsets).to(self.device)
         turns = [(cos[positions][:, None], sin[positions][:, None]) for cos, sin in self.angles]
         views = {window: [self._view(span, window) for span in spans] for window in self.windows}
-        lengths = [len(span.tokens) for span in spans]
+        nobody = self.embedding.new_zeros(more, self.config.heads * self.config.head_size)
         softcap = self.config.attention_softcap
         x = self._embed(tokens, positions)
         for index, layer in enumerate(self.layers):
@@ -139,10 +154,12 @@ class Runner:
             q, pair = self._qkv(layer, x, turn)
             self.cache.layers[index].index_copy_(1, places, pair)
             keys, values = self.cache.of(index)
-            parts = zip(views[layer.window], q.split(lengths), strict=True)
+            parts = zip(views[layer.window], q[:count].split(lengths), strict=True)
             y = [view.attend(part, keys, values, layer.scale, softcap) for view, part in parts]
+            if more:
+                y.append(nobody)
             x = self._finish_block(layer, x, torch.cat(y) if len(y) > 1 else y[0])
-        return self.norm(x)
+        return self.norm(x)[:count]
 
     @torch.inference_mode()
     def fixed_step(self, inputs: Tensor, length: int) -> Tensor:
@@ -185,7 +202,10 @@ class Runner:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, C) as `forward` gives it -> (n, V) in float32."""
-        return softcapped(self.output(hidden).float(), self.config.logit_softcap)
+        count = len(hidden)
+        if more := usual_rows(count) - count:
+            hidden = F.pad(hidden, (0, 0, 0, more))
+        return softcapped(self.output(hidden)[:count].float(), self.config.logit_softcap)
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Tokens and positions (T,) -> (T, C)."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from model.engine import Core, Sampling, generate_batch
 from model.engine.pages import PAGE, PageTable, Run, page_hashes
+from model.engine.runner import Span, usual_rows
 from tests.tiny_models import VOCABULARY, transformer
 
 GREEDY = Sampling(max_tokens=20)
@@ -230,3 +231,19 @@ def test_embeddings_are_the_mean_of_the_last_hidden_states() -> None:
         assert update.embedding is not None and not update.tokens
         expected = model.hidden(torch.tensor([prompt]))[0].mean(0)
         torch.testing.assert_close(update.embedding, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_steps_have_one_of_few_numbers_of_rows() -> None:
+    sizes = [usual_rows(count) for count in range(1, 2049)]
+    assert all(size >= count for count, size in enumerate(sizes, 1))
+    assert sizes[:16] == list(range(1, 17)) and len(set(sizes)) < 50
+    assert max(size / count for count, size in enumerate(sizes, 1)) < 1.5
+    core = Core(transformer(), None, slots=3, kv_tokens=256)
+    rows = []
+    output = core.runner.output
+    core.runner.output = lambda x: rows.append(len(x)) or output(x)
+    hidden = core.runner.forward([Span(0, 0, [30] * 37), Span(4, 0, [31] * 30)])
+    assert hidden.shape[0] == 67 and core.runner.logits(hidden).shape[0] == 67
+    assert rows == [96]
+    alone = core.runner.forward([Span(0, 0, [30] * 16)])
+    assert torch.allclose(alone, hidden[:16], atol=1e-4)

@@ -30,15 +30,22 @@ def postgres() -> Iterator[str]:
     folder = programs()
     assert folder is not None, "no Postgres here; on Debian: apt-get install postgresql"
     directory = Path(tempfile.mkdtemp(prefix="gristmill-postgres-"))
-    become: list[str] = []
-    if os.geteuid() == 0:
-        become = ["runuser", "-u", NOBODY, "--"]
-        shutil.chown(directory, NOBODY)
+    user = NOBODY if os.geteuid() == 0 else None
+    if user:
+        shutil.chown(directory, user, user)
     (port,) = free_ports(1)
 
     def run(program: str, *arguments: str) -> None:
-        command = [*become, str(folder / program), "-D", str(directory / "data"), *arguments]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=60, cwd="/")
+        subprocess.run(
+            [str(folder / program), "-D", str(directory / "data"), *arguments],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            timeout=60,
+            cwd="/",
+            user=user,
+            group=user,
+            extra_groups=None if user is None else [],
+        )
 
     try:
         run("initdb", "--auth=trust", "--username=gristmill", "--no-sync")

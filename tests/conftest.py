@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -62,14 +62,17 @@ class Stack:
         return done.stdout
 
 
-@pytest.fixture(scope="session")
-def stack() -> Iterator[Stack]:
+@contextlib.contextmanager
+def running_stack(
+    prepare: Callable[[Path], None] = lambda home: None, store: str | None = None
+) -> Iterator[Stack]:
     """`gristmill up` in a home of its own; `gristmill down` at the end, whatever happened."""
     home = Path(tempfile.mkdtemp(prefix="gristmill-test-"))
     names = list(Ports.model_fields)
     ports = dict(zip(names, free_ports(len(names)), strict=True))
-    settings = Settings(home=home, ports=Ports(**ports))
+    settings = Settings(home=home, ports=Ports(**ports), store=store)
     settings.save()
+    prepare(home)
     running = Stack(settings)
     try:
         running.gristmill("up", timeout=240)
@@ -80,3 +83,9 @@ def stack() -> Iterator[Stack]:
             print(f"kept {home}", file=sys.stderr)
         else:
             shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[Stack]:
+    with running_stack() as running:
+        yield running

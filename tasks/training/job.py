@@ -113,6 +113,8 @@ def _impossible(job: TrainingJob, cpus: int) -> str | None:
 
 
 def _fit(job: TrainingJob, directory: Directory) -> None:
+    # What these names are is version 2 of Ray Train, their types are still those of version 1: hence
+    # the two that are ignored below, a range of workers and the environment of a worker.
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -125,11 +127,11 @@ def _fit(job: TrainingJob, directory: Directory) -> None:
         # Counts of the loop and the digests of checkpoints go between CPUs also where GPUs train.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if job.run.gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=(least, most) if least else most,  # type: ignore[arg-type]  # as above
+            num_workers=(least, most) if least else most,  # type: ignore[arg-type]
             use_gpu=job.run.gpu,
             resources_per_worker={"CPU": 1, **({"GPU": 1} if job.run.gpu else {})},
         ),
-        run_config=RunConfig(  # type: ignore[call-arg]  # its type is still that of version 1
+        run_config=RunConfig(  # type: ignore[call-arg]
             name=f"{job.stage}-{job.fingerprint[:16]}",
             storage_filesystem=directory.filesystem,
             storage_path=directory.location(RAY_STATE),

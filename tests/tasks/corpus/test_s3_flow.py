@@ -1,8 +1,6 @@
 """The corpus flow of a running stack whose store is a bucket, from the command line."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,34 +8,26 @@ import pytest
 from loopback_site import LoopbackSite, page
 from test_corpus_chain import THINGS, module
 
-from tasks.runtime.settings import Ports, Settings
 from tasks.runtime.store import Store
-from tests.conftest import Stack, free_ports
+from tests.conftest import Stack, running_stack
 from tests.flows.killable_stack import put_small_site
 from tests.s3_server import s3_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
+def with_small_site(home: Path) -> None:
+    put_small_site(home / "site")
+
+
 @pytest.fixture
 def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
-    home = Path(tempfile.mkdtemp(prefix="gristmill-s3-"))
-    names = list(Ports.model_fields)
-    ports = Ports(**dict(zip(names, free_ports(len(names)), strict=True)))
-    settings = Settings(home=home, ports=ports, store="s3://bucket/gristmill")
-    settings.save()
-    put_small_site(home / "site")
     with s3_server() as server:
         server.bucket("bucket")
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
-        running = Stack(settings)
-        try:
-            running.gristmill("up", timeout=200)
+        with running_stack(with_small_site, store="s3://bucket/gristmill") as running:
             yield running
-        finally:
-            running.command("down", timeout=120)
-            shutil.rmtree(home, ignore_errors=True)
 
 
 def test_the_corpus_flow_makes_its_artifacts_in_a_bucket(stack: Stack) -> None:

@@ -113,8 +113,8 @@ def _impossible(job: TrainingJob, cpus: int) -> str | None:
 
 
 def _fit(job: TrainingJob, directory: Directory) -> None:
-    # What these names are is version 2 of Ray Train, their types are still those of version 1: hence
-    # the two that are ignored below, a range of workers and the environment of a worker.
+    # These names are version 2 of Ray Train, but typed as version 1, which knows neither a range of
+    # workers nor a worker's environment: hence the two types that are ignored below.
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 

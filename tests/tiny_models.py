@@ -21,6 +21,38 @@ from tasks.tokenizer.train import train_sentencepiece
 
 VOCABULARY = 512
 
+# What makes a small model one of a family, beside Llama.
+GPT2 = {
+    "positions": "learned",
+    "norm": "layer",
+    "activation": "gelu_tanh",
+    "gated_mlp": False,
+    "qkv_bias": True,
+    "linear_bias": True,
+}
+GEMMA = {
+    "norm": "rms+1",
+    "norm_placement": "both",
+    "activation": "gelu_tanh",
+    "scaled_embeddings": True,
+    "kv_heads": 2,
+    "head_dim": 24,
+    "sliding_window": 5,
+}
+GEMMA2 = GEMMA | {
+    "full_attention_every": 2,
+    "attention_softcap": 2.0,
+    "logit_softcap": 3.0,
+    "query_scale": 40.0,
+}
+GEMMA3 = GEMMA | {
+    "qk_norm": True,
+    "full_attention_every": 3,
+    "rope_theta": 1e6,
+    "window_rope_theta": 1e4,
+    "query_scale": 40.0,
+}
+
 
 @functools.cache
 def tokenizer() -> Tokenizer:

@@ -24,28 +24,16 @@ from model.engine import (
 from model.huggingface import FormatError
 from model.rope_scaling import RopeScaling
 from model.transformer import Transformer
-from tests.tiny_models import VOCABULARY, model_directory, tokenizer, transformer
+from tests.tiny_models import (
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+    VOCABULARY,
+    model_directory,
+    tokenizer,
+    transformer,
+)
 
-GEMMA = {
-    "norm": "rms+1",
-    "norm_placement": "both",
-    "activation": "gelu_tanh",
-    "scaled_embeddings": True,
-    "heads": 4,
-    "kv_heads": 2,
-    "head_dim": 24,
-    "sliding_window": 8,
-    "query_scale": 40.0,
-    "full_attention_every": 2,
-}
-GPT2 = {
-    "positions": "learned",
-    "norm": "layer",
-    "activation": "gelu_tanh",
-    "gated_mlp": False,
-    "qkv_bias": True,
-    "linear_bias": True,
-}
 VARIANTS = [
     {},
     {"heads": 4, "kv_heads": 2},
@@ -54,6 +42,10 @@ VARIANTS = [
     {"qkv_bias": True, "tied_embeddings": False},
     {"rope_scaling": RopeScaling("llama3", 8.0, 16, 1.0, 4.0)},
     {"qkv_bias": True, "rope_scaling": RopeScaling("yarn", 4.0, 16, beta_fast=4.0)},
+    GEMMA2,
+    GEMMA3,
+    GEMMA3 | {"rope_scaling": RopeScaling("linear", 8.0)},
+    GPT2,
 ]
 GREEDY = Sampling(max_tokens=24)
 

@@ -24,27 +24,11 @@ from model.huggingface import (
 from model.rope import scaled_frequencies
 from model.rope_scaling import RopeScaling
 from model.transformer import Transformer
+from tests.tiny_models import GEMMA, GEMMA2, GEMMA3, GPT2
 
 # Trained on a third of the test's 48 tokens, so that every regime of frequencies occurs.
 LLAMA3 = RopeScaling("llama3", 8.0, original_context=16, low_freq_factor=1.0, high_freq_factor=4.0)
 YARN = RopeScaling("yarn", 4.0, original_context=16, beta_fast=4.0, beta_slow=0.5)
-GPT2 = {
-    "positions": "learned",
-    "norm": "layer",
-    "activation": "gelu_tanh",
-    "gated_mlp": False,
-    "qkv_bias": True,
-    "linear_bias": True,
-}
-GEMMA = {
-    "norm": "rms+1",
-    "norm_placement": "both",
-    "activation": "gelu_tanh",
-    "scaled_embeddings": True,
-    "kv_heads": 2,
-    "head_dim": 24,
-    "sliding_window": 5,
-}
 DEEPSEEK = {
     "tied_embeddings": False,
     "head_dim": 24,
@@ -71,31 +55,11 @@ FAMILIES = {
     "qwen3_yarn": {"qk_norm": True, "rope_scaling": replace(YARN, truncate=False)},
     "gpt2": GPT2,
     "gpt2_untied": GPT2 | {"tied_embeddings": False, "mlp_width": 100},
-    "gemma2": GEMMA
-    | {
-        "full_attention_every": 2,
-        "attention_softcap": 2.0,
-        "logit_softcap": 3.0,
-        "query_scale": 40.0,
-    },
-    "gemma3": GEMMA
-    | {
-        "qk_norm": True,
-        "full_attention_every": 3,
-        "rope_theta": 1e6,
-        "window_rope_theta": 1e4,
-        "query_scale": 40.0,
-    },
+    "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
     "gemma2_linear": GEMMA
     | {"full_attention_every": 2, "rope_scaling": RopeScaling("linear", 4.0)},
-    "gemma3_linear": GEMMA
-    | {
-        "qk_norm": True,
-        "full_attention_every": 3,
-        "rope_theta": 1e6,
-        "window_rope_theta": 1e4,
-        "rope_scaling": RopeScaling("linear", 8.0),
-    },
+    "gemma3_linear": GEMMA3 | {"rope_scaling": RopeScaling("linear", 8.0)},
     "deepseekv2": DEEPSEEK,
     "deepseekv2_yarn": DEEPSEEK
     | {"rope_scaling": replace(YARN, factor=40.0, mscale=0.707, mscale_all_dim=0.707)},

@@ -43,6 +43,8 @@ def served_models(settings: Settings) -> list[str]:
 
 def ask(settings: Settings, question: str, model: str | None = None) -> Iterator[str]:
     """Yields the answer piece by piece. Raises UserError when nothing can answer."""
+    if not question.strip():
+        raise UserError('the question is empty; ask one: gristmill ask "What does json.dumps do?"')
     models = served_models(settings)
     if model is not None and model not in models:
         raise UserError(f"no model {model!r} is served; there is {', '.join(models)}")

@@ -123,6 +123,7 @@ def test_logs_of_one_service(killable: KillableStack) -> None:
     ("arguments", "told"),
     [
         (("ask", "why?"), "no endpoint answers at http://127.0.0.1:8000; start the stack"),
+        (("ask", " "), "the question is empty; ask one"),
         (("models",), "MLflow does not answer at http://127.0.0.1:4201; start it: gristmill up"),
         (("cancel", "some-run"), "Prefect does not answer at http://127.0.0.1:4200/api"),
         (("logs", "mlflow"), "mlflow has not written a log"),

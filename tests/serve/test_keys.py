@@ -19,8 +19,8 @@ from serve.keys import Bucket, KeyRing
 from tasks.runtime.errors import UserError
 from tasks.runtime.settings import Settings
 from tasks.state.api_keys import ApiKeys
+from tests.serve.calls import CHAT
 from tests.serve.conftest import Endpoint, eventually, listening
-from tests.serve.test_app import CHAT
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import time
 import jsonschema
 import pytest
 
+from tests.serve.calls import CHAT, TEXT, error, post, stream
 from tests.serve.conftest import Endpoint
-from tests.serve.test_app import CHAT, TEXT, error, post, stream
 
 SCHEMA = {
     "type": "object",

@@ -8,8 +8,8 @@ from collections import Counter
 
 import pytest
 
+from tests.serve.calls import CHAT, error, post
 from tests.serve.conftest import Endpoint, eventually, spec
-from tests.serve.test_app import CHAT, error, post
 
 REQUEST = CHAT | {"temperature": 0, "max_tokens": 4}
 

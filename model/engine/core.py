@@ -103,7 +103,7 @@ class Core:
             reuse=reuse,
             grid=GRID if deterministic else None,
         )
-        self.runner = Runner(model, pages, weights)
+        self.runner = Runner(model, pages, weights, reproducible=deterministic)
         self.drafter: Drafter | None = None
         if draft is not None and speculate:
             if draft.config.context < self.config.context:

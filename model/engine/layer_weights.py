@@ -40,6 +40,11 @@ class LayerWeights:
     scale: float  # of the attention's scores
     window: int | None
 
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """In the order in which a step reads them."""
+        return self.qkv, self.output, self.up, self.down
+
     @classmethod
     def of(cls, block: nn.Module, config: ModelConfig, weights: Weights) -> "LayerWeights":
         assert isinstance(block, Block)

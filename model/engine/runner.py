@@ -21,7 +21,7 @@ from model.engine.fixed_steps import FixedSteps
 from model.engine.kv_cache import KVCache
 from model.engine.layer_weights import LayerWeights, Norm
 from model.engine.pages import PAGE
-from model.engine.weights import Matrix, Weights, activation_dtype, matrix
+from model.engine.weights import Matrix, Weights, activation_dtype, matrix, settle
 from model.layers import activate
 from model.losses import softcapped
 from model.transformer import Transformer
@@ -105,7 +105,14 @@ class Runner:
     """The network and its cache. Not thread-safe: one thread owns it."""
 
     @torch.inference_mode()
-    def __init__(self, model: Transformer, pages: int, weights: Weights = "float32") -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        pages: int,
+        weights: Weights = "float32",
+        reproducible: bool = False,
+    ) -> None:
+        """reproducible: choose nothing by a trial that might end differently another time."""
         dtype = activation_dtype(weights)
         self.config = config = model.config
         self.embedding = model.model.embed_tokens.weight.to(dtype)
@@ -117,6 +124,8 @@ class Runner:
         self.output = matrix(model.output_weight, weights)
         self.norm: Norm = model.model.norm
         self.layers = [LayerWeights.of(block, config, weights) for block in model.model.layers]
+        matrices = [matrix for layer in self.layers for matrix in layer.matrices]
+        settle([*matrices, self.output], tried=not reproducible)
         self.windows = {layer.window for layer in self.layers}
         self.angles = _angles(model, dtype)
         self.eps = torch.full((1, 1), config.norm_eps, device=self.device)

@@ -5,6 +5,8 @@ bytes is a quarter of the time. Quantizing is absmax rounding, row by row (weigh
 arXiv:2208.07339 without the outlier columns, which small models do not have).
 """
 
+import time
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -15,6 +17,7 @@ Weights = Literal["float32", "bfloat16", "int8"]
 """How weights are kept. Activations are float32 with the first, bfloat16 with the others."""
 
 PACKED_FOR = 512  # rows; the layout then chosen is within a tenth of the best from 4 to 1,024
+TRIALS = 5  # of each product, of which the quickest counts
 FEW = 12  # rows up to which multiplying by integers beats expanding them first (measured: 8 to 16)
 
 
@@ -31,20 +34,31 @@ class Matrix(Protocol):
 class Dense:
     """x · Wᵀ.
 
-    On a CPU the weight is kept twice. oneDNN has it in the layout of its kernels: in bfloat16 it
-    takes half the time of the plain one at any number of rows; in float32 two thirds at 4 to 32
-    rows. A single float32 row multiplies the transposed matrix: its product adds up rows that are
-    read side by side, and so comes nearer to the memory's speed than one read after the other (30
-    million parameters, one core beside other work: 8.1 ms, plain 9.5, oneDNN 10).
+    On a CPU the weight is kept in the layout of oneDNN's kernels: in bfloat16 it takes half the
+    time of the plain one at any number of rows; in float32 two thirds at 4 to 32 rows. For a single
+    float32 row, the transposed matrix may be quicker, whose rows are added up side by side; which
+    one, is the processor's matter (30 million parameters: 8.1 ms against oneDNN's 10 on an Intel
+    Xeon, 4.4 against 3.2 on an AMD EPYC), so both are kept until `settle` has tried them.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self.packed = _packed(weight)
         self.transposed = weight.t()
-        self.single = self.packed is None or weight.dtype == torch.float32
+        self.single = self.packed is None
         if self.packed is not None:
-            # In bfloat16 only the packed one is ever read.
-            self.transposed = self.transposed.contiguous() if self.single else weight.new_empty(0)
+            both = weight.dtype == torch.float32
+            self.transposed = self.transposed.contiguous() if both else weight.new_empty(0)
+
+    @property
+    def open(self) -> bool:
+        """Whether there is a choice."""
+        return self.packed is not None and self.transposed.numel() > 0
+
+    def settle(self, single: bool) -> None:
+        """single: a single row takes the transposed matrix; without, that is dropped."""
+        self.single = single
+        if not single:
+            self.transposed = self.transposed.new_empty(0)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.packed is None or (self.single and x.shape[0] == 1):
@@ -57,6 +71,29 @@ class Dense:
             return y.addmm_(x, self.transposed)
         z: Tensor = torch.ops.mkldnn._linear_pointwise(x, y, self.packed, None, "add")
         return z
+
+
+@torch.inference_mode()
+def settle(matrices: Sequence[Matrix], tried: bool = True) -> None:
+    """Let float32 matrices keep one product for a single row.
+
+    tried: the one that is quicker here, tried on all matrices one after the other as a step does,
+    so that caches hold as much as they will then; else oneDNN's, whatever it takes: a trial may
+    end differently another time, and the two round differently.
+    """
+    dense = [one for one in matrices if isinstance(one, Dense) and one.open]
+    times = {True: float("inf"), False: float("inf")}
+    rows = [m.transposed.new_ones(1, m.transposed.shape[0]) for m in dense]
+    for _ in range(TRIALS if tried else 0):
+        for single in times:
+            for one in dense:
+                one.single = single
+            begun = time.perf_counter()
+            for one, row in zip(dense, rows, strict=True):
+                one(row)
+            times[single] = min(times[single], time.perf_counter() - begun)
+    for one in dense:
+        one.settle(times[True] < times[False])
 
 
 class Int8:

@@ -3,8 +3,8 @@
     python benchmarks/serve_http.py [--quick]
 
 The engine alone, in a process of its own on one core, and the same model behind the whole endpoint
-(proxy, replica, protocol) take turns. Behind the endpoint the engine's thread has the same core to
-itself; the proxy, the rest of the replica and the clients share the other.
+(proxy, replica, protocol) take turns. Behind the endpoint the engine has the same core to itself;
+the proxy, the replica and the clients share the other.
 """
 
 from __future__ import annotations
@@ -154,18 +154,12 @@ class Clients:
         return first, used
 
 
-def pin(models: Models, before: dict[int, float]) -> None:
-    """The engine's thread to its core, every other thread of the stack to the other one.
-
-    before: processor seconds of the replica's threads before a burst that only the engine's thread
-    spent much on.
-    """
-    replica = models.replica()
-    spent = {t.id: t.user_time - before.get(t.id, 0.0) for t in replica.threads()}
-    engine = max(spent, key=lambda thread: spent[thread])
+def pin(models: Models) -> None:
+    """The engine's process to its core, every other thread of the stack to the other one."""
+    engine = models.engine()
     for process in models.fresh.processes():
         for thread in process.threads():
-            core = ENGINE_CORE if thread.id == engine else OTHER_CORE
+            core = ENGINE_CORE if process == engine else OTHER_CORE
             try:
                 os.sched_setaffinity(thread.id, {core})
             except ProcessLookupError:
@@ -188,9 +182,8 @@ def main() -> None:
         models = Models(fresh, THIRTY_MILLION, Path(scratch))
         models.deploy(1)
         clients = Clients(fresh.settings.serve)
-        before = {thread.id: thread.user_time for thread in models.replica().threads()}
         clients.streams()
-        pin(models, before)
+        pin(models)
         everywhere = os.sched_getaffinity(0)
         os.sched_setaffinity(0, {OTHER_CORE})
         alone = Alone(models.directory(1))

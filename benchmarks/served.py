@@ -110,3 +110,10 @@ class Models:
             if "ServeReplica" in " ".join(process.cmdline()):
                 return process
         raise SystemExit("no replica of the endpoint runs")
+
+    def engine(self) -> psutil.Process:
+        """The process of its engine."""
+        for process in self.replica().children():
+            if "serve.engine_process" in " ".join(process.cmdline()):
+                return process
+        raise SystemExit("the replica has no engine")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -246,6 +247,15 @@ async def metric(url: str, name: str) -> float:
         return sum(map(float, found))
 
 
+def resident_mb(replica: psutil.Process) -> float:
+    """Of a replica and its engines: two, while one takes over from the other."""
+    total = 0
+    for process in (replica, *replica.children()):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += process.memory_info().rss
+    return total / 1e6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one minute, swaps every 10 s")
@@ -269,7 +279,7 @@ def main() -> None:
             """A sample of the memory each second; at times another version."""
             nonlocal swaps, swapped
             await asyncio.sleep(1)
-            memory.append(psutil.Process(replica.pid).memory_info().rss / 1e6)
+            memory.append(resident_mb(replica))
             if time.monotonic() - swapped > between:
                 swaps += 1
                 await asyncio.to_thread(models.deploy, VERSIONS[swaps % len(VERSIONS)], options)

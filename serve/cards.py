@@ -31,7 +31,7 @@ def card(served: ServedModel, name: str) -> dict[str, Any]:
         "share": spec.share,
         "system_fingerprint": spec.system_fingerprint,
         "artifact": spec.artifact,
-        "parameters": served.parameters,
+        "parameters": served.engine.parameters,
         "title": spec.title,
         "corpus": spec.corpus,
         "examples": spec.examples,

@@ -5,13 +5,15 @@ engine, within limits on its size, so that no schema can stall the answers of ot
 """
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from model.chat import Tokenizer
-from model.engine import ConstraintFactory
 from serve.errors import ApiError
 
 MAX_GRAMMAR_CHARACTERS = 65_536
@@ -43,7 +45,7 @@ class GrammarCompiler:
         self._size = len(tokenizer)
         self._compiled = functools.lru_cache(maxsize=64)(self._compile)
 
-    def compile(self, kind: str, text: str, param: str) -> ConstraintFactory:
+    def compile(self, kind: str, text: str, param: str) -> "Grammar":
         """kind: "json_schema" or "regex". Raises ApiError 400 naming `param` for what is none, or
         is too large.
         """
@@ -58,7 +60,8 @@ class GrammarCompiler:
         if problem or matcher is None:
             reason = " ".join(problem.split("<state>")[0].split())[:300]
             raise ApiError(400, f"not a usable {kind}: {reason}", param=param, code="invalid_value")
-        return functools.partial(TokenMask, matcher.deep_copy(), self._ends, self._size)
+        mask = functools.partial(TokenMask, matcher.deep_copy(), self._ends, self._size)
+        return Grammar(kind, text, mask)
 
     def _compile(self, kind: str, text: str) -> tuple[LLMatcher | None, str]:
         """A matcher at its beginning, or why there is none."""
@@ -76,6 +79,25 @@ class GrammarCompiler:
         except (ValueError, OverflowError) as error:
             return None, str(error)
         return matcher, ""
+
+
+@dataclass(frozen=True, eq=False)
+class Grammar:
+    """A grammar that compiles; called, the constraint of one answer. Its text alone is pickled: in
+    another process it must be compiled again.
+    """
+
+    kind: str
+    text: str
+    mask: "Callable[[], TokenMask] | None"
+
+    def __call__(self) -> "TokenMask":
+        if self.mask is None:
+            raise TypeError("this grammar comes from another process; compile it")
+        return self.mask()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Grammar, (self.kind, self.text, None)
 
 
 class TokenMask:

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model.engine import Engine, Sampling, load_model
+from model.chat import Tokenizer
+from model.engine import Sampling
+from serve.engine_process import EngineProcess
 from serve.grammar import GrammarCompiler
 from serve.metrics import RequestMetrics
-from serve.specification import ModelSpec
+from serve.specification import EngineOptions, ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +39,7 @@ class ServedModel:
     """A warm model. `leases` counts the requests that use it."""
 
     spec: ModelSpec
-    engine: Engine
-    parameters: int
+    engine: EngineProcess
     grammars: GrammarCompiler
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     since: float = field(default_factory=time.time)
@@ -199,34 +200,23 @@ class ModelHost:
 
     def _warm(self, spec: ModelSpec) -> ServedModel:
         """Load a model and generate with it once, so that the first user does not wait."""
-        loaded = load_model(self._fetch(spec), device=spec.device)
+        directory = self._fetch(spec)
         draft = None
         if spec.draft is not None:
-            files = self._fetch(spec.model_copy(update={"artifact": spec.draft}))
-            drafting = load_model(files, device=spec.device)
-            if drafting.tokenizer.proto != loaded.tokenizer.proto:
+            draft = self._fetch(spec.model_copy(update={"artifact": spec.draft}))
+            if Tokenizer.load(draft).proto != Tokenizer.load(directory).proto:
                 raise ValueError(f"the draft model {spec.draft} has another tokenizer")
-            draft = drafting.model
-        engine = Engine(
-            loaded.model,
-            loaded.tokenizer,
-            slots=spec.slots,
-            max_waiting=spec.max_waiting,
-            threads=spec.threads,
-            version=spec.system_fingerprint,
-            weights=spec.weights,
-            speculate=spec.speculate,
-            deterministic=spec.deterministic,
-            draft=draft,
+        options = EngineOptions(
+            **{name: getattr(spec, name) for name in EngineOptions.model_fields}
         )
+        engine = EngineProcess(directory, options, spec.system_fingerprint, draft)
         finished = threading.Event()
-        prompt = [loaded.tokenizer.begin, loaded.tokenizer.roles["user"]]
+        prompt = [engine.tokenizer.begin, engine.tokenizer.roles["user"]]
         engine.submit(prompt, Sampling(max_tokens=4), lambda _: finished.set(), streamed=False)
         if not finished.wait(WARM_UP_SECONDS) or not engine.healthy:
             engine.close()
             raise RuntimeError(f"the engine gave no token within {WARM_UP_SECONDS} s")
-        parameters = sum(p.numel() for p in loaded.model.parameters())
-        return ServedModel(spec, engine, parameters, GrammarCompiler(loaded.tokenizer))
+        return ServedModel(spec, engine, GrammarCompiler(engine.tokenizer))
 
     def _retire(self, old: ServedModel) -> None:
         """End an engine when the last request that leased it is answered."""

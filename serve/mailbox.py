@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 
-from model.engine import Engine, Sampling, Update
+from model.engine import Sampling, Update
+from serve.engine_process import EngineProcess
 
 
 class Mailbox:
@@ -18,7 +19,7 @@ class Mailbox:
     @contextmanager
     def open(
         self,
-        engine: Engine,
+        engine: EngineProcess,
         requests: list[tuple[list[int], Sampling]],
         *,
         streamed: bool,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import ParamSpec
 
 from model.chat import Tokenizer, encode_chat
-from model.engine import Engine
+from serve.engine_process import EngineProcess
 from serve.errors import ApiError
 from serve.protocol import Message
 
@@ -13,7 +13,7 @@ P = ParamSpec("P")
 LONG = 20_000  # characters from which on encoding is worth another thread
 
 
-async def encode_messages(messages: Sequence[Message], engine: Engine) -> list[int]:
+async def encode_messages(messages: Sequence[Message], engine: EngineProcess) -> list[int]:
     """A conversation laid out for an answer. Raises ApiError 400 for one beyond the context."""
     laid_out = [message.layout() for message in messages]
     size = sum(len(message["content"]) for message in laid_out)
@@ -22,7 +22,7 @@ async def encode_messages(messages: Sequence[Message], engine: Engine) -> list[i
 
 
 async def encode_prompts(
-    prompts: Sequence[str | list[int]], engine: Engine, param: str
+    prompts: Sequence[str | list[int]], engine: EngineProcess, param: str
 ) -> list[list[int]]:
     """Texts after the token that begins them; ids as they are."""
     tokenizer = engine.tokenizer
@@ -42,7 +42,7 @@ def longest_token(tokenizer: Tokenizer) -> int:
     return max(map(len, tokenizer.token_bytes))
 
 
-def _refuse_endless(characters: int, engine: Engine, param: str) -> None:
+def _refuse_endless(characters: int, engine: EngineProcess, param: str) -> None:
     """A text that cannot fit, however well it is compressed, is not even encoded."""
     least = characters // engine.longest_token
     if least > engine.context:

@@ -59,6 +59,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.context = model.config.context
         self.longest_token = max(map(len, tokenizer.token_bytes))  # bytes
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.max_waiting = max_waiting
         self.threads = threads
         self._core = Core(model, tokenizer, slots=slots, prefill_tokens=prefill_tokens, **options)
@@ -132,6 +133,11 @@ class Engine:
         """Whether nobody waits for an answer."""
         with self._changed:
             return not self._listeners and not self._inbox
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids that a prompt may hold are below it."""
+        return self._core.vocabulary
 
     def counters(self) -> Counters:
         return replace(self._core.counters)

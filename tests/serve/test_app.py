@@ -190,7 +190,7 @@ def test_a_disconnect_ends_the_generation(endpoint: Endpoint, streamed: bool) ->
             assert eventually(lambda: served.engine.counters().running > 0)
     assert eventually(lambda: served.engine.counters().aborted > before)
     assert endpoint.idle()
-    served.engine.check()
+    assert eventually(lambda: served.engine.counters().pages_used == 0)
     assert eventually(lambda: served.leases == 0)
 
 

@@ -1,0 +1,362 @@
+"""The engine in a process of its own, behind the interface of `model.engine.Engine`.
+
+In one process the engine's thread and the event loop that hands out tokens share an interpreter
+lock. Each hardly ever holds it, but a step starts hundreds of operations and a stream is a system
+call a token; each lets go of the lock and then waits to be woken when the other has taken it. With
+32 streams that made a step 2.3 ms longer, a tenth, on a machine with a core for each thread. Apart,
+they meet once a step: one message holds what a step has to tell. A model that is swapped out gives
+back all of its memory, its libraries' kernels included, as its process ends.
+
+Between the two goes a pair of sockets that nobody else can reach, so its messages are pickled.
+"""
+
+import contextlib
+import logging
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from model.chat import Tokenizer
+from model.engine import (
+    Engine,
+    EngineBusy,
+    EngineClosed,
+    FinishReason,
+    Sampling,
+    Update,
+    load_model,
+)
+from model.engine.core import Counters, require_readable
+from model.engine.engine import Listener
+from serve.grammar import Grammar, GrammarCompiler
+from serve.specification import EngineOptions
+
+log = logging.getLogger(__name__)
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+COUNTED_EVERY = 0.2  # seconds, between looks whether the counters changed
+UNBOUNDED = 2**31  # who may wait is decided before a request is sent
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the process is to serve. draft: the directory of the model that guesses ahead."""
+
+    directory: Path
+    options: EngineOptions
+    version: str
+    draft: Path | None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model is loaded."""
+
+    context: int
+    vocabulary: int
+    parameters: int
+    counters: Counters
+
+
+@dataclass(frozen=True)
+class Failed:
+    """It could not be loaded; why."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A sequence to be continued. A grammar travels as its text, not as a constraint."""
+
+    id: str
+    prompt: list[int]
+    sampling: Sampling
+    grammar: Grammar | None
+    streamed: bool
+    embed: bool
+
+
+@dataclass(frozen=True)
+class Abort:
+    id: str
+
+
+@dataclass(frozen=True)
+class Close:
+    """End what is under way, then the process."""
+
+
+class EngineProcess:
+    """An engine elsewhere. As `Engine`, it may be called from any thread; listeners are called in a
+    thread of ours.
+    """
+
+    def __init__(
+        self, directory: Path, options: EngineOptions, version: str = "", draft: Path | None = None
+    ) -> None:
+        """Load a model directory; returns when it is ready. Raises RuntimeError saying why it
+        cannot be.
+        """
+        self.slots, self.max_waiting = options.slots, options.max_waiting
+        ours, theirs = socket.socketpair()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import main; main({theirs.fileno()})"],
+            cwd=CHECKOUT,
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        self._pipe = Connection(ours.detach())
+        self._lock = threading.Lock()
+        # Guarded by _lock:
+        self._listeners: dict[str, Listener] = {}
+        self._closed = False
+        self._failed = False
+        try:
+            _send(self._pipe, Start(directory, options, version, draft))
+            told = _receive(self._pipe)
+        except (EOFError, OSError):
+            told = Failed("the engine's process ended while it loaded the model; its log says why")
+        if isinstance(told, Failed):
+            self._end(0)
+            raise RuntimeError(told.message)
+        self.tokenizer = Tokenizer.load(directory)
+        self.longest_token = max(map(len, self.tokenizer.token_bytes))  # bytes
+        self.context, self.vocabulary = told.context, told.vocabulary
+        self.parameters, self._counters = told.parameters, told.counters
+        self._reader = threading.Thread(target=self._read, name="engine-news", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def submit(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        listener: Listener,
+        *,
+        streamed: bool = True,
+        embed: bool = False,
+        follows: bool = False,
+        id: str | None = None,
+    ) -> str:
+        """As `Engine.submit`, with the same errors; a constraint must be a `Grammar`."""
+        asks = not embed and sampling.max_tokens != 0
+        require_readable(prompt, sampling, self.context, self.vocabulary, asks)
+        grammar = sampling.constraint
+        assert grammar is None or isinstance(grammar, Grammar)
+        id = id or uuid.uuid4().hex
+        ask = Ask(id, prompt, replace(sampling, constraint=None), grammar, streamed, embed)
+        with self._lock:
+            if self._closed or self._failed:
+                raise EngineClosed("the engine is shutting down")
+            if len(self._listeners) >= self.slots + self.max_waiting and not follows:
+                raise EngineBusy(f"{self.max_waiting} requests are waiting already")
+            self._listeners[id] = listener
+            self._send(ask)
+        return id
+
+    def abort(self, id: str) -> None:
+        """As `Engine.abort`."""
+        with self._lock:
+            if self._listeners.pop(id, None):
+                self._send(Abort(id))
+
+    def close(self, timeout: float = 10.0) -> None:
+        """As `Engine.close`; the process is killed when it takes longer than `timeout` seconds."""
+        with self._lock:
+            already, self._closed = self._closed, True
+            if not already:
+                self._send(Close())
+        self._reader.join(timeout)
+        self._end(timeout)
+
+    @property
+    def healthy(self) -> bool:
+        return not self._failed and self._reader.is_alive()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for an answer."""
+        with self._lock:
+            return not self._listeners
+
+    def counters(self) -> Counters:
+        """As they were COUNTED_EVERY seconds ago at most."""
+        return self._counters
+
+    def _send(self, message: Any) -> None:
+        """To a process that has just died nothing is said; the reader finds out and tells all."""
+        try:
+            _send(self._pipe, message)
+        except OSError:
+            log.info("the engine's process is gone")
+
+    def _read(self) -> None:
+        """Pass news on until the process ends."""
+        try:
+            while True:
+                updates, self._counters = _receive(self._pipe)
+                self._publish(updates)
+        except (EOFError, OSError):
+            pass
+        with self._lock:
+            self._failed = not self._closed
+            waiting, self._listeners = self._listeners, {}
+        if self._failed:
+            log.error("the engine's process ended; every request in it ends with an error")
+        reason: FinishReason = "error" if self._failed else "abort"
+        for id, listener in waiting.items():
+            listener([Update(id, "", [], reason, 0, 0)])
+
+    def _publish(self, updates: list[Update]) -> None:
+        grouped: dict[Listener, list[Update]] = {}
+        with self._lock:
+            for update in updates:
+                take = self._listeners.get if update.finish_reason is None else self._listeners.pop
+                if (listener := take(update.id, None)) is not None:
+                    grouped.setdefault(listener, []).append(update)
+        for listener, news in grouped.items():
+            listener(news)
+
+    def _end(self, timeout: float) -> None:
+        """Wait for the process, or end it."""
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._pipe.close()
+
+
+def _send(pipe: Connection, message: Any) -> None:
+    """Pickled plainly: `Connection.send` would pass a tensor as shared memory."""
+    pipe.send_bytes(pickle.dumps(message, protocol=5))
+
+
+def _receive(pipe: Connection) -> Any:
+    return pickle.loads(pipe.recv_bytes())
+
+
+class _Server:
+    """The process's side: messages to an engine's calls."""
+
+    def __init__(self, pipe: Connection, start: Start) -> None:
+        self.pipe = pipe
+        self.sending = threading.Lock()
+        self.engine = self._load(start)
+        self.grammars = GrammarCompiler(self.engine.tokenizer)
+        self.compiler = ThreadPoolExecutor(1)  # so that a large schema holds up nobody else
+        self.compiling: set[str] = set()  # guarded by `aborting`
+        self.aborting = threading.Lock()
+        self.told = self.engine.counters()
+
+    @staticmethod
+    def _load(start: Start) -> Engine:
+        options = start.options
+        loaded = load_model(start.directory, device=options.device)
+        draft = load_model(start.draft, device=options.device).model if start.draft else None
+        return Engine(
+            loaded.model,
+            loaded.tokenizer,
+            slots=options.slots,
+            max_waiting=UNBOUNDED,
+            threads=options.threads,
+            version=start.version,
+            weights=options.weights,
+            speculate=options.speculate,
+            deterministic=options.deterministic,
+            draft=draft,
+        )
+
+    def ready(self) -> Ready:
+        engine = self.engine
+        return Ready(engine.context, engine.vocabulary, engine.parameters, engine.counters())
+
+    def run(self) -> None:
+        """Until told to close, or nobody is there any more."""
+        while True:
+            if not self.pipe.poll(COUNTED_EVERY):
+                if not self.engine.healthy:
+                    return
+                if self.engine.counters() != self.told:
+                    self.tell([])
+                continue
+            message = _receive(self.pipe)
+            if isinstance(message, Close):
+                self.engine.close()
+                return
+            if isinstance(message, Abort):
+                with self.aborting:
+                    self.compiling.discard(message.id)
+                self.engine.abort(message.id)
+            elif message.grammar is not None:
+                with self.aborting:
+                    self.compiling.add(message.id)
+                self.compiler.submit(self.constrained, message)
+            else:
+                self.begin(message)
+
+    def constrained(self, ask: Ask) -> None:
+        """In the compiler's thread."""
+        assert ask.grammar is not None
+        try:
+            constraint = self.grammars.compile(ask.grammar.kind, ask.grammar.text, "grammar")
+        except Exception:  # the other side compiled it, too
+            log.exception("a grammar that was checked cannot be compiled")
+            self.tell([Update(ask.id, "", [], "error", 0, 0)])
+            return
+        with self.aborting:
+            if ask.id in self.compiling:
+                self.compiling.discard(ask.id)
+                self.begin(replace(ask, sampling=replace(ask.sampling, constraint=constraint)))
+
+    def begin(self, ask: Ask) -> None:
+        try:
+            self.engine.submit(
+                ask.prompt,
+                ask.sampling,
+                self.tell,
+                streamed=ask.streamed,
+                embed=ask.embed,
+                id=ask.id,
+            )
+        except Exception:  # what the other side let pass must not end this side for all
+            log.exception("the engine refuses a request that was checked")
+            self.tell([Update(ask.id, "", [], "error", 0, 0)])
+
+    def tell(self, updates: list[Update]) -> None:
+        """Updates of one step, or only how much there is to do."""
+        with self.sending:
+            self.told = self.engine.counters()
+            _send(self.pipe, (updates, self.told))
+
+
+def main(descriptor: int) -> None:
+    """Serve one model over a socket that is open already, until its other end closes."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    pipe = Connection(descriptor)
+    start = _receive(pipe)
+    try:
+        server = _Server(pipe, start)
+    except Exception as error:
+        log.exception("%s cannot be loaded", start.directory)
+        _send(pipe, Failed(str(error) or type(error).__name__))
+        return
+    _send(pipe, server.ready())
+    with contextlib.suppress(EOFError, OSError):  # the replica is gone, and with it whoever waited
+        server.run()
+    # Threads inside torch, which have nobody left to answer, must not hold up the end.
+    os._exit(0)

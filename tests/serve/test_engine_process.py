@@ -1,0 +1,179 @@
+"""The engine in its own process does what the engine does, and its end is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from model.engine import (
+    Engine,
+    EngineBusy,
+    EngineClosed,
+    PromptError,
+    Sampling,
+    Update,
+    generate_batch,
+    load_model,
+)
+from serve.engine_process import EngineProcess
+from serve.grammar import GrammarCompiler
+from serve.specification import EngineOptions
+from tests.serve.conftest import eventually
+from tests.tiny_models import model_directory
+
+PROMPT = list(range(30, 60))
+LONG = Sampling(max_tokens=90, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_directory(tmp_path_factory.mktemp("models") / "one")
+
+
+@pytest.fixture
+def engine(directory: Path) -> Iterator[EngineProcess]:
+    started = EngineProcess(directory, EngineOptions(slots=2, max_waiting=1))
+    yield started
+    started.close()
+
+
+class Heard:
+    """A listener and what it heard."""
+
+    def __init__(self) -> None:
+        self.updates: list[Update] = []
+        self.ended = threading.Event()
+
+    def __call__(self, updates: list[Update]) -> None:
+        self.updates += updates
+        if updates[-1].finish_reason is not None:
+            self.ended.set()
+
+    @property
+    def reason(self) -> str | None:
+        assert self.ended.wait(60)
+        return self.updates[-1].finish_reason
+
+
+def answer(engine: EngineProcess | Engine, sampling: Sampling, **options: bool) -> Heard:
+    heard = Heard()
+    engine.submit(PROMPT, sampling, heard, **options)
+    assert heard.reason
+    return heard
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_tokens=20),
+        Sampling(max_tokens=20, temperature=1.0, seed=7, top_k=40, logprobs=3),
+        Sampling(max_tokens=20, logit_bias=((40, 5.0),), frequency_penalty=1.0),
+    ],
+)
+def test_answers_are_those_of_an_engine_here(
+    engine: EngineProcess, directory: Path, sampling: Sampling
+) -> None:
+    loaded = load_model(directory)
+    (expected,) = generate_batch(loaded.model, loaded.tokenizer, [PROMPT], [sampling])
+    heard = answer(engine, sampling)
+    assert [token for update in heard.updates for token in update.tokens] == expected.tokens
+    assert "".join(update.text for update in heard.updates) == expected.text
+    told = [entry.token for update in heard.updates for entry in update.logprobs]
+    assert told == (expected.tokens if sampling.logprobs is not None else [])
+
+
+def test_a_grammar_is_compiled_again_over_there(engine: EngineProcess) -> None:
+    grammar = GrammarCompiler(engine.tokenizer).compile("regex", "[0-9]{3}-[a-f]{2}", "regex")
+    heard = answer(engine, Sampling(max_tokens=30, temperature=1.0, seed=1, constraint=grammar))
+    text = "".join(update.text for update in heard.updates)
+    assert heard.reason == "stop"
+    assert len(text) == 6 and text[:3].isdigit() and text[3] == "-" and set(text[4:]) <= {*"abcdef"}
+
+
+def test_an_embedding_comes_across(engine: EngineProcess) -> None:
+    (update,) = answer(engine, Sampling(), embed=True, streamed=False).updates
+    assert update.embedding is not None and update.embedding.shape == (64,)
+
+
+def test_what_cannot_be_read_is_refused_at_once(engine: EngineProcess) -> None:
+    for prompt in ([], [10**6], list(range(20, 160))):
+        with pytest.raises(PromptError):
+            engine.submit(prompt, Sampling(), Heard())
+    assert engine.idle
+
+
+def test_more_than_slots_and_queue_hold_are_refused(engine: EngineProcess) -> None:
+    heard = [Heard() for _ in range(3)]
+    for listener in heard:
+        engine.submit(PROMPT, LONG, listener)
+    with pytest.raises(EngineBusy):
+        engine.submit(PROMPT, LONG, Heard())
+    engine.submit(PROMPT, LONG, follower := Heard(), follows=True)
+    assert {listener.reason for listener in (*heard, follower)} == {"length"}
+
+
+def test_an_aborted_sequence_is_heard_of_no_more_and_holds_nothing(engine: EngineProcess) -> None:
+    heard = Heard()
+    id = engine.submit(PROMPT, LONG, heard)
+    assert eventually(lambda: bool(heard.updates))
+    engine.abort(id)
+    assert eventually(lambda: engine.counters().aborted == 1)
+    told = len(heard.updates)
+    assert eventually(lambda: engine.counters().pages_used == 0 and engine.idle)
+    assert len(heard.updates) == told and not heard.ended.is_set()
+
+
+def test_a_killed_process_ends_every_request_with_an_error(engine: EngineProcess) -> None:
+    heard = Heard()
+    engine.submit(PROMPT, LONG, heard)
+    os.kill(engine.pid, signal.SIGKILL)
+    assert heard.reason in ("error", "length")
+    assert eventually(lambda: not engine.healthy)
+    with pytest.raises(EngineClosed):
+        engine.submit(PROMPT, LONG, Heard())
+
+
+def test_closing_ends_what_is_under_way_and_the_process(directory: Path) -> None:
+    engine = EngineProcess(directory, EngineOptions(slots=1, max_waiting=9))
+    heard = [Heard() for _ in range(8)]
+    for listener in heard:
+        engine.submit(PROMPT, LONG, listener)
+    engine.close()
+    assert heard[-1].reason == "abort"
+    assert not psutil.pid_exists(engine.pid)
+    with pytest.raises(EngineClosed):
+        engine.submit(PROMPT, LONG, Heard())
+
+
+def test_the_process_does_not_outlive_who_started_it(directory: Path) -> None:
+    program = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from serve.engine_process import EngineProcess\n"
+        "from serve.specification import EngineOptions\n"
+        "print(EngineProcess(Path(sys.argv[1]), EngineOptions(slots=1)).pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    starter = subprocess.Popen(
+        [sys.executable, "-c", program, str(directory)], stdout=subprocess.PIPE, text=True
+    )
+    assert starter.stdout is not None
+    pid = int(starter.stdout.readline())
+    assert psutil.pid_exists(pid)
+    starter.kill()
+    starter.wait()
+    assert eventually(lambda: not psutil.pid_exists(pid))
+
+
+def test_why_a_model_cannot_be_loaded_is_told(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((directory / "tokenizer.model").read_bytes())
+    with pytest.raises(RuntimeError, match=r"config\.json"):
+        EngineProcess(tmp_path, EngineOptions())

@@ -28,7 +28,7 @@ from tasks.runtime.stage_config import StageConfig
 
 UNKNOWN_SIZE = 1 << 30  # about that of a segment of Common Crawl
 FORMATS = {
-    "warc": (".warc", ".warc.gz"),
+    "warc": (".warc", ".warc.gz", ".warc.wet", ".warc.wet.gz"),
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json.gz"),
     "parquet": (".parquet",),
     "folder": (".txt", ".text", ".md", ".markdown", ".html", ".htm", ".xhtml", ".pdf"),

@@ -39,6 +39,8 @@ def crawl_outcome(frontier: Frontier, documents: list[Address], rounds: int) -> 
         "same_body": len(documents) - len({a.digest for a in documents}),
         "links_to_known": frontier.counts["links to a known address"],
         "links_out_of_scope": frontier.counts["links to another host"],
+        "links_invalid": frontier.counts["links that are no address"],
+        "links_left_out": frontier.counts["links left out"],
         "hosts": sum(host.in_scope for host in frontier.hosts.values()),
         "requests": sum(host.requests for host in frontier.hosts.values()),
         "bytes": sum(a.bytes for a in documents),

@@ -105,6 +105,8 @@ class Outcome:
     canonical: str = ""
     links: tuple[str, ...] = ()
     sitemaps: tuple[str, ...] = ()
+    links_invalid: int = 0  # that are no address
+    links_left_out: int = 0  # behind the most that are taken from one page or sitemap
     location: str = ""
     robots: dict[str, Any] | None = None
     record_id: str = ""

@@ -227,6 +227,8 @@ class Frontier:
         address.robots = "denied" if outcome.state == "denied" else "allowed"
         if outcome.state == "error" and not outcome.status:
             address.robots = ""
+        self.counts["links that are no address"] += outcome.links_invalid
+        self.counts["links left out"] += outcome.links_left_out
         links = outcome.links
         earlier = self.earlier.get(address.url)
         self._remember(address, outcome, earlier)

@@ -365,13 +365,18 @@ class HostFetcher:
         body, names = answer.exchange.body, self._aliases.name
         if request.kind == "sitemap":
             try:
-                pages, maps = sitemap_links(body, place)
+                named = sitemap_links(body, place)
             except ValueError as error:
                 return dataclasses.replace(
                     outcome, state="error", reason=f"sitemap: {error}"
                 ), records
             return dataclasses.replace(
-                outcome, links=tuple(map(names, pages)), sitemaps=tuple(map(names, maps))
+                outcome,
+                reason=f"sitemap: {named.damage}" if named.damage else "",
+                links=tuple(map(names, named.pages)),
+                sitemaps=tuple(map(names, named.maps)),
+                links_invalid=named.invalid,
+                links_left_out=named.left_out,
             ), records
         if answer.content_type.partition(";")[0].strip().lower() == "text/plain":
             return outcome, records
@@ -381,6 +386,8 @@ class HostFetcher:
             links=tuple(map(names, found.links)),
             canonical=names(found.canonical),
             noindex=found.noindex,
+            links_invalid=found.invalid,
+            links_left_out=found.left_out,
         )
         if found.reserved and self._limits.honour_opt_outs:
             return _skipped(outcome, f"{OPT_OUT}: {found.reserved}"), ()

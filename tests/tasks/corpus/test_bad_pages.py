@@ -158,3 +158,13 @@ def test_a_clipped_sitemap_is_named(crawler: Crawler) -> None:
         result = crawler.crawl(site.url)
     state, reason = result.reason(f"{site.url}/map.xml.gz")
     assert (state, reason) == ("error", "sitemap: its gzip data end too early")
+
+
+def test_a_damaged_sitemap_and_links_that_are_none_are_told(crawler: Crawler) -> None:
+    with LoopbackSite({"/": page("/a", "http://a b/")}, "Sitemap: /map.xml\n") as site:
+        site.pages["/map.xml"] = body(b"<urlset><url><loc>/b</loc></url><url><lo", "text/xml")
+        site.pages |= {"/a": page(), "/b": page()}
+        result = crawler.crawl(site.url)
+    assert result.reason(f"{site.url}/map.xml") == ("fetched", "sitemap: its XML is damaged")
+    assert f"{site.url}/b" in result.pages
+    assert (result.counts["links_invalid"], result.counts["links_left_out"]) == (1, 0)

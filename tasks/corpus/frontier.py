@@ -78,23 +78,33 @@ class Frontier:
         if address.url in self.addresses:
             self.counts["links to a known address"] += 1
             return
-        reason = self.scope.reason(address.url, address.depth)
-        if address.kind == "sitemap" and reason in ("file type", "excluded", "not included"):
-            reason = ""  # sitemaps are read, not kept: their own names say nothing
+        reason = self._out_of_scope(address)
         if reason == "other host":
             host = host_of(address.url)
             self.hosts.setdefault(host, Host(host)).links += 1
             self.counts["links to another host"] += 1
             return
-        parts = urlsplit(address.url)
-        if parts.query and not reason:
-            self._queries[parts.netloc, parts.path] += 1
-            if self._queries[parts.netloc, parts.path] > MAX_QUERIES:
-                reason = "trap: too many query strings"
+        if not reason and self._count_query(address.url) > MAX_QUERIES:
+            reason = "trap: too many query strings"
         if reason:
             address.state, address.reason = "skipped", reason
         self.addresses[address.url] = address
-        self.hosts.setdefault(parts.netloc, Host(parts.netloc)).in_scope = True
+        host = host_of(address.url)
+        self.hosts.setdefault(host, Host(host)).in_scope = True
+
+    def _out_of_scope(self, address: Address) -> str:
+        reason = self.scope.reason(address.url, address.depth)
+        if address.kind == "sitemap" and reason in ("file type", "excluded", "not included"):
+            return ""  # sitemaps are read, not kept: their own names say nothing
+        return reason
+
+    def _count_query(self, url: str) -> int:
+        """How many query strings below this one's path are in scope; 0 where it has none."""
+        parts = urlsplit(url)
+        if not parts.query:
+            return 0
+        self._queries[parts.netloc, parts.path] += 1
+        return self._queries[parts.netloc, parts.path]
 
     # --- generate --------------------------------------------------------------------------------
 
@@ -306,9 +316,8 @@ class Frontier:
         known = frozenset(name for name, host in self.hosts.items() if host.in_scope)
         self.scope = dataclasses.replace(self.scope, hosts=self.scope.hosts | known)
         for address in self.addresses.values():
-            parts = urlsplit(address.url)
-            if parts.query:
-                self._queries[parts.netloc, parts.path] += 1
+            if not self._out_of_scope(address):
+                self._count_query(address.url)
 
 
 def _host(row: dict[str, Any]) -> Host:

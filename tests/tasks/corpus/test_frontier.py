@@ -1,0 +1,36 @@
+"""The crawl's table of addresses, alone: what enters it and what a restart makes of it."""
+
+from tasks.corpus.fetch_plan import HostPlan, HostResult, Outcome, Request
+from tasks.corpus.frontier import MAX_QUERIES, Frontier
+from tasks.corpus.urls import Scope
+
+SEED = "http://e.org/"
+
+
+def frontier(**scope: object) -> Frontier:
+    made = Frontier(Scope(frozenset(), **scope), 1_000_000, 5, 10.0)  # type: ignore[arg-type]
+    made.add_seed(SEED)
+    return made
+
+
+def answer(on: Frontier, url: str, *links: str, **more: object) -> None:
+    """A round in which `url` alone was asked for and had these links."""
+    outcome = Outcome(url, "page", "fetched", status=200, links=links, **more)  # type: ignore[arg-type]
+    host = HostResult("e.org", 0.0, 0.0, {}, (), "", 1, 1, 0.0)
+    on.update([HostPlan("e.org", (Request(url),))], [outcome], [host])
+
+
+def restarted(before: Frontier, **scope: object) -> Frontier:
+    after = Frontier(Scope(frozenset(), **scope), 1_000_000, 5, 10.0)  # type: ignore[arg-type]
+    after.restore(before.url_table(), before.host_table(), before.counts)
+    return after
+
+
+def test_a_restart_counts_query_strings_as_before() -> None:
+    excluded = {"exclude": ("*print=1*",)}
+    before = frontier(**excluded)
+    answer(before, SEED, *(f"{SEED}p?n={n}&print=1" for n in range(MAX_QUERIES + 1)))
+    after = restarted(before, **excluded)
+    for one in (before, after):
+        answer(one, f"{SEED}p?n=0&print=1", f"{SEED}p?fresh=1")
+        assert one.addresses[f"{SEED}p?fresh=1"].state == "queued"

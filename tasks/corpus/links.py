@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from lxml import etree
 from lxml import html as lxml_html
 
+from tasks.corpus.charset import decode
 from tasks.corpus.content_coding import CodingError, Decoder
 from tasks.corpus.opt_out import meta_reserves
 from tasks.corpus.urls import canonical_url, link_target
@@ -47,6 +48,8 @@ def page_links(
         known = codecs.lookup(charset).name if charset else None
     except LookupError:
         known = None
+    if known and known.startswith(("utf-16", "utf-32")):  # whose NULs are parts of characters
+        body, known = decode(body, f"charset={known}")[0].encode("utf-8", "replace"), "utf-8"
     parser = lxml_html.HTMLParser(encoding=known, no_network=True)
     try:
         tree = lxml_html.document_fromstring(body.replace(b"\x00", b""), parser=parser)

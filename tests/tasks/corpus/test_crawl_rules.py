@@ -93,6 +93,12 @@ def test_pages_with_nuls_and_deep_nesting_still_have_links() -> None:
     assert found.links == ("http://example.org/x",)
 
 
+def test_links_of_a_page_in_utf16_without_a_mark() -> None:
+    body = '<p>é</p><a href="/é">x</a>'.encode("utf-16-le")
+    found = page_links(body, BASE, "utf-16le", (), "Gristmill")
+    assert found.links == ("http://example.org/%C3%A9",)
+
+
 def test_directives_speak_to_whom_they_name() -> None:
     assert robots_directives(["noindex, nofollow"], "Gristmill") == (True, True)
     assert robots_directives(["none"], "Gristmill") == (True, True)

@@ -54,6 +54,11 @@ class Answer:
     retry_after: float | None
     refused: str = ""  # why the body was not read to its end
 
+    @property
+    def media_type(self) -> str:
+        """Of Content-Type, in lower case; a server that says nothing most likely sends HTML."""
+        return _media_type(self.content_type)
+
 
 class Client:
     """HTTP for one partition: one pool of connections, the guard against private addresses."""
@@ -143,7 +148,7 @@ class Client:
             content_type = response.headers.get("Content-Type", "")
             refused = ""
             if response.status == 200 and types is not None:
-                media = content_type.partition(";")[0].strip().lower() or "text/html"
+                media = _media_type(content_type)
                 if media not in types:
                     refused = f"content type {media}"
                 elif (response.content_length or 0) > max_bytes:
@@ -228,6 +233,10 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientConnectorError | OSError):
         return "no connection"
     return "not HTTP"
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower() or "text/html"
 
 
 def _peer(response: aiohttp.ClientResponse) -> str:

@@ -102,7 +102,14 @@ def crawl_site(
     earlier_manifest = earlier_epoch(config, work)
     earlier_directory = work.store.of(earlier_manifest) if earlier_manifest else None
     frontier = Frontier(
-        Scope(frozenset(), config.domains, config.include, config.exclude, config.max_depth),
+        Scope(
+            frozenset(),
+            config.domains,
+            config.include,
+            config.exclude,
+            config.max_depth,
+            config.content_types,
+        ),
         config.max_pages,
         config.max_redirects,
         config.round_seconds,

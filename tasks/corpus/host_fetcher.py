@@ -34,6 +34,7 @@ from tasks.corpus.urls import canonical_url, host_of
 FAILURES_TO_PROBE = 5  # failed requests in a row: is it the host, or are it these pages?
 FAILURES_TO_LEAVE = 50  # failed requests in all
 TDM_FILE = "/.well-known/tdmrep.json"
+HTML_TYPES = frozenset({"text/html", "application/xhtml+xml"})
 MAX_SITEMAP_BYTES = 50 * 1024 * 1024
 REDIRECT = frozenset({301, 302, 303, 307, 308})
 RETRIED = frozenset({429, 500, 502, 503, 504})
@@ -378,7 +379,7 @@ class HostFetcher:
                 links_invalid=named.invalid,
                 links_left_out=named.left_out,
             ), records
-        if answer.content_type.partition(";")[0].strip().lower() == "text/plain":
+        if answer.media_type not in HTML_TYPES:
             return outcome, records
         found = page_links(body, place, answer.charset, answer.directives, self._limits.token)
         outcome = dataclasses.replace(

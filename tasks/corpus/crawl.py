@@ -118,7 +118,7 @@ def crawl_site(
         Revisit(config.revisit_chance, partial(_allowed, config, aliases)),
     )
     saved = Rounds(work)
-    partitions = saved.restore(frontier, partitions)
+    partitions = saved.restore(frontier, min(partitions, config.parallel_total))
     if not frontier.addresses:
         for url in seeds:
             frontier.add_seed(url)
@@ -135,6 +135,9 @@ def crawl_site(
             (outcome for result in results for outcome in result.outcomes),
             (host for result in results for host in result.hosts),
         )
+        # A partition has one request in flight at least. Within a round their number stays what it
+        # was: the segments that a killed attempt left are found by it.
+        partitions = min(partitions, config.parallel_total)
         saved.save(frontier, partitions, links)
         known = sum(a.kind == "page" and a.state != "skipped" for a in frontier.addresses.values())
         progress.update(_documents(frontier), min(known, config.max_pages))

@@ -1,9 +1,12 @@
 """The crawler asks a host as rarely as it wishes: rules, delays, pauses, limits over all hosts."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -123,3 +126,27 @@ def test_requests_in_flight_are_bounded_over_all_hosts(crawler: Crawler) -> None
         assert most == 2
         crawler.crawl(site.url, parallel=8, parallel_total=50, epoch=1)
         assert most > 2
+
+
+def test_as_many_partitions_at_most_as_requests_may_be_in_flight(crawler: Crawler) -> None:
+    now = most = 0
+
+    async def slow() -> web.Response:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.02)
+        now -= 1
+        return web.Response(text=page(), content_type="text/html")
+
+    def at_once(function: Any, items: list[Any]) -> Any:
+        with ThreadPoolExecutor(8) as threads:
+            yield from enumerate(threads.map(lambda item: function(*item), items))
+
+    with ExitStack() as sites:
+        pages = {"/": slow} | {f"/{n}": slow for n in range(3)}
+        urls = [sites.enter_context(LoopbackSite(pages)).url for _ in range(4)]
+        seeds = [f"{url}/{n}" for url in urls for n in range(3)]
+        result = crawler.crawl(*seeds, run=at_once, partitions=8, parallel_total=1)
+    assert result.counts["pages"] == 12
+    assert most == 1

@@ -75,9 +75,15 @@ class Frontier:
         self.scope = dataclasses.replace(self.scope, hosts=self.scope.hosts | {host})
 
     def _add(self, address: Address) -> None:
-        if address.url in self.addresses:
+        known = self.addresses.get(address.url)
+        if known is not None:
             self.counts["links to a known address"] += 1
-            return
+            if known.state == "queued" and known.kind == address.kind:
+                if address.depth < known.depth:
+                    known.depth, known.source = address.depth, address.source
+                return
+            if known.reason != "too deep" or address.depth >= known.depth:
+                return  # else a shorter way was found to it: it is judged anew
         reason = self._out_of_scope(address)
         if reason == "other host":
             host = host_of(address.url)

@@ -34,3 +34,27 @@ def test_a_restart_counts_query_strings_as_before() -> None:
     for one in (before, after):
         answer(one, f"{SEED}p?n=0&print=1", f"{SEED}p?fresh=1")
         assert one.addresses[f"{SEED}p?fresh=1"].state == "queued"
+
+
+def test_a_shorter_way_to_a_page_counts() -> None:
+    made = frontier(max_depth=2)
+    answer(made, SEED, f"{SEED}a", f"{SEED}b")
+    answer(made, f"{SEED}a", f"{SEED}c")
+    answer(made, f"{SEED}c", f"{SEED}deep")
+    deep = made.addresses[f"{SEED}deep"]
+    assert (deep.state, deep.reason, deep.depth) == ("skipped", "too deep", 3)
+    answer(made, f"{SEED}b", f"{SEED}deep", f"{SEED}c")
+    deep = made.addresses[f"{SEED}deep"]
+    assert (deep.state, deep.reason, deep.depth) == ("queued", "", 2)
+    assert deep.source == f"{SEED}b"
+    assert made.addresses[f"{SEED}c"].state == "fetched"
+
+
+def test_a_shorter_way_to_a_page_that_waits_brings_it_nearer() -> None:
+    made = frontier(max_depth=9)
+    answer(made, SEED, f"{SEED}a", f"{SEED}b")
+    answer(made, f"{SEED}a", f"{SEED}c")
+    answer(made, f"{SEED}c", f"{SEED}d")
+    assert made.addresses[f"{SEED}d"].depth == 3
+    answer(made, f"{SEED}b", f"{SEED}d")
+    assert made.addresses[f"{SEED}d"].depth == 2

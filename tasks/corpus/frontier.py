@@ -24,6 +24,7 @@ from tasks.corpus.robots import Robots
 from tasks.corpus.urls import Scope, host_of
 
 MAX_QUERIES = 500  # distinct query strings below one path; more is an endless space
+CIRCLE = "redirects in a circle"
 MAX_REQUESTS_PER_ROUND = 1000  # of one host
 
 
@@ -275,6 +276,10 @@ class Frontier:
             if address.redirects >= self.max_redirects:
                 address.state, address.reason = "error", "too many redirects"
                 return
+            if circle := self._circle(address):
+                for one in circle:
+                    one.state, one.reason = "error", CIRCLE
+                return
             if address.depth == 0 and address.kind == "page":
                 self._include_host(host_of(outcome.location))  # a seed may have moved
             self._add(
@@ -294,6 +299,19 @@ class Frontier:
         for sitemap in outcome.sitemaps:
             if address.depth < 3:  # an index of indexes, and no deeper
                 self._add(Address(sitemap, "sitemap", depth=address.depth + 1, source=address.url))
+
+    def _circle(self, address: Address) -> list[Address]:
+        """The addresses of a chain of redirects back to `address`; none where the chain ends."""
+        chain = [address]
+        while len(chain) <= self.max_redirects + 1:
+            target = chain[-1].location
+            if target == address.url:
+                return chain
+            following = self.addresses.get(target)
+            if following is None or following.state != "redirect":
+                break
+            chain.append(following)
+        return []
 
     def close(self) -> None:
         """Name the reason of what is still queued when nothing more may be fetched."""

@@ -62,7 +62,8 @@ def test_robots_rules_sitemaps_and_user_agent(crawler: Crawler) -> None:
 def test_redirects_are_followed_bounded_and_loops_end(crawler: Crawler) -> None:
     chain = {f"/r{n}": redirect(f"/r{n + 1}") for n in range(12)}
     pages = small_site(
-        **{"/": page("/moved", "/loop", "/r0")},
+        **{"/": page("/moved", "/loop", "/self", "/into", "/r0")},
+        **{"/self": redirect("/self"), "/into": redirect("/loop")},
         **{"/moved": redirect("/a", 301), "/loop": redirect("/pool"), "/pool": redirect("/loop")},
         **chain,
     )
@@ -71,7 +72,11 @@ def test_redirects_are_followed_bounded_and_loops_end(crawler: Crawler) -> None:
     assert result.reason(f"{site.url}/moved") == ("redirect", "")
     assert result.addresses[f"{site.url}/moved"]["location"] == f"{site.url}/a"
     assert f"{site.url}/a" in result.pages
-    assert site.paths["/loop"] == site.paths["/pool"] == 1
+    assert site.paths["/loop"] == site.paths["/pool"] == site.paths["/self"] == 1
+    for path in ("/loop", "/pool", "/self"):
+        assert result.reason(f"{site.url}{path}") == ("error", "redirects in a circle")
+    assert result.rules["redirects in a circle"] == 3
+    assert result.reason(f"{site.url}/into") == ("redirect", "")
     assert result.reason(f"{site.url}/r3") == ("error", "too many redirects")
     assert "/r4" not in site.paths
 

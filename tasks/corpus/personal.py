@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -138,17 +139,20 @@ KINDS: tuple[Kind, ...] = (
 
 def find(text: str) -> Iterator[tuple[Kind, int, int]]:
     """(kind, start, end) of everything found, kind by kind."""
-    taken: list[tuple[int, int]] = []
+    taken: list[tuple[int, int]] = []  # in order, none overlaps another
     for kind in KINDS:
         if not any(hint in text for hint in kind.hints):
             continue
+        found: list[tuple[int, int]] = []
         for match in kind.pattern.finditer(text):
             start, end = match.span()
-            if any(start < other_end and other < end for other, other_end in taken):
+            before = bisect_left(taken, (end, 0)) - 1  # the last that begins before this one's end
+            if before >= 0 and taken[before][1] > start:
                 continue
             if kind.accept(match.group()):
-                taken.append((start, end))
+                found.append((start, end))
                 yield kind, start, end
+        taken = sorted(taken + found)
 
 
 def count(text: str) -> dict[str, int]:

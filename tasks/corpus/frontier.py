@@ -232,7 +232,26 @@ class Frontier:
             for sitemap in result.sitemaps:
                 if sitemap not in self.addresses:
                     self._add(Address(sitemap, "sitemap", source=f"robots.txt of {result.host}"))
+        self._ask_again(time.time())
         return links
+
+    def _ask_again(self, now: float) -> None:
+        """Queue what nobody could say of whether it may be fetched, where it is time to ask anew.
+
+        Here and not in `generate`: a round that was killed is generated as it was.
+        """
+        unsaid = {
+            host.host
+            for host in self.hosts.values()
+            if not host.left
+            and any(r.policy == "none" and r.is_stale(now) for r in host.robots.values())
+        }
+        if not unsaid:
+            return
+        for address in self.addresses.values():
+            unasked = address.state in ("denied", "error") and not address.fetched_at
+            if unasked and host_of(address.url) in unsaid:
+                address.state, address.reason = "queued", ""
 
     def _merge(self, address: Address, outcome: Outcome) -> tuple[str, ...]:
         for name in (

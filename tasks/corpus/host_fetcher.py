@@ -142,7 +142,7 @@ class HostFetcher:
             return self._unasked(request, "error", self._left)
         place = self._aliases.place(request.url)
         origin = _origin(request.url)
-        if origin not in self._robots:
+        if origin not in self._robots or self._robots[origin].is_stale(time.time()):
             await self._fetch_robots(origin)
         robots = self._robots[origin]
         if robots.failure:
@@ -211,9 +211,13 @@ class HostFetcher:
             await asyncio.sleep(min(2.0 ** (attempt - 1), self._limits.max_delay))
         if failure:
             robots = Robots("none", failure=failure)
-        else:
+        robots = dataclasses.replace(robots, read_at=time.time())
+        if origin in self._robots:
+            robots = self._robots[origin].kept_in_place_of(robots, time.time())
+        if not failure:
             self._set_robots(origin, robots)
-            robots = dataclasses.replace(robots, tdm=await self._fetch_tdm(origin, robots))
+            tdm = await self._fetch_tdm(origin, robots)
+            robots = dataclasses.replace(robots, tdm=tdm or robots.tdm)
             outcome = dataclasses.replace(
                 outcome, robots=dataclasses.asdict(robots), fetched_at=warc.warc_date()
             )

@@ -1,6 +1,7 @@
 """The crawler asks a host as rarely as it wishes: rules, delays, pauses, limits over all hosts."""
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import datetime
@@ -13,6 +14,7 @@ from aiohttp import web
 from loopback_site import Crawler, CrawlResult, LoopbackSite, page, small_site
 
 from tasks.corpus.crawl import SiteDown
+from tasks.corpus.robots import ASK_AGAIN, MAX_AGE
 from tasks.runtime.errors import UserError
 
 
@@ -150,3 +152,78 @@ def test_as_many_partitions_at_most_as_requests_may_be_in_flight(crawler: Crawle
         result = crawler.crawl(*seeds, run=at_once, partitions=8, parallel_total=1)
     assert result.counts["pages"] == 12
     assert most == 1
+
+
+def crawl_with_old_rules(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch, after: float, later: Any
+) -> tuple[CrawlResult, LoopbackSite]:
+    """A crawl in small rounds; `after` seconds pass behind the first page, and robots.txt answers
+    with `later` from then on."""
+    clock = time.time
+    shift = 0.0
+    monkeypatch.setattr("time.time", lambda: clock() + shift)
+    with LoopbackSite({}, "User-agent: *\nDisallow: /b\n") as site:
+
+        def first() -> web.Response:
+            nonlocal shift
+            shift = after
+            site.pages["/robots.txt"] = later
+            return web.Response(text=page("/a", "/b"), content_type="text/html")
+
+        site.pages |= {"/": first, "/a": page(), "/b": page()}
+        return crawler.crawl(site.url), site
+
+
+def test_rules_older_than_a_day_are_asked_for_again(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other() -> web.Response:
+        return web.Response(text="User-agent: *\nDisallow: /a\n")
+
+    result, site = crawl_with_old_rules(crawler, monkeypatch, MAX_AGE + 60, other)
+    assert site.paths["/robots.txt"] == 2
+    assert result.reason(f"{site.url}/a") == ("denied", "robots.txt disallows it")
+    assert f"{site.url}/b" in result.pages
+
+
+def test_old_rules_hold_while_the_server_cannot_say(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> web.Response:
+        return web.Response(status=500)
+
+    result, site = crawl_with_old_rules(crawler, monkeypatch, MAX_AGE + 60, broken)
+    assert site.paths["/robots.txt"] > 1
+    assert f"{site.url}/a" in result.pages
+    assert result.reason(f"{site.url}/b") == ("denied", "robots.txt disallows it")
+
+
+def test_rules_of_today_are_not_asked_for_again(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, site = crawl_with_old_rules(crawler, monkeypatch, MAX_AGE / 2, None)
+    assert site.paths["/robots.txt"] == 1
+
+
+def test_a_host_that_could_not_say_is_asked_again_later_in_the_crawl(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.time
+    shift = 0.0
+    monkeypatch.setattr("time.time", lambda: clock() + shift)
+    with (
+        LoopbackSite({"/": page()}) as other,
+        LoopbackSite({"/": page("/a"), "/b": page()}) as site,
+    ):
+        other.pages["/robots.txt"] = lambda: web.Response(status=503)
+
+        def a() -> web.Response:
+            nonlocal shift
+            shift = ASK_AGAIN + 60
+            other.pages["/robots.txt"] = lambda: web.Response(status=404)
+            return web.Response(text=page("/b"), content_type="text/html")
+
+        site.pages["/a"] = a
+        result = crawler.crawl(site.url, f"{other.url}/", max_delay=0.1)
+    assert f"{other.url}/" in result.pages
+    assert f"{site.url}/b" in result.pages

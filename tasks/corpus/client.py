@@ -52,6 +52,7 @@ class Answer:
     directives: tuple[str, ...]
     location: str
     retry_after: float | None
+    seconds: float  # from the request to the end of the answer
     refused: str = ""  # why the body was not read to its end
 
     @property
@@ -135,7 +136,7 @@ class Client:
         max_bytes: int,
         site: Site | None,
     ) -> Answer:
-        date = warc.warc_date()
+        date, begun = warc.warc_date(), time.monotonic()
         secret = site.secret if site else frozenset()
         if site is not None:
             self._require_secrecy(url, site)
@@ -195,6 +196,7 @@ class Client:
                 tuple(response.headers.getall("X-Robots-Tag", [])),
                 response.headers.get("Location", ""),
                 _retry_after(response.headers.get("Retry-After", "")),
+                time.monotonic() - begun,
                 refused,
             )
 

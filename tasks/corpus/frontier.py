@@ -136,7 +136,15 @@ class Frontier:
         for host, requests in sorted(chosen.items()):
             row = self.hosts[host]
             plans.append(
-                HostPlan(host, tuple(requests), row.robots, row.delay, row.not_before, row.left)
+                HostPlan(
+                    host,
+                    tuple(requests),
+                    row.robots,
+                    row.delay,
+                    row.backoff,
+                    row.not_before,
+                    row.left,
+                )
             )
         return plans
 
@@ -183,10 +191,11 @@ class Frontier:
 
     def _room(self, host: str) -> int:
         """Requests of one host that fit a round; a first round is small, its delay is unknown."""
-        delay = self.hosts[host].delay
-        if delay is None:
+        row = self.hosts[host]
+        if row.delay is None:
             return 10
-        return max(5, min(int(self.round_seconds / max(delay, 1e-3)), MAX_REQUESTS_PER_ROUND))
+        delay = max(row.delay, row.backoff, 1e-3)
+        return max(5, min(int(self.round_seconds / delay), MAX_REQUESTS_PER_ROUND))
 
     def _request(self, address: Address) -> Request:
         earlier = self.earlier.get(address.url)
@@ -224,7 +233,8 @@ class Frontier:
                 self._follow(address, outcome, found)
         for result in hosts:
             row = self.hosts[result.host]
-            row.delay, row.not_before = result.delay, result.not_before
+            row.delay, row.backoff = result.delay, result.backoff
+            row.not_before = result.not_before
             row.robots, row.left = result.robots, result.left
             row.requests += result.requests
             row.bytes += result.bytes

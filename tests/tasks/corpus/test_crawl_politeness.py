@@ -227,3 +227,35 @@ def test_a_host_that_could_not_say_is_asked_again_later_in_the_crawl(
         result = crawler.crawl(site.url, f"{other.url}/", max_delay=0.1)
     assert f"{other.url}/" in result.pages
     assert f"{site.url}/b" in result.pages
+
+
+def test_retry_after_of_robots_is_honoured(crawler: Crawler) -> None:
+    answers = iter([503])
+
+    def busy() -> web.Response:
+        status = next(answers, 404)
+        return web.Response(status=status, headers={"Retry-After": "2"})
+
+    with LoopbackSite({"/": page(), "/robots.txt": busy}) as site:
+        assert crawler.crawl(site.url).counts["pages"] == 1
+    first, second = [moment for moment, path, _ in site.requests if path == "/robots.txt"]
+    assert second - first > 1.5  # without it, a second
+    pause = {"Retry-After": "86400"}
+    long = {"/": page(), "/robots.txt": lambda: web.Response(status=503, headers=pause)}
+    with LoopbackSite(long) as site, pytest.raises(UserError, match="pause longer than max_delay"):
+        crawler.crawl(site.url, epoch=1)
+    assert site.paths["/robots.txt"] == 1
+
+
+def test_a_slow_host_is_asked_as_often_as_it_answers(crawler: Crawler) -> None:
+    async def slow() -> web.Response:
+        await asyncio.sleep(0.1)
+        return web.Response(text=page(), content_type="text/html")
+
+    pages = {"/": page(*(f"/{n}" for n in range(16)))} | {f"/{n}": slow for n in range(16)}
+    with LoopbackSite(pages) as site:
+        crawler.crawl(site.url, delay=0.01)
+        assert min(b - a for a, b in pairwise(sorted(site.times())[-4:])) > 0.05
+        site.requests.clear()
+        crawler.crawl(site.url, delay=0.0, parallel=16, epoch=1)  # no politeness, no slowing down
+        assert site.times()[-1] - site.times()[1] < 0.5

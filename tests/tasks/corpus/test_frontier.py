@@ -13,10 +13,10 @@ def frontier(**scope: object) -> Frontier:
     return made
 
 
-def answer(on: Frontier, url: str, *links: str, **more: object) -> None:
+def answer(on: Frontier, url: str, *links: str, backoff: float = 0.0, **more: object) -> None:
     """A round in which `url` alone was asked for and had these links."""
     outcome = Outcome(url, "page", "fetched", status=200, links=links, **more)  # type: ignore[arg-type]
-    host = HostResult("e.org", 0.0, 0.0, {}, (), "", 1, 1, 0.0)
+    host = HostResult("e.org", 0.0, backoff, 0.0, {}, (), "", 1, 1, 0.0)
     on.update([HostPlan("e.org", (Request(url),))], [outcome], [host])
 
 
@@ -58,3 +58,11 @@ def test_a_shorter_way_to_a_page_that_waits_brings_it_nearer() -> None:
     assert made.addresses[f"{SEED}d"].depth == 3
     answer(made, f"{SEED}b", f"{SEED}d")
     assert made.addresses[f"{SEED}d"].depth == 2
+
+
+def test_a_host_that_is_backed_off_from_is_so_in_the_next_round() -> None:
+    made = frontier()
+    answer(made, SEED, *(f"{SEED}{n}" for n in range(50)), backoff=1.0)
+    for one in (made, restarted(made)):
+        (plan,) = one.generate()
+        assert (plan.backoff, len(plan.requests)) == (1.0, 10)  # a round is ten seconds

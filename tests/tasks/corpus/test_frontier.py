@@ -1,5 +1,6 @@
 """The crawl's table of addresses, alone: what enters it and what a restart makes of it."""
 
+from tasks.corpus.crawl_report import crawl_outcome
 from tasks.corpus.fetch_plan import HostPlan, HostResult, Outcome, Request
 from tasks.corpus.frontier import MAX_QUERIES, Frontier
 from tasks.corpus.urls import Scope
@@ -66,3 +67,18 @@ def test_a_host_that_is_backed_off_from_is_so_in_the_next_round() -> None:
     for one in (made, restarted(made)):
         (plan,) = one.generate()
         assert (plan.backoff, len(plan.requests)) == (1.0, 10)  # a round is ten seconds
+
+
+def test_hosts_that_failed_stand_in_the_report_beside_those_that_gave_most() -> None:
+    made = Frontier(Scope(frozenset()), 1_000_000, 5, 10.0)
+    for number in range(300):
+        url = f"http://h{number}.org/"
+        made.add_seed(url)
+        failed = Outcome(url, "page", "error", "timeout", bytes=1)
+        plan = HostPlan(f"h{number}.org", (Request(url),))
+        good = Outcome(url, "page", "fetched", status=200, bytes=1)
+        made.update([plan], [failed if number in (7, 299) else good], [])
+    rows = crawl_outcome(made, [], 1).reports[0].body
+    assert len(rows) == 201
+    assert {row["host"] for row in rows if row["failed"]} == {"h7.org", "h299.org"}
+    assert rows[-1]["host"] == "(100 others)" and rows[-1]["fetched"] == 100

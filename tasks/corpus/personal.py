@@ -3,8 +3,9 @@
 Patterns are narrow on purpose, because a number in documentation is mostly no telephone: cards need
 a known first digit and Luhn's check digit (ISO/IEC 7812-1, annex B), account numbers the remainder
 of ISO 13616, telephone numbers an international prefix or the North American form with separators,
-IP addresses lie on the public internet, keys and tokens carry their issuer's own prefix (as listed
-by the secret scanners of code hosts). Example domains (RFC 2606, RFC 6761) name nobody.
+IP addresses of both versions lie on the public internet, keys and tokens carry their issuer's own
+prefix (as listed by the secret scanners of code hosts). Example domains (RFC 2606, RFC 6761) name
+nobody.
 """
 
 from __future__ import annotations
@@ -121,6 +122,17 @@ KINDS: tuple[Kind, ...] = (
         re.compile(r"\d(?<![\w.:-]\d)\d{0,2}\.(?:\d{1,3}\.){2}\d{1,3}(?![\w.-]*\w)"),
         is_public_address,
         ".",
+    ),
+    Kind(
+        # Of the range that is given out (2000::/3); no time of day, scope or MAC address begins so.
+        "ip_addresses",
+        "<ip>",
+        re.compile(
+            r"[23](?<![\w.:-][23])[0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{1,4}"
+            r"(?![\w.:-]*\w)"
+        ),
+        is_public_address,
+        ":",
     ),
     Kind(
         "telephones",

@@ -51,6 +51,7 @@ class Answer:
     charset: str | None
     directives: tuple[str, ...]
     location: str
+    links: tuple[str, ...]  # Link headers
     retry_after: float | None
     seconds: float  # from the request to the end of the answer
     refused: str = ""  # why the body was not read to its end
@@ -195,6 +196,7 @@ class Client:
                 response.charset,
                 tuple(response.headers.getall("X-Robots-Tag", [])),
                 response.headers.get("Location", ""),
+                tuple(response.headers.getall("Link", [])),
                 _retry_after(response.headers.get("Retry-After", "")),
                 time.monotonic() - begun,
                 refused,

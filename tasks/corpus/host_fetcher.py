@@ -25,7 +25,7 @@ from tasks.corpus.fetch_plan import (
     Plan,
     Request,
 )
-from tasks.corpus.links import page_links, sitemap_links
+from tasks.corpus.links import header_canonical, page_links, sitemap_links
 from tasks.corpus.opt_out import OPT_OUT, headers_reserve
 from tasks.corpus.robots import MAX_BYTES, MAX_REDIRECTS, Robots
 from tasks.corpus.segments import Segments
@@ -403,13 +403,15 @@ class HostFetcher:
                 links_invalid=named.invalid,
                 links_left_out=named.left_out,
             ), records
+        canonical = header_canonical(answer.links, place)
+        outcome = dataclasses.replace(outcome, canonical=names(canonical))
         if answer.media_type not in HTML_TYPES:
             return outcome, records
         found = page_links(body, place, answer.charset, answer.directives, self._limits.token)
         outcome = dataclasses.replace(
             outcome,
             links=tuple(map(names, found.links)),
-            canonical=names(found.canonical),
+            canonical=names(found.canonical or canonical),
             noindex=found.noindex,
             links_invalid=found.invalid,
             links_left_out=found.left_out,

@@ -18,6 +18,9 @@ from tasks.corpus.urls import canonical_url, link_target
 MAX_LINKS = 10_000  # of one page
 MAX_SITEMAP_LINKS = 50_000  # sitemaps.org's own limit
 MAX_SITEMAP_BYTES = 50 * 1024 * 1024
+_REFRESH = re.compile(r"""\s*[\d.]*\s*[;,]\s*(?:url\s*=\s*)?["']?([^"']+)""", re.IGNORECASE)
+_LINK = re.compile(r"<([^<>]*)>([^<]*)")
+_REL = re.compile(r"""(?:^|;)\s*rel\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s;,]+))""", re.IGNORECASE)
 _VALUED_DIRECTIVES = frozenset(
     {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
 )
@@ -64,6 +67,9 @@ def page_links(
         elif tag == "meta":
             name, content = (element.get("name") or "").lower(), element.get("content") or ""
             reserved = reserved or meta_reserves(name, content)
+            if (element.get("http-equiv") or "").strip().lower() == "refresh":
+                # A redirect by other means; the page itself is judged as any other.
+                hrefs += _REFRESH.findall(content)[:1]
             if name in ("robots", agent.lower()):
                 found = robots_directives([content], agent)
                 noindex, nofollow = noindex or found[0], nofollow or found[1]
@@ -77,6 +83,16 @@ def page_links(
             hrefs.append(element.get("href"))
     links, invalid, left_out = _resolve(() if nofollow else hrefs, base, MAX_LINKS)
     return PageLinks(links, canonical, noindex, nofollow, invalid, left_out, reserved)
+
+
+def header_canonical(lines: Iterable[str], url: str) -> str:
+    """The address that a Link header calls canonical (RFC 8288, RFC 6596), or empty."""
+    for line in lines:
+        for target, parameters in _LINK.findall(line):
+            rel = _REL.search(parameters)
+            if rel and "canonical" in "".join(rel.groups("")).lower().split():
+                return _canonical(target, url)
+    return ""
 
 
 def robots_directives(lines: Iterable[str], agent: str) -> tuple[bool, bool]:

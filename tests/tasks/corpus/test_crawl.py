@@ -247,3 +247,16 @@ def test_a_page_is_also_fetched_by_the_name_it_gives_itself(crawler: Crawler) ->
         result = crawler.crawl(site.url)
     assert f"{site.url}/real" in result.pages
     assert result.addresses[f"{site.url}/real"]["source"] == f"{site.url}/print"
+
+
+def test_names_in_headers_and_refreshes_are_followed(crawler: Crawler) -> None:
+    def named() -> web.Response:
+        headers = {"Link": '</real>; rel="canonical"'}
+        return web.Response(text="Words.", content_type="text/plain", headers=headers)
+
+    refresh = page(head='<meta http-equiv="refresh" content="0; url=/c">')
+    pages = {"/": page("/print", "/old"), "/print": named, "/real": page(), "/old": refresh}
+    with LoopbackSite(small_site(**pages)) as site:
+        result = crawler.crawl(site.url)
+    assert result.addresses[f"{site.url}/print"]["canonical"] == f"{site.url}/real"
+    assert {f"{site.url}{path}" for path in ("/real", "/c")} <= set(result.pages)

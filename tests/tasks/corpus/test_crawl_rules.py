@@ -12,6 +12,7 @@ from tasks.corpus.links import (
     MAX_LINKS,
     MAX_SITEMAP_LINKS,
     SitemapLinks,
+    header_canonical,
     page_links,
     robots_directives,
     sitemap_links,
@@ -97,6 +98,31 @@ def test_links_of_a_page_in_utf16_without_a_mark() -> None:
     body = '<p>é</p><a href="/é">x</a>'.encode("utf-16-le")
     found = page_links(body, BASE, "utf-16le", (), "Gristmill")
     assert found.links == ("http://example.org/%C3%A9",)
+
+
+@pytest.mark.parametrize(
+    "content", ["0; url=/next", "5;URL='/next'", '0, url="/next"', " 3 ; /next", "0.5;url = /next"]
+)
+def test_a_meta_refresh_is_a_link(content: str) -> None:
+    quoted = content.replace('"', "&quot;")
+    html = f'<meta http-equiv="Refresh" content="{quoted}"><p>Moved.</p>'.encode()
+    assert page_links(html, BASE, None, (), "Gristmill").links == ("http://example.org/next",)
+    alone = b'<meta http-equiv="refresh" content="30"><p>Reloads itself.</p>'
+    assert page_links(alone, BASE, None, (), "Gristmill").links == ()
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        (['</x>; rel="canonical"'], "http://example.org/x"),
+        (["<y.css>; rel=preload; as=style, </x>;rel=canonical"], "http://example.org/x"),
+        (["</a>; rel=next", '<x>; title="t"; rel="self Canonical"'], "http://example.org/dir/x"),
+        (["</x>; rel=alternate", "no link at all", ""], ""),
+        (["<mailto:a@b>; rel=canonical"], ""),
+    ],
+)
+def test_a_link_header_may_name_the_canonical_address(lines: list[str], found: str) -> None:
+    assert header_canonical(lines, BASE) == found
 
 
 def test_directives_speak_to_whom_they_name() -> None:

@@ -42,7 +42,7 @@ EMBEDDED_NAME = "embedded://stdlib"
 Mapper = Callable[[Callable[..., Any], list[tuple[Any, ...]]], Iterable[tuple[int, Any]]]
 
 
-@stage("crawl", version=2, retries=3, content_addressed=True)
+@stage("crawl", version=3, retries=3, content_addressed=True)
 def crawl(config: CrawlConfig, work: Workspace) -> Outcome:
     """Fetch the seeds' sites politely into WARC files."""
     settings = Settings.load()
@@ -116,6 +116,7 @@ def crawl_site(
         earlier_pages(earlier_directory) if earlier_directory else None,
         forgotten,
         Revisit(config.revisit_chance, partial(_allowed, config, aliases)),
+        config.max_pages_per_host,
     )
     saved = Rounds(work)
     partitions = saved.restore(frontier, min(partitions, config.parallel_total))

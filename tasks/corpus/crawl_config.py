@@ -33,6 +33,12 @@ class CrawlOptions(StageConfig):
         "the first sentence of functions that are held out of it.",
     )
     max_pages: int = Field(2000, ge=1, description="Documents after which the crawl stops.")
+    max_pages_per_host: int | None = Field(
+        None,
+        ge=1,
+        description="Documents of one host after which it is asked for no more; empty: "
+        "one host may fill the whole crawl.",
+    )
     max_depth: int = Field(16, ge=0, description="Links between a seed and a page, at most.")
     revisit_chance: float = Field(
         0.0,

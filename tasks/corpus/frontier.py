@@ -53,8 +53,10 @@ class Frontier:
         earlier: Mapping[str, Earlier] | None = None,
         forgotten: Callable[[str], object] = lambda url: None,
         revisit: Revisit | None = None,
+        max_pages_per_host: int | None = None,
     ) -> None:
         self.scope, self.max_pages, self.max_redirects = scope, max_pages, max_redirects
+        self.max_pages_per_host = max_pages_per_host
         self.round_seconds = round_seconds
         self.earlier = earlier or {}
         self.forgotten = forgotten
@@ -124,14 +126,18 @@ class Frontier:
         # Stable: then by discovery. In a first epoch every chance is 1.
         queued.sort(key=lambda a: (a.kind != "sitemap", -round(self._chance(a), 3), a.depth))
         chosen: dict[str, list[Request]] = {}
+        had = self._documents_by_host() if self.max_pages_per_host else Counter[str]()
         for address in queued:
             if address.kind == "page" and left <= 0:
                 continue
             host = host_of(address.url)
+            if self.max_pages_per_host and had[host] >= self.max_pages_per_host:
+                continue
             requests = chosen.setdefault(host, [])
             if len(requests) < self._room(host):
                 requests.append(self._request(address))
                 left -= address.kind == "page"
+                had[host] += address.kind == "page"
         plans = []
         for host, requests in sorted(chosen.items()):
             row = self.hosts[host]
@@ -147,6 +153,9 @@ class Frontier:
                 )
             )
         return plans
+
+    def _documents_by_host(self) -> Counter[str]:
+        return Counter(host_of(a.url) for a in self.addresses.values() if a.is_document)
 
     def _queue(self) -> list[Address]:
         """The addresses to ask for; on the way, those that need no asking are done with."""
@@ -344,9 +353,13 @@ class Frontier:
 
     def close(self) -> None:
         """Name the reason of what is still queued when nothing more may be fetched."""
+        had = self._documents_by_host()
+        most = self.max_pages_per_host
         for address in self.addresses.values():
             if address.state == "queued":
-                address.state, address.reason = "skipped", "over max_pages"
+                over = most is not None and had[host_of(address.url)] >= most
+                reason = "over max_pages_per_host" if over else "over max_pages"
+                address.state, address.reason = "skipped", reason
 
     # --- persistence -----------------------------------------------------------------------------
 

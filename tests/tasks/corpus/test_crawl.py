@@ -260,3 +260,13 @@ def test_names_in_headers_and_refreshes_are_followed(crawler: Crawler) -> None:
         result = crawler.crawl(site.url)
     assert result.addresses[f"{site.url}/print"]["canonical"] == f"{site.url}/real"
     assert {f"{site.url}{path}" for path in ("/real", "/c")} <= set(result.pages)
+
+
+def test_one_host_cannot_fill_the_crawl(crawler: Crawler) -> None:
+    many = {"/": page(*(f"/{n}" for n in range(30)))} | {f"/{n}": page() for n in range(30)}
+    with LoopbackSite(many, "Sitemap: /map.txt\n") as large, LoopbackSite(small_site()) as small:
+        large.pages["/map.txt"] = lambda: web.Response(text=f"{large.url}/29\n")
+        result = crawler.crawl(large.url, small.url, max_pages_per_host=5)
+    assert len(result.pages) == 5 + 4
+    assert sum(url.startswith(large.url) for url in result.pages) == 5
+    assert result.rules == {"over max_pages_per_host": 26}

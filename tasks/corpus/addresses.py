@@ -47,6 +47,7 @@ HOSTS = pa.schema(
         ("host", pa.string()),
         ("in_scope", pa.bool_()),
         ("delay", pa.float64()),  # seconds between requests; null until robots.txt was asked
+        ("backoff", pa.float64()),  # longer delay to which trouble or slow answers led, seconds
         ("not_before", pa.float64()),
         ("robots", pa.string()),  # JSON: origin → what its robots.txt said
         ("left", pa.string()),  # why it is asked nothing more, or empty
@@ -106,6 +107,7 @@ class Host:
     host: str
     in_scope: bool = False
     delay: float | None = None
+    backoff: float = 0.0
     not_before: float = 0.0
     robots: dict[str, Robots] = field(default_factory=dict)
     left: str = ""

@@ -24,6 +24,7 @@ _META = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IG
 # What the Encoding Standard (WHATWG) reads these labels as.
 _WINDOWS = {"iso8859-1": "cp1252", "ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030"}
 _SAMPLE = 5000
+_WIDE_SHARE = 0.05
 _MIXED = "gristmill-mixed"
 # Well-formed UTF-8 beyond ASCII (RFC 3629), near enough to count it.
 _CHARACTER = re.compile(
@@ -39,6 +40,8 @@ def decode(body: bytes, content_type: str = "") -> tuple[str, tuple[str, ...]]:
         if body.startswith(mark):
             return body.decode(encoding, "replace").replace("\x00", ""), ()
     mended: list[str] = []
+    if (wide := _declared_wide(body, content_type)) is not None:
+        return wide.replace("\x00", ""), ()
     if b"\x00" in body:
         body = body.replace(b"\x00", b"")
         mended.append("nul-bytes")
@@ -62,6 +65,25 @@ def decode(body: bytes, content_type: str = "") -> tuple[str, tuple[str, ...]]:
         except (UnicodeDecodeError, LookupError):
             continue
     return body.decode("utf-8", "replace"), (*mended, "undecodable-bytes")
+
+
+def _declared_wide(body: bytes, content_type: str) -> str | None:
+    """The text of UTF-16 or UTF-32 without a mark, where a header says so and the bytes agree:
+    their NULs are those of markup, not a slip in a page of another encoding.
+    """
+    names = [name for name in _declared(b"", content_type) if name.startswith(("utf-16", "utf-32"))]
+    zeros = body.count(0)
+    if not names or not zeros:
+        return None
+    if zeros < _WIDE_SHARE * len(body):
+        with contextlib.suppress(UnicodeDecodeError):
+            body.replace(b"\x00", b"").decode()
+            return None
+    # Without a mark and an order the Encoding Standard reads them as little-endian.
+    encoding = names[0] if names[0].endswith("e") else f"{names[0]}-le"
+    with contextlib.suppress(UnicodeDecodeError):
+        return body.decode(encoding)
+    return None
 
 
 def _is_mostly_utf8(body: bytes) -> bool:

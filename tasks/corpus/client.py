@@ -51,8 +51,15 @@ class Answer:
     charset: str | None
     directives: tuple[str, ...]
     location: str
+    links: tuple[str, ...]  # Link headers
     retry_after: float | None
+    seconds: float  # from the request to the end of the answer
     refused: str = ""  # why the body was not read to its end
+
+    @property
+    def media_type(self) -> str:
+        """Of Content-Type, in lower case; a server that says nothing most likely sends HTML."""
+        return _media_type(self.content_type)
 
 
 class Client:
@@ -130,7 +137,7 @@ class Client:
         max_bytes: int,
         site: Site | None,
     ) -> Answer:
-        date = warc.warc_date()
+        date, begun = warc.warc_date(), time.monotonic()
         secret = site.secret if site else frozenset()
         if site is not None:
             self._require_secrecy(url, site)
@@ -143,7 +150,7 @@ class Client:
             content_type = response.headers.get("Content-Type", "")
             refused = ""
             if response.status == 200 and types is not None:
-                media = content_type.partition(";")[0].strip().lower() or "text/html"
+                media = _media_type(content_type)
                 if media not in types:
                     refused = f"content type {media}"
                 elif (response.content_length or 0) > max_bytes:
@@ -189,7 +196,9 @@ class Client:
                 response.charset,
                 tuple(response.headers.getall("X-Robots-Tag", [])),
                 response.headers.get("Location", ""),
+                tuple(response.headers.getall("Link", [])),
                 _retry_after(response.headers.get("Retry-After", "")),
+                time.monotonic() - begun,
                 refused,
             )
 
@@ -228,6 +237,10 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientConnectorError | OSError):
         return "no connection"
     return "not HTTP"
+
+
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower() or "text/html"
 
 
 def _peer(response: aiohttp.ClientResponse) -> str:

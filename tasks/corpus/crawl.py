@@ -42,7 +42,7 @@ EMBEDDED_NAME = "embedded://stdlib"
 Mapper = Callable[[Callable[..., Any], list[tuple[Any, ...]]], Iterable[tuple[int, Any]]]
 
 
-@stage("crawl", version=2, retries=3, content_addressed=True)
+@stage("crawl", version=3, retries=3, content_addressed=True)
 def crawl(config: CrawlConfig, work: Workspace) -> Outcome:
     """Fetch the seeds' sites politely into WARC files."""
     settings = Settings.load()
@@ -102,16 +102,24 @@ def crawl_site(
     earlier_manifest = earlier_epoch(config, work)
     earlier_directory = work.store.of(earlier_manifest) if earlier_manifest else None
     frontier = Frontier(
-        Scope(frozenset(), config.domains, config.include, config.exclude, config.max_depth),
+        Scope(
+            frozenset(),
+            config.domains,
+            config.include,
+            config.exclude,
+            config.max_depth,
+            config.content_types,
+        ),
         config.max_pages,
         config.max_redirects,
         config.round_seconds,
         earlier_pages(earlier_directory) if earlier_directory else None,
         forgotten,
         Revisit(config.revisit_chance, partial(_allowed, config, aliases)),
+        config.max_pages_per_host,
     )
     saved = Rounds(work)
-    partitions = saved.restore(frontier, partitions)
+    partitions = saved.restore(frontier, min(partitions, config.parallel_total))
     if not frontier.addresses:
         for url in seeds:
             frontier.add_seed(url)
@@ -128,6 +136,9 @@ def crawl_site(
             (outcome for result in results for outcome in result.outcomes),
             (host for result in results for host in result.hosts),
         )
+        # A partition has one request in flight at least. Within a round their number stays what it
+        # was: the segments that a killed attempt left are found by it.
+        partitions = min(partitions, config.parallel_total)
         saved.save(frontier, partitions, links)
         known = sum(a.kind == "page" and a.state != "skipped" for a in frontier.addresses.values())
         progress.update(_documents(frontier), min(known, config.max_pages))

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from tasks.corpus.fetch_plan import Limits
 from tasks.corpus.site_options import SiteOptions
-from tasks.corpus.urls import canonical_url
+from tasks.corpus.urls import canonical_url, domain_name
 from tasks.runtime.fingerprint import place
 from tasks.runtime.stage_config import StageConfig
 
@@ -23,7 +23,8 @@ class CrawlOptions(StageConfig):
     include: tuple[str, ...] = Field(
         (),
         description="If given, only addresses matching one of these are fetched: a prefix of the "
-        "path, /docs/, or a glob over the whole address, `https://*.example.org/*`.",
+        "path, /docs/, a glob over the path, `/docs/*.html`, or one over the whole address, "
+        "`https://*.example.org/*`.",
     )
     exclude: tuple[str, ...] = Field(
         ("/source/", "/library/index-"),
@@ -32,6 +33,12 @@ class CrawlOptions(StageConfig):
         "the first sentence of functions that are held out of it.",
     )
     max_pages: int = Field(2000, ge=1, description="Documents after which the crawl stops.")
+    max_pages_per_host: int | None = Field(
+        None,
+        ge=1,
+        description="Documents of one host after which it is asked for no more; empty: "
+        "one host may fill the whole crawl.",
+    )
     max_depth: int = Field(16, ge=0, description="Links between a seed and a page, at most.")
     revisit_chance: float = Field(
         0.0,
@@ -51,7 +58,8 @@ class CrawlOptions(StageConfig):
     )
     content_types: tuple[str, ...] = Field(
         ("text/html", "application/xhtml+xml", "text/plain"),
-        description="Media types of pages that are kept.",
+        description="Media types of pages that are kept. With application/pdf among them, links to "
+        "PDF files are followed and their text is read.",
     )
     honour_opt_outs: bool = Field(
         True,
@@ -89,6 +97,11 @@ class CrawlOptions(StageConfig):
     segment_bytes: int = place(
         64 * 1024 * 1024, ge=1, description="Size in bytes at which a WARC file is closed."
     )
+
+    @field_validator("domains")
+    @classmethod
+    def _are_names(cls, domains: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(domain_name, domains))
 
 
 class CrawlConfig(CrawlOptions):

@@ -39,6 +39,8 @@ def crawl_outcome(frontier: Frontier, documents: list[Address], rounds: int) -> 
         "same_body": len(documents) - len({a.digest for a in documents}),
         "links_to_known": frontier.counts["links to a known address"],
         "links_out_of_scope": frontier.counts["links to another host"],
+        "links_invalid": frontier.counts["links that are no address"],
+        "links_left_out": frontier.counts["links left out"],
         "hosts": sum(host.in_scope for host in frontier.hosts.values()),
         "requests": sum(host.requests for host in frontier.hosts.values()),
         "bytes": sum(a.bytes for a in documents),
@@ -65,15 +67,20 @@ def crawl_outcome(frontier: Frontier, documents: list[Address], rounds: int) -> 
 
 
 def _host_rows(frontier: Frontier, limit: int = 200) -> list[dict[str, Any]]:
+    """A row a host: half of them those that gave most, then those that most failed of, then all
+    others in one row.
+    """
     by_host: dict[str, list[Address]] = {}
     for address in frontier.addresses.values():
         by_host.setdefault(host_of(address.url), []).append(address)
     rows: list[dict[str, Any]] = []
+    unhad: dict[str, int] = {}  # addresses that failed or were denied, by host
     for host in frontier.hosts.values():
         if not host.in_scope:
             continue
         own = by_host.get(host.host, [])
         taken = [a.seconds for a in own if a.seconds]
+        unhad[host.host] = sum(a.state in ("error", "denied") for a in own)
         rows.append(
             {
                 "host": host.host,
@@ -88,7 +95,17 @@ def _host_rows(frontier: Frontier, limit: int = 200) -> list[dict[str, Any]]:
                 "mean answer, s": round(sum(taken) / max(len(taken), 1), 4),
             }
         )
-    return sorted(rows, key=lambda row: -row["fetched"])[:limit]
+    rows.sort(key=lambda row: -row["fetched"])
+    shown, rest = rows[: limit // 2], rows[limit // 2 :]
+    rest.sort(key=lambda row: -unhad[row["host"]])
+    half = limit - len(shown)
+    return shown + rest[:half] + ([_others(rest[half:])] if rest[half:] else [])
+
+
+def _others(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Many hosts in one row: only what adds up."""
+    summed = {name: sum(row[name] for row in rows) for name in ("fetched", "requests", "bytes")}
+    return dict.fromkeys(rows[0]) | {"host": f"({len(rows):,} others)"} | summed
 
 
 def _by_reason(addresses: Iterable[Address], state: str) -> str:

@@ -11,14 +11,16 @@ ended by the next one, which finds the rest by looking again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from html import unescape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,9 +35,12 @@ from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Erased, Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import REPORT, Directory, Store
-from tasks.state.tombstones import Tombstones
+from tasks.state.leases import lease
+from tasks.state.tombstones import PURGE, Tombstones
 
 DERIVED = frozenset({"signatures", "token-shards", "pairs", "evaluate"})
+# Unfinished, a crawl has the table of its addresses; a training has weights and no text.
+TOLD_BY_TABLES = frozenset({"crawl", "pretrain", "finetune"})
 PAGE = "report.html"  # of a corpus report, which quotes what any stage removed
 KEPT = ("documents-", "train-", "heldout-", "pages.parquet")  # what later stages read
 KEYS = ("url", "fetch_url", "id", "record_id", "digest", "host")
@@ -78,13 +83,29 @@ def erase(
 
     The addresses of what was erased are added to `named`.
 
-    Raises UserError while a run is making something: it might be reading what goes.
+    Raises UserError while a run is making something, for it might be reading what goes, and while
+    another purge runs. Stages that are started meanwhile wait until it is over.
     """
-    state = Tombstones(settings.database_url)
-    if busy := state.at_work():
-        raise UserError(
-            f"{busy[0][:40]} is being made now; wait for that run or cancel it, then purge"
-        )
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lease(settings.database_url, PURGE, patience=0))
+        except TimeoutError as error:
+            raise UserError("another purge is under way; wait for its end, then purge") from error
+        state = Tombstones(settings.database_url)
+        if busy := state.at_work():
+            raise UserError(
+                f"{busy[0][:40]} is being made now; wait for that run or cancel it, then purge"
+            )
+        return _erase(settings, state, forgotten, say, named if named is not None else set())
+
+
+def _erase(
+    settings: Settings,
+    state: Tombstones,
+    forgotten: Forgotten,
+    say: Callable[[Done], None],
+    addresses: set[str],
+) -> list[Done]:
     store = Store.open(settings)
     artifacts = [manifest for stage in store.stages() for manifest in store.all(stage)]
     artifacts.sort(key=lambda manifest: (manifest.created, manifest.fingerprint))
@@ -93,10 +114,22 @@ def erase(
     records = _records(store, forgotten, artifacts)
     lost = _lost_before(state, artifacts)
     tainted: set[str] = set()
-    addresses = named if named is not None else set()
     results: list[Done] = []
+    swept = False
+
+    def sweep(unfinished: Iterable[tuple[str, str]]) -> None:
+        for stage, fingerprint in unfinished:
+            store.directory(stage, fingerprint).remove()
+            shutil.rmtree(_scratch(settings, stage, fingerprint), ignore_errors=True)
+            results.append(Done(stage, fingerprint, "removed", 0))
+            say(results[-1])
 
     def note(manifest: Manifest, action: str, documents: int, act: Callable[[], object]) -> None:
+        nonlocal swept
+        if action != "marked" and not swept:  # first: a purge that is killed does it again
+            sweep([*_unsearchable(store)])
+            _clear_scratch(settings)
+            swept = True
         noted = state.begin(manifest.stage, manifest.fingerprint, action, stones, documents)
         act()
         state.finish(noted)
@@ -126,11 +159,7 @@ def erase(
             if not manifest.not_replayable:
                 why = f"not replayable: {NOTE} from what it was made of"
                 note(manifest, "marked", 0, partial(store.amend, manifest, not_replayable=why))
-    for stage, fingerprint in _unfinished(store, forgotten, records):
-        store.directory(stage, fingerprint).remove()
-        shutil.rmtree(settings.home / "work" / f"{stage}-{fingerprint[:16]}", ignore_errors=True)
-        results.append(Done(stage, fingerprint, "removed", 0))
-        say(results[-1])
+    sweep([*_unfinished(store, forgotten, records)])
     for erasure in state.erased():
         if erasure.finished is None:
             state.finish(erasure.id)
@@ -337,3 +366,23 @@ def _unfinished(store: Store, forgotten: Forgotten, records: set[str]) -> Iterat
             tables = [name for name in directory.names() if name.endswith(".parquet")]
             if _search(directory, tables, forgotten, records).rows:
                 yield stage, fingerprint
+
+
+def _unsearchable(store: Store) -> Iterator[tuple[str, str]]:
+    """Half-made artifacts of which no table tells whose text they hold: arrays of tokens, hashed
+    lines and names. Without a manifest nothing says what they are made of, so all of them go.
+    """
+    for stage in store.stages():
+        if stage not in TOLD_BY_TABLES:
+            yield from ((stage, fingerprint) for fingerprint in store.unfinished(stage))
+
+
+def _scratch(settings: Settings, stage: str, fingerprint: str) -> Path:
+    return settings.home / "work" / f"{stage}-{fingerprint[:16]}"
+
+
+def _clear_scratch(settings: Settings) -> None:
+    """Remove what unfinished stages keep on this machine alone, such as copies of source files."""
+    for path in (settings.home / "work").glob("*"):
+        if path.name.rpartition("-")[0] not in TOLD_BY_TABLES:
+            shutil.rmtree(path, ignore_errors=True)

@@ -73,7 +73,7 @@ class ExtractConfig(StageConfig):
     """HTML in one shard: the grain of parallelism and of resuming."""
 
 
-@stage("extract", version=3)
+@stage("extract", version=4)
 def extract(config: ExtractConfig, work: Workspace, *, crawl: Manifest) -> Outcome:
     """Take the text out of every crawled page."""
     damaged = 0

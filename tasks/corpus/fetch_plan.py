@@ -42,6 +42,7 @@ class HostPlan:
     requests: tuple[Request, ...]
     robots: dict[str, Robots] = field(default_factory=dict)  # by origin
     delay: float | None = None  # seconds; None while its robots.txt is unknown
+    backoff: float = 0  # seconds between requests to which trouble or slowness led
     not_before: float = 0  # Unix time
     left: str = ""  # why it is asked nothing more
 
@@ -105,6 +106,8 @@ class Outcome:
     canonical: str = ""
     links: tuple[str, ...] = ()
     sitemaps: tuple[str, ...] = ()
+    links_invalid: int = 0  # that are no address
+    links_left_out: int = 0  # behind the most that are taken from one page or sitemap
     location: str = ""
     robots: dict[str, Any] | None = None
     record_id: str = ""
@@ -134,6 +137,7 @@ class HostResult:
 
     host: str
     delay: float | None
+    backoff: float
     not_before: float
     robots: dict[str, Robots]
     sitemaps: tuple[str, ...]  # named by robots.txt

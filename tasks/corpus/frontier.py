@@ -24,6 +24,7 @@ from tasks.corpus.robots import Robots
 from tasks.corpus.urls import Scope, host_of
 
 MAX_QUERIES = 500  # distinct query strings below one path; more is an endless space
+CIRCLE = "redirects in a circle"
 MAX_REQUESTS_PER_ROUND = 1000  # of one host
 
 
@@ -52,8 +53,10 @@ class Frontier:
         earlier: Mapping[str, Earlier] | None = None,
         forgotten: Callable[[str], object] = lambda url: None,
         revisit: Revisit | None = None,
+        max_pages_per_host: int | None = None,
     ) -> None:
         self.scope, self.max_pages, self.max_redirects = scope, max_pages, max_redirects
+        self.max_pages_per_host = max_pages_per_host
         self.round_seconds = round_seconds
         self.earlier = earlier or {}
         self.forgotten = forgotten
@@ -75,26 +78,42 @@ class Frontier:
         self.scope = dataclasses.replace(self.scope, hosts=self.scope.hosts | {host})
 
     def _add(self, address: Address) -> None:
-        if address.url in self.addresses:
+        known = self.addresses.get(address.url)
+        if known is not None:
             self.counts["links to a known address"] += 1
-            return
-        reason = self.scope.reason(address.url, address.depth)
-        if address.kind == "sitemap" and reason in ("file type", "excluded", "not included"):
-            reason = ""  # sitemaps are read, not kept: their own names say nothing
+            if known.state == "queued" and known.kind == address.kind:
+                if address.depth < known.depth:
+                    known.depth, known.source = address.depth, address.source
+                return
+            if known.reason != "too deep" or address.depth >= known.depth:
+                return  # else a shorter way was found to it: it is judged anew
+        reason = self._out_of_scope(address)
         if reason == "other host":
             host = host_of(address.url)
             self.hosts.setdefault(host, Host(host)).links += 1
             self.counts["links to another host"] += 1
             return
-        parts = urlsplit(address.url)
-        if parts.query and not reason:
-            self._queries[parts.netloc, parts.path] += 1
-            if self._queries[parts.netloc, parts.path] > MAX_QUERIES:
-                reason = "trap: too many query strings"
+        if not reason and self._count_query(address.url) > MAX_QUERIES:
+            reason = "trap: too many query strings"
         if reason:
             address.state, address.reason = "skipped", reason
         self.addresses[address.url] = address
-        self.hosts.setdefault(parts.netloc, Host(parts.netloc)).in_scope = True
+        host = host_of(address.url)
+        self.hosts.setdefault(host, Host(host)).in_scope = True
+
+    def _out_of_scope(self, address: Address) -> str:
+        reason = self.scope.reason(address.url, address.depth)
+        if address.kind == "sitemap" and reason in ("file type", "excluded", "not included"):
+            return ""  # sitemaps are read, not kept: their own names say nothing
+        return reason
+
+    def _count_query(self, url: str) -> int:
+        """How many query strings below this one's path are in scope; 0 where it has none."""
+        parts = urlsplit(url)
+        if not parts.query:
+            return 0
+        self._queries[parts.netloc, parts.path] += 1
+        return self._queries[parts.netloc, parts.path]
 
     # --- generate --------------------------------------------------------------------------------
 
@@ -107,21 +126,36 @@ class Frontier:
         # Stable: then by discovery. In a first epoch every chance is 1.
         queued.sort(key=lambda a: (a.kind != "sitemap", -round(self._chance(a), 3), a.depth))
         chosen: dict[str, list[Request]] = {}
+        had = self._documents_by_host() if self.max_pages_per_host else Counter[str]()
         for address in queued:
             if address.kind == "page" and left <= 0:
                 continue
             host = host_of(address.url)
+            if self.max_pages_per_host and had[host] >= self.max_pages_per_host:
+                continue
             requests = chosen.setdefault(host, [])
             if len(requests) < self._room(host):
                 requests.append(self._request(address))
                 left -= address.kind == "page"
+                had[host] += address.kind == "page"
         plans = []
         for host, requests in sorted(chosen.items()):
             row = self.hosts[host]
             plans.append(
-                HostPlan(host, tuple(requests), row.robots, row.delay, row.not_before, row.left)
+                HostPlan(
+                    host,
+                    tuple(requests),
+                    row.robots,
+                    row.delay,
+                    row.backoff,
+                    row.not_before,
+                    row.left,
+                )
             )
         return plans
+
+    def _documents_by_host(self) -> Counter[str]:
+        return Counter(host_of(a.url) for a in self.addresses.values() if a.is_document)
 
     def _queue(self) -> list[Address]:
         """The addresses to ask for; on the way, those that need no asking are done with."""
@@ -166,10 +200,11 @@ class Frontier:
 
     def _room(self, host: str) -> int:
         """Requests of one host that fit a round; a first round is small, its delay is unknown."""
-        delay = self.hosts[host].delay
-        if delay is None:
+        row = self.hosts[host]
+        if row.delay is None:
             return 10
-        return max(5, min(int(self.round_seconds / max(delay, 1e-3)), MAX_REQUESTS_PER_ROUND))
+        delay = max(row.delay, row.backoff, 1e-3)
+        return max(5, min(int(self.round_seconds / delay), MAX_REQUESTS_PER_ROUND))
 
     def _request(self, address: Address) -> Request:
         earlier = self.earlier.get(address.url)
@@ -207,7 +242,8 @@ class Frontier:
                 self._follow(address, outcome, found)
         for result in hosts:
             row = self.hosts[result.host]
-            row.delay, row.not_before = result.delay, result.not_before
+            row.delay, row.backoff = result.delay, result.backoff
+            row.not_before = result.not_before
             row.robots, row.left = result.robots, result.left
             row.requests += result.requests
             row.bytes += result.bytes
@@ -215,7 +251,26 @@ class Frontier:
             for sitemap in result.sitemaps:
                 if sitemap not in self.addresses:
                     self._add(Address(sitemap, "sitemap", source=f"robots.txt of {result.host}"))
+        self._ask_again(time.time())
         return links
+
+    def _ask_again(self, now: float) -> None:
+        """Queue what nobody could say of whether it may be fetched, where it is time to ask anew.
+
+        Here and not in `generate`: a round that was killed is generated as it was.
+        """
+        unsaid = {
+            host.host
+            for host in self.hosts.values()
+            if not host.left
+            and any(r.policy == "none" and r.is_stale(now) for r in host.robots.values())
+        }
+        if not unsaid:
+            return
+        for address in self.addresses.values():
+            unasked = address.state in ("denied", "error") and not address.fetched_at
+            if unasked and host_of(address.url) in unsaid:
+                address.state, address.reason = "queued", ""
 
     def _merge(self, address: Address, outcome: Outcome) -> tuple[str, ...]:
         for name in (
@@ -227,6 +282,8 @@ class Frontier:
         address.robots = "denied" if outcome.state == "denied" else "allowed"
         if outcome.state == "error" and not outcome.status:
             address.robots = ""
+        self.counts["links that are no address"] += outcome.links_invalid
+        self.counts["links left out"] += outcome.links_left_out
         links = outcome.links
         earlier = self.earlier.get(address.url)
         self._remember(address, outcome, earlier)
@@ -257,6 +314,10 @@ class Frontier:
             if address.redirects >= self.max_redirects:
                 address.state, address.reason = "error", "too many redirects"
                 return
+            if circle := self._circle(address):
+                for one in circle:
+                    one.state, one.reason = "error", CIRCLE
+                return
             if address.depth == 0 and address.kind == "page":
                 self._include_host(host_of(outcome.location))  # a seed may have moved
             self._add(
@@ -277,11 +338,28 @@ class Frontier:
             if address.depth < 3:  # an index of indexes, and no deeper
                 self._add(Address(sitemap, "sitemap", depth=address.depth + 1, source=address.url))
 
+    def _circle(self, address: Address) -> list[Address]:
+        """The addresses of a chain of redirects back to `address`; none where the chain ends."""
+        chain = [address]
+        while len(chain) <= self.max_redirects + 1:
+            target = chain[-1].location
+            if target == address.url:
+                return chain
+            following = self.addresses.get(target)
+            if following is None or following.state != "redirect":
+                break
+            chain.append(following)
+        return []
+
     def close(self) -> None:
         """Name the reason of what is still queued when nothing more may be fetched."""
+        had = self._documents_by_host()
+        most = self.max_pages_per_host
         for address in self.addresses.values():
             if address.state == "queued":
-                address.state, address.reason = "skipped", "over max_pages"
+                over = most is not None and had[host_of(address.url)] >= most
+                reason = "over max_pages_per_host" if over else "over max_pages"
+                address.state, address.reason = "skipped", reason
 
     # --- persistence -----------------------------------------------------------------------------
 
@@ -304,9 +382,8 @@ class Frontier:
         known = frozenset(name for name, host in self.hosts.items() if host.in_scope)
         self.scope = dataclasses.replace(self.scope, hosts=self.scope.hosts | known)
         for address in self.addresses.values():
-            parts = urlsplit(address.url)
-            if parts.query:
-                self._queries[parts.netloc, parts.path] += 1
+            if not self._out_of_scope(address):
+                self._count_query(address.url)
 
 
 def _host(row: dict[str, Any]) -> Host:

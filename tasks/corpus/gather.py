@@ -32,7 +32,13 @@ from tasks.corpus.extract import ExtractConfig, page_child, read_into, removed_b
 from tasks.corpus.records import Fetched
 from tasks.corpus.remote_source import SourceFile, local_copy
 from tasks.corpus.sharding import run_shards
-from tasks.corpus.source_config import SourceConfig, content_digest, remote_roots, source_files
+from tasks.corpus.source_config import (
+    SourceConfig,
+    content_digest,
+    other_files,
+    remote_roots,
+    source_files,
+)
 from tasks.corpus.source_rows import rows_of
 from tasks.corpus.weights import WEIGHT
 from tasks.runtime.errors import UserError
@@ -70,7 +76,7 @@ def is_weighted(config: GatherConfig) -> bool:
     return any(source.weight != 1 for source in config.sources)
 
 
-@stage("gather", version=3)
+@stage("gather", version=4)
 def gather(config: GatherConfig, work: Workspace, *, crawled: Manifest | None = None) -> Outcome:
     """Read the corpus's sources into documents; `crawled` are those of its seeds."""
     items: list[tuple[Any, ...]] = []
@@ -96,19 +102,23 @@ def gather(config: GatherConfig, work: Workspace, *, crawled: Manifest | None = 
         tallies.setdefault(name, Tally()).add(Tally(**report))
     tally = Tally.total(reports)
     require_some("gather", tally, REMEDIES, "documents")
+    unread = {source.name: other_files(source, settings) for source in config.sources}
     rows = [
         {
             "source": name,
             "documents": part.kept,
             "bytes": part.bytes,
             "removed": part.seen - part.kept,
+            "files not read": ", ".join(f"{n:,} {end}" for end, n in unread.get(name, {}).items()),
             "weight": next((s.weight for s in config.sources if s.name == name), 1.0),
             "licence": next((s.licence for s in config.sources if s.name == name), ""),
         }
         for name, part in tallies.items()
     ]
     return Outcome(
-        counts=counts(tally) | {f"documents_{name}": t.kept for name, t in tallies.items()},
+        counts=counts(tally)
+        | {f"documents_{name}": t.kept for name, t in tallies.items()}
+        | {"files_not_read": sum(sum(endings.values()) for endings in unread.values())},
         rules=tally.rules,
         reports=(
             Report("sources", "table", rows, "Documents by source"),

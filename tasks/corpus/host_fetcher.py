@@ -25,7 +25,7 @@ from tasks.corpus.fetch_plan import (
     Plan,
     Request,
 )
-from tasks.corpus.links import page_links, sitemap_links
+from tasks.corpus.links import header_canonical, page_links, sitemap_links
 from tasks.corpus.opt_out import OPT_OUT, headers_reserve
 from tasks.corpus.robots import MAX_BYTES, MAX_REDIRECTS, Robots
 from tasks.corpus.segments import Segments
@@ -34,6 +34,7 @@ from tasks.corpus.urls import canonical_url, host_of
 FAILURES_TO_PROBE = 5  # failed requests in a row: is it the host, or are it these pages?
 FAILURES_TO_LEAVE = 50  # failed requests in all
 TDM_FILE = "/.well-known/tdmrep.json"
+HTML_TYPES = frozenset({"text/html", "application/xhtml+xml"})
 MAX_SITEMAP_BYTES = 50 * 1024 * 1024
 REDIRECT = frozenset({301, 302, 303, 307, 308})
 RETRIED = frozenset({429, 500, 502, 503, 504})
@@ -66,6 +67,8 @@ class HostFetcher:
         self._default_delay = plan.limits.delay if own_delay is None else own_delay
         self._base_delay = host.delay
         self._delay = host.delay if host.delay is not None else self._default_delay
+        self._delay = max(self._delay, host.backoff)
+        self._latency = 0.0  # seconds an answer takes, smoothed
         self._last_start = -math.inf  # monotonic seconds, like _hold_until
         self._hold_until = time.monotonic() + max(host.not_before - time.time(), 0)
         self._failed_in_a_row = self._failed = 0  # attempts without an answer, or with a 5xx
@@ -86,6 +89,7 @@ class HostFetcher:
         return HostResult(
             self._host.host,
             self._base_delay,
+            self._delay,
             time.time() + max(self._pause(), 0),
             self._robots,
             tuple(self._sitemaps()),
@@ -141,8 +145,10 @@ class HostFetcher:
             return self._unasked(request, "error", self._left)
         place = self._aliases.place(request.url)
         origin = _origin(request.url)
-        if origin not in self._robots:
+        if origin not in self._robots or self._robots[origin].is_stale(time.time()):
             await self._fetch_robots(origin)
+            if self._left:
+                return self._unasked(request, "error", self._left)
         robots = self._robots[origin]
         if robots.failure:
             return self._unasked(request, "error", robots.failure)
@@ -165,7 +171,8 @@ class HostFetcher:
         self._robots[origin] = robots
         asked = robots.crawl_delay(self._limits.token)
         self._base_delay = self._default_delay if asked is None else asked
-        self._delay = max(self._base_delay, 0.0)
+        fresh = self._host.delay is None and not self._failed  # only the default is undone
+        self._delay = max(self._base_delay, 0.0 if fresh else self._delay)
 
     async def _fetch_robots(self, origin: str) -> None:
         """Ask for an origin's robots.txt, following redirects (RFC 9309, section 2.3.1.2)."""
@@ -174,6 +181,7 @@ class HostFetcher:
         records: tuple[bytes, ...] = ()
         outcome = Outcome(url, "robots", "error")
         robots = Robots("none")
+        after: float | None = None  # seconds the server asked for
         for attempt in range(1, self._limits.retries + 2):
             for _ in range(MAX_REDIRECTS + 1):
                 await asyncio.sleep(max(self._pause(), 0))
@@ -184,10 +192,10 @@ class HostFetcher:
                     answer = await self._client.ask(place, max_bytes=MAX_BYTES, site=self._site)
                     failure = ""
                 except FetchError as error:
-                    failure = error.reason
+                    failure, after = error.reason, None
                     break
                 self._bytes += len(answer.exchange.body)
-                status = answer.exchange.status
+                status, after = answer.exchange.status, answer.retry_after
                 robots = Robots.of_response(status, answer.exchange.body)
                 identifier = warc.record_id()
                 digest = warc.payload_digest(answer.exchange.body)
@@ -207,12 +215,20 @@ class HostFetcher:
             final = failure in ("private address", "name not resolved", "TLS error")
             if robots.policy != "none" or final or attempt > self._limits.retries:
                 break
-            await asyncio.sleep(min(2.0 ** (attempt - 1), self._limits.max_delay))
+            if after is not None and after > self._limits.max_delay:
+                self._left = LONG_PAUSE
+                break
+            pause = 2.0 ** (attempt - 1) if after is None else after
+            await asyncio.sleep(min(pause, self._limits.max_delay))
         if failure:
             robots = Robots("none", failure=failure)
-        else:
+        robots = dataclasses.replace(robots, read_at=time.time())
+        if origin in self._robots:
+            robots = self._robots[origin].kept_in_place_of(robots, time.time())
+        if not failure and not self._left:
             self._set_robots(origin, robots)
-            robots = dataclasses.replace(robots, tdm=await self._fetch_tdm(origin, robots))
+            tdm = await self._fetch_tdm(origin, robots)
+            robots = dataclasses.replace(robots, tdm=tdm or robots.tdm)
             outcome = dataclasses.replace(
                 outcome, robots=dataclasses.asdict(robots), fetched_at=warc.warc_date()
             )
@@ -252,7 +268,7 @@ class HostFetcher:
         )
         if not isinstance(result, _Retry):
             self._failed_in_a_row = 0
-            self._delay = max(self._base_delay or 0.0, self._delay * 0.9)
+            self._delay = max(self._least_delay(), self._delay * 0.9)
             place = self._aliases.place(request.url)
             self._done.append(self._segments.append(outcome, result[1], place))
             return
@@ -262,6 +278,14 @@ class HostFetcher:
         else:
             # Not committed: a failure that may pass is asked again when the round is.
             self._done.append(outcome)
+
+    def _least_delay(self) -> float:
+        """The host's delay, or as long as it takes to answer: one that is slow has enough to do.
+
+        Where no delay is wanted, none is made of that either.
+        """
+        base = self._base_delay or 0.0
+        return max(base, min(self._latency, self._limits.max_delay)) if base else 0.0
 
     def _slow_down(self, after: float | None) -> None:
         """Back off from a host in trouble: its own Retry-After, or longer with every failure."""
@@ -304,6 +328,7 @@ class HostFetcher:
         size = self._limits.max_bytes if request.kind == "page" else MAX_SITEMAP_BYTES
         self._requests += 1
         answer = await self._client.ask(place, headers, types, size, self._site)
+        self._latency += 0.3 * (answer.seconds - self._latency)
         exchange = answer.exchange
         self._bytes += len(exchange.body)
         identifier = warc.record_id()
@@ -365,22 +390,31 @@ class HostFetcher:
         body, names = answer.exchange.body, self._aliases.name
         if request.kind == "sitemap":
             try:
-                pages, maps = sitemap_links(body, place)
+                named = sitemap_links(body, place)
             except ValueError as error:
                 return dataclasses.replace(
                     outcome, state="error", reason=f"sitemap: {error}"
                 ), records
             return dataclasses.replace(
-                outcome, links=tuple(map(names, pages)), sitemaps=tuple(map(names, maps))
+                outcome,
+                reason=f"sitemap: {named.damage}" if named.damage else "",
+                links=tuple(map(names, named.pages)),
+                sitemaps=tuple(map(names, named.maps)),
+                links_invalid=named.invalid,
+                links_left_out=named.left_out,
             ), records
-        if answer.content_type.partition(";")[0].strip().lower() == "text/plain":
+        canonical = header_canonical(answer.links, place)
+        outcome = dataclasses.replace(outcome, canonical=names(canonical))
+        if answer.media_type not in HTML_TYPES:
             return outcome, records
         found = page_links(body, place, answer.charset, answer.directives, self._limits.token)
         outcome = dataclasses.replace(
             outcome,
             links=tuple(map(names, found.links)),
-            canonical=names(found.canonical),
+            canonical=names(found.canonical or canonical),
             noindex=found.noindex,
+            links_invalid=found.invalid,
+            links_left_out=found.left_out,
         )
         if found.reserved and self._limits.honour_opt_outs:
             return _skipped(outcome, f"{OPT_OUT}: {found.reserved}"), ()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import codecs
 import re
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lxml import etree
 from lxml import html as lxml_html
 
+from tasks.corpus.charset import decode
+from tasks.corpus.content_coding import CodingError, Decoder
 from tasks.corpus.opt_out import meta_reserves
 from tasks.corpus.urls import canonical_url, link_target
 
 MAX_LINKS = 10_000  # of one page
 MAX_SITEMAP_LINKS = 50_000  # sitemaps.org's own limit
 MAX_SITEMAP_BYTES = 50 * 1024 * 1024
+_REFRESH = re.compile(r"""\s*[\d.]*\s*[;,]\s*(?:url\s*=\s*)?["']?([^"']+)""", re.IGNORECASE)
+_LINK = re.compile(r"<([^<>]*)>([^<]*)")
+_REL = re.compile(r"""(?:^|;)\s*rel\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s;,]+))""", re.IGNORECASE)
 _VALUED_DIRECTIVES = frozenset(
     {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
 )
@@ -24,13 +28,17 @@ _VALUED_DIRECTIVES = frozenset(
 
 @dataclass(frozen=True)
 class PageLinks:
-    """`links` are canonical, without duplicates, in document order; nofollow ones are left out."""
+    """`links` are canonical, without duplicates, in document order; nofollow ones are left out.
+
+    `invalid` were no address, `left_out` stood behind the first MAX_LINKS.
+    """
 
     links: tuple[str, ...] = ()
     canonical: str = ""
     noindex: bool = False
     nofollow: bool = False
     invalid: int = 0
+    left_out: int = 0
     reserved: str = ""  # how the page reserves itself from text mining, or empty
 
 
@@ -43,6 +51,8 @@ def page_links(
         known = codecs.lookup(charset).name if charset else None
     except LookupError:
         known = None
+    if known and known.startswith(("utf-16", "utf-32")):  # whose NULs are parts of characters
+        body, known = decode(body, f"charset={known}")[0].encode("utf-8", "replace"), "utf-8"
     parser = lxml_html.HTMLParser(encoding=known, no_network=True)
     try:
         tree = lxml_html.document_fromstring(body.replace(b"\x00", b""), parser=parser)
@@ -57,6 +67,9 @@ def page_links(
         elif tag == "meta":
             name, content = (element.get("name") or "").lower(), element.get("content") or ""
             reserved = reserved or meta_reserves(name, content)
+            if (element.get("http-equiv") or "").strip().lower() == "refresh":
+                # A redirect by other means; the page itself is judged as any other.
+                hrefs += _REFRESH.findall(content)[:1]
             if name in ("robots", agent.lower()):
                 found = robots_directives([content], agent)
                 noindex, nofollow = noindex or found[0], nofollow or found[1]
@@ -68,8 +81,18 @@ def page_links(
             and "nofollow" not in (element.get("rel") or "").lower().split()
         ):
             hrefs.append(element.get("href"))
-    links, invalid = _resolve(hrefs, base) if not nofollow else ((), 0)
-    return PageLinks(links, canonical, noindex, nofollow, invalid, reserved)
+    links, invalid, left_out = _resolve(() if nofollow else hrefs, base, MAX_LINKS)
+    return PageLinks(links, canonical, noindex, nofollow, invalid, left_out, reserved)
+
+
+def header_canonical(lines: Iterable[str], url: str) -> str:
+    """The address that a Link header calls canonical (RFC 8288, RFC 6596), or empty."""
+    for line in lines:
+        for target, parameters in _LINK.findall(line):
+            rel = _REL.search(parameters)
+            if rel and "canonical" in "".join(rel.groups("")).lower().split():
+                return _canonical(target, url)
+    return ""
 
 
 def robots_directives(lines: Iterable[str], agent: str) -> tuple[bool, bool]:
@@ -93,53 +116,79 @@ def _canonical(href: str, base: str) -> str:
         return ""
 
 
-def _resolve(hrefs: Iterable[str], base: str) -> tuple[tuple[str, ...], int]:
+def _resolve(hrefs: Sequence[str], base: str, most: int) -> tuple[tuple[str, ...], int, int]:
+    """The first `most` addresses, how many were none, and how many were not looked at any more."""
     found: dict[str, None] = {}
     invalid = 0
-    for href in hrefs:
+    for number, href in enumerate(hrefs, 1):
         address = link_target(href, base)
         if address is None:
             invalid += 1
         elif address:
             found.setdefault(address)
-            if len(found) >= MAX_LINKS:
-                break
-    return tuple(found), invalid
+            if len(found) >= most:
+                return tuple(found), invalid, len(hrefs) - number
+    return tuple(found), invalid, 0
 
 
-def sitemap_links(body: bytes, url: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(pages, further sitemaps) of a sitemap: XML or one address per line, gzip or not.
+@dataclass(frozen=True)
+class SitemapLinks:
+    """The pages and further sitemaps that a sitemap names.
+
+    `damage` says that it is not what XML has to be, so that there may have been more; `left_out`
+    stood behind the first MAX_SITEMAP_LINKS.
+    """
+
+    pages: tuple[str, ...] = ()
+    maps: tuple[str, ...] = ()
+    invalid: int = 0
+    left_out: int = 0
+    damage: str = ""
+
+
+def sitemap_links(body: bytes, url: str) -> SitemapLinks:
+    """Read a sitemap: XML or one address per line, gzip (of any number of members) or not.
 
     Raises ValueError when it is neither or unpacks to more than MAX_SITEMAP_BYTES.
     """
     if body.startswith(b"\x1f\x8b"):
-        unpacker = zlib.decompressobj(31)
-        try:
-            body = unpacker.decompress(body, MAX_SITEMAP_BYTES)
-        except zlib.error as error:
-            raise ValueError(f"its gzip data are damaged ({error})") from error
-        if not unpacker.eof and not unpacker.unconsumed_tail:
-            raise ValueError("its gzip data end too early")
-        if unpacker.unconsumed_tail:
-            raise ValueError(f"it unpacks to more than {MAX_SITEMAP_BYTES} bytes")
+        body = _unpacked(body)
     text = body.lstrip(b"\xef\xbb\xbf \t\r\n")
     if not text.startswith(b"<"):
         lines = [line.decode("utf-8", "replace") for line in text.splitlines()]
-        return _resolve(lines[:MAX_SITEMAP_LINKS], url)[0], ()
+        pages, invalid, left_out = _resolve(lines, url, MAX_SITEMAP_LINKS)
+        return SitemapLinks(pages, (), invalid, left_out)
     parser = etree.XMLParser(
         recover=True, resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False
     )
     root = etree.fromstring(text, parser)
     if root is None:
         raise ValueError("it is not XML")
-    pages: list[str] = []
-    maps: list[str] = []
+    found: dict[str, dict[str, None]] = {"url": {}, "sitemap": {}}
+    invalid = left_out = 0
     for element in root.iter("{*}loc"):
         parent = element.getparent()
         name = etree.QName(parent).localname if parent is not None else ""
-        address = _canonical(element.text or "", url)
-        if address and name in ("url", "sitemap"):
-            (pages if name == "url" else maps).append(address)
-        if len(pages) + len(maps) >= MAX_SITEMAP_LINKS:
-            break
-    return tuple(dict.fromkeys(pages)), tuple(dict.fromkeys(maps))
+        if name not in found:
+            continue
+        if len(found["url"]) + len(found["sitemap"]) >= MAX_SITEMAP_LINKS:
+            left_out += 1
+        elif address := _canonical(element.text or "", url):
+            found[name].setdefault(address)
+        else:
+            invalid += 1
+    damage = "its XML is damaged" if parser.error_log else ""
+    return SitemapLinks(tuple(found["url"]), tuple(found["sitemap"]), invalid, left_out, damage)
+
+
+def _unpacked(body: bytes) -> bytes:
+    decoder = Decoder("gzip", MAX_SITEMAP_BYTES)
+    try:
+        data = decoder.feed(body)
+        if decoder.overflown:
+            raise ValueError(f"it unpacks to more than {MAX_SITEMAP_BYTES} bytes")
+        decoder.finish()
+    except CodingError as error:
+        early = "too early" in str(error)
+        raise ValueError(f"its gzip data {'end too early' if early else 'are damaged'}") from error
+    return data

@@ -40,7 +40,7 @@ class MeasureConfig(StageConfig):
     """What is measured of every document. Thresholds stand with the stages that apply them."""
 
 
-@stage("measure", version=2)
+@stage("measure", version=3)
 def measure(config: MeasureConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """Identify each document's language and measure it by every quality rule."""
     where = work.store.of(documents)
@@ -83,8 +83,10 @@ def attributes(texts: Sequence[str]) -> dict[str, pa.Array]:
             identified = (*identify(reading), reading.code_share)
             for name, value in zip(IDENTIFIED.names, identified, strict=True):
                 found[name].append(value)
+        codes = found["language"][start:]
         for rule in RULES:
-            found[rule.name] += rule.of(readings)
+            values = zip(rule.of(readings), codes, strict=True)
+            found[rule.name] += [v if rule.judges(code) else None for v, code in values]
     types = {field.name: field.type for field in IDENTIFIED}
     return {name: pa.array(values, types.get(name, pa.float64())) for name, values in found.items()}
 

@@ -39,6 +39,10 @@ _SIGNAL = re.compile(
     r"^\s*(?:content-signal\s*:.*\bai-train\s*=\s*no\b|content-usage\s*:.*\btrain-ai\s*=\s*n\b)",
     re.IGNORECASE | re.MULTILINE,
 )
+_ADDRESSEE = re.compile(
+    r"\s*(?!(?:unavailable_after|max-snippet|max-image-preview|max-video-preview)\b)[\w-]+\s*:",
+    re.I,
+)
 _AGENT_LINE = re.compile(r"^\s*user-agent\s*:\s*([^#\r\n]+?)\s*(?:#.*)?$", re.I | re.M)
 
 
@@ -61,7 +65,9 @@ def headers_reserve(headers: Mapping[str, str], directives: Iterable[str]) -> st
     if re.search(r"\btrain-ai\s*=\s*n\b", headers.get("content-usage", ""), re.IGNORECASE):
         return "content-usage: train-ai=n"
     for line in directives:
-        words = {word.strip().lower() for word in line.rpartition(":")[2].split(",")}
+        # `otherbot: noai` counts as well: whom it is said to is not what the text is taken for. A
+        # value such as `max-snippet:50` keeps its colon, and a date its commas: neither is noai.
+        words = {word.strip().lower() for word in _ADDRESSEE.sub("", line).split(",")}
         if words & NO_AI:
             return "x-robots-tag: noai"
     return ""

@@ -3,14 +3,16 @@
 Patterns are narrow on purpose, because a number in documentation is mostly no telephone: cards need
 a known first digit and Luhn's check digit (ISO/IEC 7812-1, annex B), account numbers the remainder
 of ISO 13616, telephone numbers an international prefix or the North American form with separators,
-IP addresses lie on the public internet, keys and tokens carry their issuer's own prefix (as listed
-by the secret scanners of code hosts). Example domains (RFC 2606, RFC 6761) name nobody.
+IP addresses of both versions lie on the public internet, keys and tokens carry their issuer's own
+prefix (as listed by the secret scanners of code hosts). Example domains (RFC 2606, RFC 6761) name
+nobody.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -122,6 +124,17 @@ KINDS: tuple[Kind, ...] = (
         ".",
     ),
     Kind(
+        # Of the range that is given out (2000::/3); no time of day, scope or MAC address begins so.
+        "ip_addresses",
+        "<ip>",
+        re.compile(
+            r"[23](?<![\w.:-][23])[0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{1,4}"
+            r"(?![\w.:-]*\w)"
+        ),
+        is_public_address,
+        ":",
+    ),
+    Kind(
         "telephones",
         "<telephone>",
         re.compile(
@@ -138,17 +151,20 @@ KINDS: tuple[Kind, ...] = (
 
 def find(text: str) -> Iterator[tuple[Kind, int, int]]:
     """(kind, start, end) of everything found, kind by kind."""
-    taken: list[tuple[int, int]] = []
+    taken: list[tuple[int, int]] = []  # in order, none overlaps another
     for kind in KINDS:
         if not any(hint in text for hint in kind.hints):
             continue
+        found: list[tuple[int, int]] = []
         for match in kind.pattern.finditer(text):
             start, end = match.span()
-            if any(start < other_end and other < end for other, other_end in taken):
+            before = bisect_left(taken, (end, 0)) - 1  # the last that begins before this one's end
+            if before >= 0 and taken[before][1] > start:
                 continue
             if kind.accept(match.group()):
-                taken.append((start, end))
+                found.append((start, end))
                 yield kind, start, end
+        taken = sorted(taken + found)
 
 
 def count(text: str) -> dict[str, int]:

@@ -1,4 +1,8 @@
-"""The pii stage: documents with personal data or secrets masked, or removed."""
+"""The pii stage: documents with personal data or secrets masked, or removed.
+
+Text and title are looked at. An address stays as it is: it is what a document is known by, found
+again in its WARC record, and forgotten.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Directory
 
-NAMES = tuple(kind.name for kind in KINDS)
+NAMES = tuple(dict.fromkeys(kind.name for kind in KINDS))
 
 
 class PIIConfig(StageConfig):
@@ -49,7 +53,7 @@ class PIIConfig(StageConfig):
         return value
 
 
-@stage("pii", version=1)
+@stage("pii", version=2)
 def pii(config: PIIConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """Mask personal data and secrets, or remove the documents that have them."""
     if config.action == "keep":
@@ -74,24 +78,25 @@ def pii_shard(
     table = where.read_table(name)
     kinds = frozenset(config.kinds)
     texts: list[str] = []
+    titles: list[str] = []
     removals: list[Removal | None] = []
     masked = Tally()
-    for text in table["text"].to_pylist():
+    for text, title in zip(table["text"].to_pylist(), table["title"].to_pylist(), strict=True):
         clean, finds = mask(text, kinds)
-        found = sum(finds.values())
+        clean_title, in_title = mask(title or "", kinds)
+        found = sum(finds.values()) + sum(in_title.values())
         removal = None
         if config.action == "drop" and found > config.most:
             removal = Removal("pii", f"{found} finds > {config.most}")
         removals.append(removal)
-        if not found:
-            texts.append(text)
-            continue
         texts.append(clean)
+        titles.append(clean_title)
         if removal is None:
-            for kind, number_found in finds.items():
+            for kind, number_found in (*finds.items(), *in_title.items()):
                 masked.mend(kind, number_found)
     for column, values in (
         ("text", pa.array(texts, pa.string())),
+        ("title", pa.array(titles, pa.string())),
         ("id", pa.array([document_id(text) for text in texts], pa.string())),
         ("bytes", pa.array([len(t.encode("utf-8", "replace")) for t in texts], pa.int64())),
     ):

@@ -62,7 +62,7 @@ class QualityConfig(StageConfig):
     max_ellipsis_lines: float = Field(0.3, ge=0, le=1)
     """Largest share of lines that end in an ellipsis."""
     min_stop_words: int = Field(2, ge=0, le=8)
-    """Least number of the eight commonest English words; 0 for other languages."""
+    """Least number of the eight commonest English words in English text."""
     max_duplicate_lines: float = Field(0.3, ge=0, le=1)
     """Largest share of lines that repeat an earlier one."""
     max_duplicate_line_characters: float = Field(0.2, ge=0, le=1)

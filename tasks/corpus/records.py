@@ -1,13 +1,15 @@
-"""Response records of WARC files from anywhere: found, read, and survived when damaged.
+"""Records of WARC files from anywhere that hold a document: found, read, survived when damaged.
 
 Our own crawls come with a table of their records. Other people's segments are scanned for one;
-behind a damaged or clipped gzip member the scan goes on at the next member.
+behind a damaged or clipped record the scan goes on at the next bytes that look like a head.
 """
 
 from __future__ import annotations
 
 import io
+import mmap
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,17 @@ from typing import Any
 
 from fastwarc.warc import ArchiveIterator, WarcRecordType
 
+from tasks.corpus.content_coding import CodingError, Decoder, UnknownCoding
+
 GZIP_MEMBER = b"\x1f\x8b\x08"
+PLAIN_HEAD = b"WARC/"
+MAX_HEAD = 64 * 1024
+READ = 1 << 15  # compressed bytes at a time: at most 33 MB come out of them
+WINDOW = 1 << 20
+WHOLE_ANSWERS = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
+# A resource is a file without HTTP around it, a conversion the text of a response (WET files).
+KINDS = ("response", "resource", "conversion")
+ADDRESSED = ("http://", "https://", "ftp://", "file://")
 _CHUNKED = re.compile(rb"[0-9a-fA-F]{1,8}\s*(;[^\r\n]*)?\r\n")
 
 
@@ -25,7 +37,7 @@ class DamagedRecord(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a response record lies: bytes [offset, offset + length) of the file."""
+    """Where such a record lies: bytes [offset, offset + length) of the file."""
 
     url: str
     date: str
@@ -36,68 +48,161 @@ class Place:
 
 @dataclass(frozen=True)
 class Fetched:
-    """A response: lower-case names in `headers`, `body` free of transfer and content codings."""
+    """A response, or a resource or conversion as if it were one: lower-case names in `headers`,
+    `body` free of transfer and content codings."""
 
     status: int
     headers: dict[str, str]
     body: bytes
 
 
+@dataclass(frozen=True)
+class _Record:
+    """What stands at an offset: the fields of a head, where its bytes end, and whether all is well.
+
+    `state` is whole, clipped (the file ends within it), damaged, or crowded (a gzip member that
+    holds further records, which no offset can point at).
+    """
+
+    fields: dict[str, str]
+    end: int
+    state: str
+
+    def place(self, offset: int, end: int) -> Place:
+        url = self.fields.get("warc-target-uri", "").strip("<>")
+        date, identifier = (self.fields.get(f"warc-{k}", "") for k in ("date", "record-id"))
+        return Place(url, date, offset, end - offset, identifier)
+
+    @property
+    def is_document(self) -> bool:
+        kind = self.fields.get("warc-type", "").lower()
+        url = self.fields.get("warc-target-uri", "").strip("<>").lower()
+        # Crawlers keep their own logs as resources, too: metadata://gnu.org/…/wget.log, urn:view:…
+        return kind in KINDS and (kind != "resource" or url.startswith(ADDRESSED))
+
+
 def scan(path: Path) -> Iterator[Place | int]:
-    """The response records of a segment in order; an int is the offset of a damaged stretch."""
+    """The records of a segment that hold documents, in order; an int is the offset of a damaged
+    stretch. A record clipped by the end of the file has a place: `read_record` says what is wrong.
+    """
     size = path.stat().st_size
-    with open(path, "rb") as stream:
-        start: int | None = 0
+    if not size:
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        offset: int | None = 0
         lost = False  # in a damaged stretch: bytes in it that look like a head are no new one
-        while start is not None and start < size:
-            stream.seek(start)
-            open_place: dict[str, Any] | None = None
-            last = start
-            try:
-                for entry in ArchiveIterator(stream, WarcRecordType.any_type, parse_http=False):
-                    last, lost = entry.stream_pos, False
-                    if open_place is not None:
-                        yield Place(length=last - open_place["offset"], **open_place)
-                    open_place = _described(entry, last)
-            except (OSError, EOFError, UnicodeError, ValueError):
-                start = _next_member(stream, last + 1)
+        while offset is not None and offset < size:
+            record = _record_at(data, offset)
+            if record is None:
+                if _is_padding(data, offset):
+                    return
                 if not lost:
-                    yield last
-                lost = True
+                    yield offset
+                lost, offset = True, _next_head(data, offset + 1)
                 continue
-            if open_place is not None:
-                yield Place(length=size - open_place["offset"], **open_place)
-            elif not lost and last == start and size - start > 0 and _is_not_warc(stream, start):
-                yield start
-            return
+            usable = record.state != "damaged" and record.is_document
+            if usable:
+                yield record.place(offset, record.end)
+            lost = record.state == "damaged" or (record.state == "clipped" and not usable)
+            if lost or record.state == "crowded":
+                yield offset
+            offset = _next_head(data, offset + 1) if lost else record.end
 
 
-def _described(entry: Any, offset: int) -> dict[str, Any] | None:
-    if entry.record_type != WarcRecordType.response:
+def _record_at(data: mmap.mmap, offset: int) -> _Record | None:
+    """None where no head of a record can be read."""
+    if data[offset : offset + len(GZIP_MEMBER)] == GZIP_MEMBER:
+        return _packed(data, offset)
+    return _plain(data, offset)
+
+
+def _packed(data: mmap.mmap, offset: int) -> _Record | None:
+    """The record in the gzip member at `offset`."""
+    unpacker = zlib.decompressobj(31)
+    position, size = offset, 0
+    head, rest = b"", b""  # `rest`: the first bytes behind the record's block
+    fields: dict[str, str] | None = None
+    block_end = 0
+    try:
+        while not unpacker.eof and position < len(data):
+            piece = data[position : position + READ]
+            position += len(piece)
+            part = unpacker.decompress(piece)
+            if fields is None:
+                head += part
+                part, size = head, 0
+                fields, block = _fields(head)
+                if fields is None:
+                    if len(head) > MAX_HEAD:
+                        return None
+                    continue
+                block_end = block + _length(fields)
+            if len(rest) < MAX_HEAD:
+                rest += part[max(block_end - size, 0) :][:MAX_HEAD]
+            size += len(part)
+    except zlib.error:
+        return _Record(fields, position, "damaged") if fields else None
+    if fields is None:
         return None
-    return {
-        "url": (entry.headers.get("WARC-Target-URI") or "").strip("<>"),
-        "date": entry.headers.get("WARC-Date") or "",
-        "offset": offset,
-        "record_id": entry.headers.get("WARC-Record-ID") or "",
-    }
+    if not unpacker.eof:
+        return _Record(fields, len(data), "clipped")
+    end = position - len(unpacker.unused_data)
+    behind = rest.lstrip(b"\r\n\x00 ")
+    if behind.startswith(PLAIN_HEAD):
+        return _Record(fields, end, "crowded")
+    # A block longer than was said; one that is shorter, `read_record` finds.
+    return _Record(fields, end, "damaged" if behind else "whole")
 
 
-def _is_not_warc(stream: io.BufferedReader, start: int) -> bool:
-    stream.seek(start)
-    return next(iter(ArchiveIterator(stream)), None) is None
+def _plain(data: mmap.mmap, offset: int) -> _Record | None:
+    """The record at `offset` of a file that is not compressed."""
+    fields, block = _fields(data[offset : offset + MAX_HEAD])
+    if fields is None:
+        return None
+    start = offset + block
+    end = start + _length(fields)
+    if end > len(data):
+        further = _next_head(data, start)
+        return _Record(fields, len(data), "clipped" if further is None else "damaged")
+    behind = data[end : end + WINDOW]
+    bare = behind.lstrip(b"\r\n")
+    if not bare or bare.startswith((PLAIN_HEAD, GZIP_MEMBER)) or behind.startswith(b"\r\n\r\n"):
+        return _Record(fields, end + len(behind) - len(bare), "whole")
+    return _Record(fields, end, "damaged")  # its Content-Length is wrong
 
 
-def _next_member(stream: io.BufferedReader, start: int) -> int | None:
-    """Offset of the next bytes that look like the head of a gzip member."""
-    stream.seek(start)
-    base, tail = start, b""
-    while block := stream.read(1 << 20):
-        found = (tail + block).find(GZIP_MEMBER)
-        if found >= 0:
-            return base - len(tail) + found
-        base += len(block)
-        tail = block[-2:]
+def _fields(data: bytes) -> tuple[dict[str, str] | None, int]:
+    """The fields of a head by their names in lower case, and where its block begins."""
+    end = data.find(b"\r\n\r\n", 0, MAX_HEAD)
+    if end < 0 or not data.startswith(PLAIN_HEAD):
+        return None, 0
+    lines = data[:end].decode("utf-8", "replace").split("\r\n")[1:]
+    pairs = (line.partition(":") for line in lines)
+    fields = {name.strip().lower(): value.strip() for name, _, value in pairs}
+    return (fields, end + 4) if fields.get("content-length", "").isdecimal() else (None, 0)
+
+
+def _length(fields: dict[str, str]) -> int:
+    return int(fields["content-length"])
+
+
+def _is_padding(data: mmap.mmap, offset: int) -> bool:
+    """Whether nothing but blanks and zeros follows."""
+    for start in range(offset, len(data), WINDOW):
+        if data[start : start + WINDOW].strip(b"\x00\r\n "):
+            return False
+    return True
+
+
+def _next_head(data: mmap.mmap, start: int) -> int | None:
+    """Offset of the next bytes that look like the head of a gzip member or of a plain record."""
+    for base in range(start, len(data), WINDOW):
+        end = base + WINDOW + len(PLAIN_HEAD) - 1
+        found = [
+            at for head in (GZIP_MEMBER, PLAIN_HEAD) if (at := data.find(head, base, end)) >= 0
+        ]
+        if found:
+            return min(found)
     return None
 
 
@@ -118,35 +223,47 @@ class Ahead:
 
 
 def read_record(data: bytes, largest: int) -> Fetched:
-    """The response in `data` (one record as it lies in the file), at most `largest` bytes of body.
+    """The document in `data` (one record as it lies in the file), at most `largest` bytes of body.
 
     Raises DamagedRecord; OverflowError for a larger body.
     """
-    entry, body = _first_response(data, "none", largest)
+    entry, body = _first_document(data, "none", largest)
     expected = entry.content_length
     if len(body) < expected:
         raise DamagedRecord(f"record ends after {len(body)} of {expected} bytes")
+    if entry.record_type != WarcRecordType.response:
+        return Fetched(200, {"content-type": entry.headers.get("Content-Type") or ""}, body)
     http = entry.http_headers
     if http is None or http.status_code is None:
         raise DamagedRecord("the record holds no HTTP response")
     headers = {name.lower(): value for name, value in http.asdict().items()}
-    chunked = "chunked" in headers.get("transfer-encoding", "") and _CHUNKED.match(body)
-    coded = headers.get("content-encoding", "identity") not in ("identity", "")
-    if chunked or coded:
-        # Many archives store the body decoded under the headers as they were sent.
-        decoding = "all" if chunked else "content"
-        try:
-            body = _first_response(data, decoding, largest)[1]
-        except DamagedRecord:
-            if not body.lstrip()[:1] == b"<":
-                raise
-    return Fetched(http.status_code, headers, body)
+    if "chunked" in headers.get("transfer-encoding", "") and _CHUNKED.match(body):
+        body = _first_document(data, "transfer", largest)[1]
+    return Fetched(http.status_code, headers, _decoded(headers, body, largest))
 
 
-def _first_response(data: bytes, decoding: Any, largest: int) -> tuple[Any, bytes]:
+def _decoded(headers: dict[str, str], body: bytes, largest: int) -> bytes:
+    """The body without its content codings; many archives store it decoded under the headers as
+    they were sent. Raises DamagedRecord, OverflowError."""
+    try:
+        decoder = Decoder(headers.get("content-encoding", ""), largest)
+        decoded = decoder.feed(body)
+        if decoder.overflown:
+            raise OverflowError
+        decoder.finish()
+    except UnknownCoding:
+        return body
+    except CodingError as error:
+        if body.lstrip()[:1] == b"<":
+            return body
+        raise DamagedRecord(str(error)) from error
+    return decoded
+
+
+def _first_document(data: bytes, decoding: Any, largest: int) -> tuple[Any, bytes]:
     try:
         for entry in ArchiveIterator(
-            io.BytesIO(data), WarcRecordType.response, parse_http=True, auto_decode=decoding
+            io.BytesIO(data), WHOLE_ANSWERS, parse_http=True, auto_decode=decoding
         ):
             body = entry.reader.read(largest + 1)
             if len(body) > largest:

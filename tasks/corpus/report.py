@@ -28,8 +28,11 @@ from tasks.runtime.store import REPORT, Store
 from tasks.tokenizer.shards import CRAWLED, source_of
 
 PAGE = "report.html"
-COLUMNS = ("url", "language", "bytes", "date", "fetched_at", "warc")
-HOSTS_PER_SHARD = 2000  # a shard of the open web has as many hosts as pages; the rest is summed
+COLUMNS = ("url", "language", "bytes", "date", "fetched_at", "warc", "licence")
+# A shard of the open web has as many hosts as pages, and pages word licences as they like: the rest
+# is summed.
+HOSTS_PER_SHARD = 2000
+LICENCES = 12  # in the datasheet
 OTHERS = "(others)"
 CLUSTERS_TABLE = "clusters.parquet"
 ADDRESSES = 3  # of a cluster
@@ -90,7 +93,7 @@ class Composition:
         return cls(Amount(**body["total"]), groups, lengths, body["dates"], body["fetched"])
 
 
-@stage("corpus-report", version=1)
+@stage("corpus-report", version=2)
 def report_corpus(
     config: ReportConfig, work: Workspace, *, corpus: Manifest, tokens: Manifest | None = None
 ) -> Outcome:
@@ -155,12 +158,14 @@ def describe_shard(
             ("source", source_of(row["warc"])),
             ("language", row["language"] or NOT_STATED),
             ("host", urlsplit(row["url"]).netloc or NOT_STATED),
+            ("licence", row["licence"] or NOT_STATED),
             ("split", name.partition("-")[0]),
         ):
             found.groups.setdefault(kind, {}).setdefault(group, Amount()).add(amount)
-    hosts = found.groups.get("host", {})
-    for host in sorted(hosts, key=lambda host: -hosts[host].bytes)[HOSTS_PER_SHARD:]:
-        hosts.setdefault(OTHERS, Amount()).add(hosts.pop(host))
+    for kind in ("host", "licence"):
+        groups = found.groups.get(kind, {})
+        for group in sorted(groups, key=lambda name: -groups[name].bytes)[HOSTS_PER_SHARD:]:
+            groups.setdefault(OTHERS, Amount()).add(groups.pop(group))
     for attribute, column in (("dates", "date"), ("fetched", "fetched_at")):
         stated = [row[column][:10] for row in rows if row[column]]
         setattr(found, attribute, [min(stated), max(stated)] if stated else [])
@@ -332,6 +337,7 @@ def _datasheet(
         tell("Left out by an opt-out", _total(rules, "opts out"))
         tell("Left out by noindex", rules.get("noindex", 0))
     tell("Sources", ", ".join(f"{n} (licence: {t or 'not stated'})" for n, t in licences.items()))
+    tell("Licences, as pages and sources state them", _licences(whole))
     extracted = by_stage.get("extract")
     if extracted is not None:
         tell("Pages that reserve text mining", extracted.rules.get("opt-out", 0))
@@ -351,6 +357,17 @@ def _datasheet(
     removed = sum(sum(made.rules.values()) for made in chain if made.stage != "crawl")
     tell("Documents removed by all rules", f"{removed:,}")
     return facts
+
+
+def _licences(whole: Composition) -> str:
+    """`CC0-1.0: 3 documents, …`: the commonest first, the others counted together."""
+    groups = whole.groups.get("licence", {})
+    ordered = sorted(groups, key=lambda name: (-groups[name].documents, name))
+    told = [f"{name}: {groups[name].documents:,} documents" for name in ordered[:LICENCES]]
+    if rest := ordered[LICENCES:]:
+        total = sum(groups[name].documents for name in rest)
+        told.append(f"{len(rest):,} others: {total:,} documents")
+    return "; ".join(told)
 
 
 def _agent(config: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,6 +13,8 @@ from tasks.corpus.opt_out import SEVERAL, named_agents, reserves, tdm_locations,
 
 MAX_BYTES = 512 * 1024  # RFC 9309, section 2.5 asks for at least 500 KiB
 MAX_REDIRECTS = 5  # section 2.3.1.2
+MAX_AGE = 24 * 3600  # seconds, section 2.4
+ASK_AGAIN = 1800  # seconds after which a server that could not say is asked again
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Robots:
     status: int = 0
     failure: str = ""
     tdm: str = ""  # the origin's tdmrep.json, where it has one
+    read_at: float = 0  # Unix time
 
     @classmethod
     def of_response(cls, status: int, body: bytes) -> Robots:
@@ -41,6 +44,16 @@ class Robots:
         if 400 <= status < 500 and status != 429:
             return cls("all", "", status)
         return cls("none", "", status)
+
+    def is_stale(self, now: float) -> bool:
+        """Whether it is to be asked for again before anything else is."""
+        return now - self.read_at > (ASK_AGAIN if self.policy == "none" else MAX_AGE)
+
+    def kept_in_place_of(self, newer: Robots, now: float) -> Robots:
+        """`newer`, or these rules for as long as the server cannot say (section 2.4)."""
+        if newer.policy != "none" or self.policy == "none":
+            return newer
+        return replace(self, read_at=now - MAX_AGE + ASK_AGAIN)
 
     @cached_property
     def _rules(self) -> Any:

@@ -92,6 +92,15 @@ def count_names(text: str) -> int:
     return int(inside[0]) + int(np.count_nonzero(inside[1:] & ~inside[:-1]))
 
 
+def count_unspaced(text: str) -> int:
+    """Characters of scripts that are written without blanks."""
+    if text.isascii():
+        return 0
+    codes = code_points(text)
+    inside = ((codes >= first) & (codes <= last) for first, last in _UNSPACED_RANGES)
+    return sum(int(np.count_nonzero(some)) for some in inside)
+
+
 def mix(values: Hashes) -> Hashes:
     """The finaliser of splitmix64: every output bit depends on every input bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

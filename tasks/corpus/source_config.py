@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -28,8 +29,8 @@ from tasks.runtime.stage_config import StageConfig
 
 UNKNOWN_SIZE = 1 << 30  # about that of a segment of Common Crawl
 FORMATS = {
-    "warc": (".warc", ".warc.gz"),
-    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json.gz"),
+    "warc": (".warc", ".warc.gz", ".warc.wet", ".warc.wet.gz"),
+    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".ndjson", ".json.gz"),
     "parquet": (".parquet",),
     "folder": (".txt", ".text", ".md", ".markdown", ".html", ".htm", ".xhtml", ".pdf"),
 }
@@ -117,6 +118,20 @@ def files_of(source: SourceConfig, settings: Settings) -> list[Path]:
             f"{source.path!r}; check path and format"
         )
     return found
+
+
+def other_files(source: SourceConfig, settings: Settings) -> dict[str, int]:
+    """How many files of a local directory are not read for their ending, by ending; those without
+    one as `(none)`. Nothing of one file, a list or a remote place.
+    """
+    start = Path(source.path).expanduser()
+    if is_remote(source.path) or source.format == "warc-list" or not start.is_dir():
+        return {}
+    start = allowed(start, settings, f"source {source.name!r}:")
+    names = (path.name.lower() for path in start.rglob("*") if path.is_file())
+    endings = FORMATS[source.format]
+    unread = Counter(Path(n).suffix or "(none)" for n in names if not n.endswith(endings))
+    return dict(sorted(unread.items(), key=lambda item: (-item[1], item[0])))
 
 
 def source_files(source: SourceConfig, settings: Settings) -> list[SourceFile]:

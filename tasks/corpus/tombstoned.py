@@ -175,7 +175,7 @@ def standing_tombstones() -> ForgetConfig | None:
     return ForgetConfig.of(stones) if stones else None
 
 
-@stage("forget", version=1)
+@stage("forget", version=1, content_addressed=True)
 def forget(
     config: ForgetConfig, work: Workspace, *, documents: Manifest, crawl: Manifest | None = None
 ) -> Outcome:

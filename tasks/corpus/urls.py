@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from mimetypes import MimeTypes
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import idna
@@ -173,6 +175,28 @@ def host_of(url: str) -> str:
     return urlsplit(url).netloc
 
 
+def domain_name(text: str) -> str:
+    """The one spelling of a domain: lower case, IDNA, no dots around it, IPv6 bare.
+
+    Raises ValueError for what is no name of a host alone.
+    """
+    bare = text.strip(_BLANKS).removeprefix("*").strip(".")
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(bare.strip("[]")).compressed
+    address = bare if "://" in bare else f"http://{bare}"
+    try:
+        parts = urlsplit(canonical_url(address))
+    except ValueError as error:
+        raise ValueError(
+            f"domain {text!r} is no name: {error}; write it like example.org"
+        ) from error
+    if parts.path != "/" or parts.query or parts.port:
+        raise ValueError(
+            f"domain {text!r} is more than a name; write {parts.hostname!r}, and paths as `include`"
+        )
+    return parts.hostname or ""
+
+
 def trap_reason(url: str) -> str:
     """Why an address looks like a crawler trap; empty when it does not."""
     parts = urlsplit(url)
@@ -194,7 +218,9 @@ class Scope:
     """Which addresses a crawl may fetch.
 
     `hosts` are exact (host and port), `domains` cover their subdomains. A pattern that starts with
-    `/` is a prefix of the path, any other is a glob over the whole address.
+    `/` is a prefix of the path, or with a `*` in it a glob over the path, with or without the
+    query; any other is a glob over the whole address. Names of files that are no pages stay out
+    unless their type is among `content_types`.
     """
 
     hosts: frozenset[str]
@@ -202,6 +228,7 @@ class Scope:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     max_depth: int = 16
+    content_types: tuple[str, ...] = ()
 
     def reason(self, url: str, depth: int) -> str:
         """Why `url` stays out; empty when it is in scope."""
@@ -213,7 +240,7 @@ class Scope:
             return "other host"
         if depth > self.max_depth:
             return "too deep"
-        if _BINARY.search(parts.path):
+        if _BINARY.search(parts.path) and _type_of(parts.path) not in self.content_types:
             return "file type"
         if _matches(url, parts.path, self.exclude):
             return "excluded"
@@ -223,10 +250,25 @@ class Scope:
 
 
 def _matches(url: str, path: str, patterns: Iterable[str]) -> bool:
-    return any(
-        path.startswith(p) if p.startswith("/") and "*" not in p else fnmatchcase(url, p)
-        for p in patterns
-    )
+    return any(_matches_one(url, path, pattern) for pattern in patterns)
+
+
+def _matches_one(url: str, path: str, pattern: str) -> bool:
+    if not pattern.startswith("/"):
+        return fnmatchcase(url, pattern)
+    if "*" not in pattern:
+        return path.startswith(pattern)
+    query = urlsplit(url).query
+    return fnmatchcase(path, pattern) or fnmatchcase(f"{path}?{query}", pattern)
+
+
+_TYPES = MimeTypes()  # without the files of this machine, which would make scopes depend on it
+
+
+def _type_of(path: str) -> str:
+    """The media type that the ending of a path stands for; empty where none or packed."""
+    kind, coding = _TYPES.guess_type(path)
+    return kind if kind and not coding else ""
 
 
 @dataclass(frozen=True)

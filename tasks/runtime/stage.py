@@ -39,7 +39,8 @@ from tasks.runtime.provenance import code_version, cpu_seconds, package_versions
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import MANIFEST, REPORT, Directory, Store
-from tasks.state.leases import lease
+from tasks.state.leases import lease, wait_until_free
+from tasks.state.tombstones import PURGE
 
 C = TypeVar("C", bound=StageConfig)
 
@@ -168,6 +169,13 @@ class Stage(Generic[C]):
         directory = store.directory(self.name, mark)
         work = Workspace(directory.uri, directory.path, self.name, mark, settings.home)
         with lease(settings.database_url, f"{self.name}/{mark}", patience=24 * 3600):
+            # In this order: a purge takes its lease first, then looks for those of stages, so that
+            # one of the two sees the other.
+            wait_until_free(
+                settings.database_url,
+                PURGE,
+                lambda holder: run_logger().info(f"{self.name} waits for a purge by {holder}"),
+            )
             found = self.find(config, inputs)
             if found is not None:
                 return found

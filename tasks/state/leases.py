@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import sqlalchemy as sa
@@ -98,3 +98,21 @@ def lease(database_url: str, key: str, patience: float, poll: float = 0.5) -> It
                 leases.delete().where(leases.c.key == key, leases.c.holder == holder)
             )
         engine.dispose()
+
+
+def wait_until_free(
+    database_url: str, key: str, say: Callable[[str], object], poll: float = 0.5
+) -> None:
+    """Return when nobody holds the lease `key`; `say` is told once who it is that is waited for."""
+    engine = database(database_url)
+    told = False
+    while True:
+        with engine.connect() as connection:
+            row = connection.execute(sa.select(leases).where(leases.c.key == key)).one_or_none()
+        if row is None or row.expires <= time.time() or is_dead(row.holder):
+            break
+        if not told:
+            say(str(row.holder))
+            told = True
+        time.sleep(poll)
+    engine.dispose()

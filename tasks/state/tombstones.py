@@ -18,6 +18,8 @@ from tasks.runtime.errors import UserError
 from tasks.state.leases import is_dead
 from tasks.state.schema import database, erasures, leases, tombstones
 
+PURGE = "purge"  # the lease of an erasure; no stage begins while it is held
+
 
 @dataclass(frozen=True)
 class Tombstone:
@@ -127,4 +129,4 @@ class Tombstones:
         """What runs are making now, as `stage/fingerprint`."""
         with self._engine.connect() as connection:
             rows = connection.execute(sa.select(leases).where(leases.c.expires > time.time()))
-            return [row.key for row in rows if not is_dead(row.holder)]
+            return [row.key for row in rows if row.key != PURGE and not is_dead(row.holder)]

@@ -13,7 +13,8 @@ class Rule:
     """What is measured must lie between the config's fields `low` and `high`.
 
     `measure` gives the number of one document, `together` those of several where that is cheaper.
-    A rule that cannot judge a document (too little prose, another language) gives None.
+    A rule that cannot judge a document (too little prose) gives None; a document identified as
+    being in a language that `judges` does not name, it is not asked about.
     """
 
     name: str
@@ -21,6 +22,7 @@ class Rule:
     together: Callable[[Readings], list[float | None]] | None = None
     low: str = ""  # field of QualityConfig, or empty: no lower bound
     high: str = ""
+    judges: Callable[[str], bool] = lambda language: True  # ISO 639-1, or und
 
     def of(self, readings: Readings) -> list[float | None]:
         """The measures of these documents, in order."""

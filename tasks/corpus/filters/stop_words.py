@@ -1,7 +1,7 @@
 """English prose without the words English cannot do without: keyword lists, generated names.
 
-Gopher (Rae et al. 2021, appendix A.1.1): at least two of eight. Applied where there are 100 words
-of prose that are mostly ASCII; other languages have other words.
+Gopher (Rae et al. 2021, appendix A.1.1): at least two of eight. Applied to what was identified as
+English, where there are 100 words of prose that are mostly ASCII; other languages have other words.
 """
 
 from tasks.corpus.filters.rule import Rule
@@ -23,5 +23,6 @@ def distinct_stop_words(reading: Reading) -> float | None:
     return len(STOP_WORDS & reading.distinct_words)
 
 
-# Other languages written in ASCII are told apart by the language stage, which runs before.
-ENGLISH_STOP_WORDS = Rule("stop_words", distinct_stop_words, low="min_stop_words")
+ENGLISH_STOP_WORDS = Rule(
+    "stop_words", distinct_stop_words, low="min_stop_words", judges=lambda code: code == "en"
+)

@@ -132,13 +132,18 @@ class Crawler:
         return Workspace(directory.uri, directory.path, "crawl", fingerprint, self.home)
 
     def crawl(
-        self, *seeds: str, embedded: str = "http://127.0.0.1:9", **options: Any
+        self,
+        *seeds: str,
+        embedded: str = "http://127.0.0.1:9",
+        run: Any = in_process,
+        partitions: int = 2,
+        **options: Any,
     ) -> CrawlResult:
         options = {"delay": 0.0, "retries": 1, "timeout": 5.0, "exclude": ()} | options
         config = CrawlConfig(seeds=seeds, **options)
         work = self.workspace(f"{config.epoch:064d}")
         try:
-            outcome = crawl_site(config, work, in_process, embedded, partitions=2)
+            outcome = crawl_site(config, work, run, embedded, partitions)
         except UserError:
             discard(work)
             raise

@@ -158,3 +158,23 @@ def test_a_clipped_sitemap_is_named(crawler: Crawler) -> None:
         result = crawler.crawl(site.url)
     state, reason = result.reason(f"{site.url}/map.xml.gz")
     assert (state, reason) == ("error", "sitemap: its gzip data end too early")
+
+
+def test_a_damaged_sitemap_and_links_that_are_none_are_told(crawler: Crawler) -> None:
+    with LoopbackSite({"/": page("/a", "http://a b/")}, "Sitemap: /map.xml\n") as site:
+        site.pages["/map.xml"] = body(b"<urlset><url><loc>/b</loc></url><url><lo", "text/xml")
+        site.pages |= {"/a": page(), "/b": page()}
+        result = crawler.crawl(site.url)
+    assert result.reason(f"{site.url}/map.xml") == ("fetched", "sitemap: its XML is damaged")
+    assert f"{site.url}/b" in result.pages
+    assert (result.counts["links_invalid"], result.counts["links_left_out"]) == (1, 0)
+
+
+def test_pdf_files_are_crawled_where_they_are_asked_for(crawler: Crawler) -> None:
+    pdf = b"%PDF-1.4\n<a href='/never'>not a link</a>\n%%EOF\n"
+    kinds = ("text/html", "application/pdf")
+    with LoopbackSite({"/": page("/paper.pdf"), "/paper.pdf": body(pdf, kinds[1])}) as site:
+        assert crawler.crawl(site.url).reason(f"{site.url}/paper.pdf")[1] == "file type"
+        result = crawler.crawl(site.url, content_types=kinds, epoch=1)
+    assert result.pages[f"{site.url}/paper.pdf"].body == pdf
+    assert "/never" not in site.paths

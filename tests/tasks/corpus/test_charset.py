@@ -25,6 +25,24 @@ def test_the_text_comes_out_whatever_the_header_says(body: bytes, header: str) -
     assert decode(body, header) == (TEXT, ())
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("text", [TEXT, "<p>Hello</p>", "日本語の文章です。1" * 50])
+def test_wide_encodings_without_a_mark_are_read_where_they_are_declared(
+    encoding: str, text: str
+) -> None:
+    assert decode(text.encode(encoding), f"text/html; charset={encoding}") == (text, ())
+
+
+def test_utf16_without_a_byte_order_is_little_endian() -> None:
+    assert decode(TEXT.encode("utf-16-le"), "text/html; charset=UTF-16") == (TEXT, ())
+
+
+def test_a_declared_wide_encoding_is_not_believed_of_other_bytes() -> None:
+    body = b"<p>some words\x00 and some more of them</p>"
+    text = "<p>some words and some more of them</p>"
+    assert decode(body, "text/html; charset=utf-16") == (text, ("nul-bytes",))
+
+
 def test_a_meta_element_is_believed_where_no_header_says_otherwise() -> None:
     page = f'<html><head><meta charset="koi8-r"></head><body>{"Привет мир " * 9}</body></html>'
     assert decode(page.encode("koi8-r"))[0] == page

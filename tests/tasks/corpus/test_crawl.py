@@ -62,7 +62,8 @@ def test_robots_rules_sitemaps_and_user_agent(crawler: Crawler) -> None:
 def test_redirects_are_followed_bounded_and_loops_end(crawler: Crawler) -> None:
     chain = {f"/r{n}": redirect(f"/r{n + 1}") for n in range(12)}
     pages = small_site(
-        **{"/": page("/moved", "/loop", "/r0")},
+        **{"/": page("/moved", "/loop", "/self", "/into", "/r0")},
+        **{"/self": redirect("/self"), "/into": redirect("/loop")},
         **{"/moved": redirect("/a", 301), "/loop": redirect("/pool"), "/pool": redirect("/loop")},
         **chain,
     )
@@ -71,7 +72,11 @@ def test_redirects_are_followed_bounded_and_loops_end(crawler: Crawler) -> None:
     assert result.reason(f"{site.url}/moved") == ("redirect", "")
     assert result.addresses[f"{site.url}/moved"]["location"] == f"{site.url}/a"
     assert f"{site.url}/a" in result.pages
-    assert site.paths["/loop"] == site.paths["/pool"] == 1
+    assert site.paths["/loop"] == site.paths["/pool"] == site.paths["/self"] == 1
+    for path in ("/loop", "/pool", "/self"):
+        assert result.reason(f"{site.url}{path}") == ("error", "redirects in a circle")
+    assert result.rules["redirects in a circle"] == 3
+    assert result.reason(f"{site.url}/into") == ("redirect", "")
     assert result.reason(f"{site.url}/r3") == ("error", "too many redirects")
     assert "/r4" not in site.paths
 
@@ -242,3 +247,26 @@ def test_a_page_is_also_fetched_by_the_name_it_gives_itself(crawler: Crawler) ->
         result = crawler.crawl(site.url)
     assert f"{site.url}/real" in result.pages
     assert result.addresses[f"{site.url}/real"]["source"] == f"{site.url}/print"
+
+
+def test_names_in_headers_and_refreshes_are_followed(crawler: Crawler) -> None:
+    def named() -> web.Response:
+        headers = {"Link": '</real>; rel="canonical"'}
+        return web.Response(text="Words.", content_type="text/plain", headers=headers)
+
+    refresh = page(head='<meta http-equiv="refresh" content="0; url=/c">')
+    pages = {"/": page("/print", "/old"), "/print": named, "/real": page(), "/old": refresh}
+    with LoopbackSite(small_site(**pages)) as site:
+        result = crawler.crawl(site.url)
+    assert result.addresses[f"{site.url}/print"]["canonical"] == f"{site.url}/real"
+    assert {f"{site.url}{path}" for path in ("/real", "/c")} <= set(result.pages)
+
+
+def test_one_host_cannot_fill_the_crawl(crawler: Crawler) -> None:
+    many = {"/": page(*(f"/{n}" for n in range(30)))} | {f"/{n}": page() for n in range(30)}
+    with LoopbackSite(many, "Sitemap: /map.txt\n") as large, LoopbackSite(small_site()) as small:
+        large.pages["/map.txt"] = lambda: web.Response(text=f"{large.url}/29\n")
+        result = crawler.crawl(large.url, small.url, max_pages_per_host=5)
+    assert len(result.pages) == 5 + 4
+    assert sum(url.startswith(large.url) for url in result.pages) == 5
+    assert result.rules == {"over max_pages_per_host": 26}

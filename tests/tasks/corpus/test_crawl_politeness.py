@@ -1,15 +1,20 @@
 """The crawler asks a host as rarely as it wishes: rules, delays, pauses, limits over all hosts."""
 
 import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
 from loopback_site import Crawler, CrawlResult, LoopbackSite, page, small_site
 
 from tasks.corpus.crawl import SiteDown
+from tasks.corpus.robots import ASK_AGAIN, MAX_AGE
 from tasks.runtime.errors import UserError
 
 
@@ -123,3 +128,134 @@ def test_requests_in_flight_are_bounded_over_all_hosts(crawler: Crawler) -> None
         assert most == 2
         crawler.crawl(site.url, parallel=8, parallel_total=50, epoch=1)
         assert most > 2
+
+
+def test_as_many_partitions_at_most_as_requests_may_be_in_flight(crawler: Crawler) -> None:
+    now = most = 0
+
+    async def slow() -> web.Response:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.02)
+        now -= 1
+        return web.Response(text=page(), content_type="text/html")
+
+    def at_once(function: Any, items: list[Any]) -> Any:
+        with ThreadPoolExecutor(8) as threads:
+            yield from enumerate(threads.map(lambda item: function(*item), items))
+
+    with ExitStack() as sites:
+        pages = {"/": slow} | {f"/{n}": slow for n in range(3)}
+        urls = [sites.enter_context(LoopbackSite(pages)).url for _ in range(4)]
+        seeds = [f"{url}/{n}" for url in urls for n in range(3)]
+        result = crawler.crawl(*seeds, run=at_once, partitions=8, parallel_total=1)
+    assert result.counts["pages"] == 12
+    assert most == 1
+
+
+def crawl_with_old_rules(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch, after: float, later: Any
+) -> tuple[CrawlResult, LoopbackSite]:
+    """A crawl in small rounds; `after` seconds pass behind the first page, and robots.txt answers
+    with `later` from then on."""
+    clock = time.time
+    shift = 0.0
+    monkeypatch.setattr("time.time", lambda: clock() + shift)
+    with LoopbackSite({}, "User-agent: *\nDisallow: /b\n") as site:
+
+        def first() -> web.Response:
+            nonlocal shift
+            shift = after
+            site.pages["/robots.txt"] = later
+            return web.Response(text=page("/a", "/b"), content_type="text/html")
+
+        site.pages |= {"/": first, "/a": page(), "/b": page()}
+        return crawler.crawl(site.url), site
+
+
+def test_rules_older_than_a_day_are_asked_for_again(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other() -> web.Response:
+        return web.Response(text="User-agent: *\nDisallow: /a\n")
+
+    result, site = crawl_with_old_rules(crawler, monkeypatch, MAX_AGE + 60, other)
+    assert site.paths["/robots.txt"] == 2
+    assert result.reason(f"{site.url}/a") == ("denied", "robots.txt disallows it")
+    assert f"{site.url}/b" in result.pages
+
+
+def test_old_rules_hold_while_the_server_cannot_say(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> web.Response:
+        return web.Response(status=500)
+
+    result, site = crawl_with_old_rules(crawler, monkeypatch, MAX_AGE + 60, broken)
+    assert site.paths["/robots.txt"] > 1
+    assert f"{site.url}/a" in result.pages
+    assert result.reason(f"{site.url}/b") == ("denied", "robots.txt disallows it")
+
+
+def test_rules_of_today_are_not_asked_for_again(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, site = crawl_with_old_rules(crawler, monkeypatch, MAX_AGE / 2, None)
+    assert site.paths["/robots.txt"] == 1
+
+
+def test_a_host_that_could_not_say_is_asked_again_later_in_the_crawl(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.time
+    shift = 0.0
+    monkeypatch.setattr("time.time", lambda: clock() + shift)
+    with (
+        LoopbackSite({"/": page()}) as other,
+        LoopbackSite({"/": page("/a"), "/b": page()}) as site,
+    ):
+        other.pages["/robots.txt"] = lambda: web.Response(status=503)
+
+        def a() -> web.Response:
+            nonlocal shift
+            shift = ASK_AGAIN + 60
+            other.pages["/robots.txt"] = lambda: web.Response(status=404)
+            return web.Response(text=page("/b"), content_type="text/html")
+
+        site.pages["/a"] = a
+        result = crawler.crawl(site.url, f"{other.url}/", max_delay=0.1)
+    assert f"{other.url}/" in result.pages
+    assert f"{site.url}/b" in result.pages
+
+
+def test_retry_after_of_robots_is_honoured(crawler: Crawler) -> None:
+    answers = iter([503])
+
+    def busy() -> web.Response:
+        status = next(answers, 404)
+        return web.Response(status=status, headers={"Retry-After": "2"})
+
+    with LoopbackSite({"/": page(), "/robots.txt": busy}) as site:
+        assert crawler.crawl(site.url).counts["pages"] == 1
+    first, second = [moment for moment, path, _ in site.requests if path == "/robots.txt"]
+    assert second - first > 1.5  # without it, a second
+    pause = {"Retry-After": "86400"}
+    long = {"/": page(), "/robots.txt": lambda: web.Response(status=503, headers=pause)}
+    with LoopbackSite(long) as site, pytest.raises(UserError, match="pause longer than max_delay"):
+        crawler.crawl(site.url, epoch=1)
+    assert site.paths["/robots.txt"] == 1
+
+
+def test_a_slow_host_is_asked_as_often_as_it_answers(crawler: Crawler) -> None:
+    async def slow() -> web.Response:
+        await asyncio.sleep(0.1)
+        return web.Response(text=page(), content_type="text/html")
+
+    pages = {"/": page(*(f"/{n}" for n in range(16)))} | {f"/{n}": slow for n in range(16)}
+    with LoopbackSite(pages) as site:
+        crawler.crawl(site.url, delay=0.01)
+        assert min(b - a for a, b in pairwise(sorted(site.times())[-4:])) > 0.05
+        site.requests.clear()
+        crawler.crawl(site.url, delay=0.0, parallel=16, epoch=1)  # no politeness, no slowing down
+        assert site.times()[-1] - site.times()[1] < 0.5

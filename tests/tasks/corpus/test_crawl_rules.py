@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.corpus.guard import is_public, private_seeds
-from tasks.corpus.links import page_links, robots_directives, sitemap_links
+from tasks.corpus.links import (
+    MAX_LINKS,
+    MAX_SITEMAP_LINKS,
+    SitemapLinks,
+    header_canonical,
+    page_links,
+    robots_directives,
+    sitemap_links,
+)
 from tasks.corpus.robots import Robots
 
 BASE = "http://example.org/dir/page.html"
@@ -86,6 +94,37 @@ def test_pages_with_nuls_and_deep_nesting_still_have_links() -> None:
     assert found.links == ("http://example.org/x",)
 
 
+def test_links_of_a_page_in_utf16_without_a_mark() -> None:
+    body = '<p>é</p><a href="/é">x</a>'.encode("utf-16-le")
+    found = page_links(body, BASE, "utf-16le", (), "Gristmill")
+    assert found.links == ("http://example.org/%C3%A9",)
+
+
+@pytest.mark.parametrize(
+    "content", ["0; url=/next", "5;URL='/next'", '0, url="/next"', " 3 ; /next", "0.5;url = /next"]
+)
+def test_a_meta_refresh_is_a_link(content: str) -> None:
+    quoted = content.replace('"', "&quot;")
+    html = f'<meta http-equiv="Refresh" content="{quoted}"><p>Moved.</p>'.encode()
+    assert page_links(html, BASE, None, (), "Gristmill").links == ("http://example.org/next",)
+    alone = b'<meta http-equiv="refresh" content="30"><p>Reloads itself.</p>'
+    assert page_links(alone, BASE, None, (), "Gristmill").links == ()
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        (['</x>; rel="canonical"'], "http://example.org/x"),
+        (["<y.css>; rel=preload; as=style, </x>;rel=canonical"], "http://example.org/x"),
+        (["</a>; rel=next", '<x>; title="t"; rel="self Canonical"'], "http://example.org/dir/x"),
+        (["</x>; rel=alternate", "no link at all", ""], ""),
+        (["<mailto:a@b>; rel=canonical"], ""),
+    ],
+)
+def test_a_link_header_may_name_the_canonical_address(lines: list[str], found: str) -> None:
+    assert header_canonical(lines, BASE) == found
+
+
 def test_directives_speak_to_whom_they_name() -> None:
     assert robots_directives(["noindex, nofollow"], "Gristmill") == (True, True)
     assert robots_directives(["none"], "Gristmill") == (True, True)
@@ -98,13 +137,39 @@ def test_sitemaps_of_every_kind() -> None:
     xml = b"""\xef\xbb\xbf<?xml version="1.0"?><urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">
     <url><loc> http://example.org/a </loc><image><loc>http://example.org/i.png</loc></image></url>
     <url><loc>/b&amp;c</loc></url></urlset>"""
-    assert sitemap_links(xml, BASE)[0] == ("http://example.org/a", "http://example.org/b&c")
+    assert sitemap_links(xml, BASE).pages == ("http://example.org/a", "http://example.org/b&c")
     assert sitemap_links(gzip.compress(xml), BASE) == sitemap_links(xml, BASE)
-    assert sitemap_links(b"http://example.org/x\n\nnot one\n", BASE)[0][0] == "http://example.org/x"
+    lines = sitemap_links(b"http://example.org/x\n\nnot one\n", BASE)
+    assert lines.pages[0] == "http://example.org/x"
     index = b"<sitemapindex><sitemap><loc>/s2.xml</loc></sitemap></sitemapindex>"
-    assert sitemap_links(index, BASE) == ((), ("http://example.org/s2.xml",))
+    assert sitemap_links(index, BASE) == SitemapLinks(maps=("http://example.org/s2.xml",))
     bomb = b"<!DOCTYPE x [<!ENTITY a 'aaaaaaaaaa'><!ENTITY b '&a;&a;&a;'>]><urlset>&b;</urlset>"
-    assert sitemap_links(bomb, BASE) == ((), ())
+    assert not sitemap_links(bomb, BASE).pages
+
+
+def test_a_sitemap_of_several_gzip_members_is_read_to_its_end() -> None:
+    head, tail = b"<urlset><url><loc>/a</loc></url>", b"<url><loc>/b</loc></url></urlset>"
+    found = sitemap_links(gzip.compress(head) + gzip.compress(tail), BASE)
+    assert found.pages == ("http://example.org/a", "http://example.org/b")
+    assert not found.damage
+
+
+def test_a_clipped_sitemap_gives_what_it_has_and_says_so() -> None:
+    found = sitemap_links(b"<urlset><url><loc>/a</loc></url><url><loc>/b</lo", BASE)
+    assert found.pages[0] == "http://example.org/a"
+    assert found.damage == "its XML is damaged"
+
+
+def test_links_beyond_the_most_that_are_taken_are_counted() -> None:
+    anchors = b"".join(b'<a href="/%d">x</a>' % number for number in range(MAX_LINKS + 7))
+    found = page_links(anchors, BASE, None, (), "Gristmill")
+    assert (len(found.links), found.left_out) == (MAX_LINKS, 7)
+    lines = b"".join(b"http://e.org/%d\n" % number for number in range(MAX_SITEMAP_LINKS + 7))
+    named = sitemap_links(lines, BASE)
+    assert (len(named.pages), named.left_out) == (MAX_SITEMAP_LINKS, 7)
+    entries = b"".join(b"<url><loc>%s</loc></url>" % line for line in lines.split())
+    named = sitemap_links(b"<urlset>%s</urlset>" % entries, BASE)
+    assert (len(named.pages), named.left_out) == (MAX_SITEMAP_LINKS, 7)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Store
-from tasks.state.tombstones import Tombstone, Tombstones
+from tasks.state.leases import lease
+from tasks.state.tombstones import PURGE, Tombstone, Tombstones
 
 VICTIM = "/library/heaps.html"
 
@@ -116,7 +119,8 @@ def test_a_forgotten_page_is_not_in_the_next_corpus(site: LoopbackSite) -> None:
     assert [name for name, stage in plan.items() if stage.status == "cached"] == [
         *("crawl", "extract", "measure", "language", "quality")
     ]
-    assert {plan[name].status for name in ("forget", "deduplicate", "split")} == {"run"}
+    assert plan["forget"].status == "run"
+    assert {plan[name].status for name in ("deduplicate", "split")} == {"unknown"}
     asked = len(site.requests)
     after = corpus(site)
     assert len(site.requests) == asked
@@ -134,8 +138,11 @@ def test_a_forgotten_page_is_not_in_the_next_corpus(site: LoopbackSite) -> None:
 def test_a_tombstone_that_meets_nothing_reruns_nothing_else(site: LoopbackSite) -> None:
     before = corpus(site)
     bury("example.org")
-    assert planned(site)["forget"].status == "run"
+    plan = planned(site)
+    assert (plan["forget"].status, plan["split"].status) == ("run", "unknown")
+    assert "depends on what" in plan["deduplicate"].why
     assert corpus(site).fingerprint == before.fingerprint
+    assert {stage.status for stage in planned(site).values()} == {"cached"}
     bury("example.com")
     assert "forget.tombstones 1 → 2" in planned(site)["forget"].why
 
@@ -283,13 +290,44 @@ def test_a_document_is_forgotten_by_any_of_its_digests(site: LoopbackSite) -> No
 
 
 def test_a_purge_waits_for_nobody(site: LoopbackSite) -> None:
-    from tasks.state.leases import lease
-
     with (
         lease(Settings.load().database_url, "crawl/abc", patience=1),
         pytest.raises(UserError, match="crawl/abc is being made now"),
     ):
         purge()
+
+
+def test_no_stage_begins_and_no_other_purge_while_one_runs(site: LoopbackSite) -> None:
+    made = corpus(site)
+    with ThreadPoolExecutor(1) as thread:
+        with lease(Settings.load().database_url, PURGE, patience=1):
+            tokens = thread.submit(tokens_of, EmptyConfig(), corpus=made)
+            time.sleep(1)
+            assert Store.open().all("token-shards") == []
+            with pytest.raises(UserError, match="another purge is under way"):
+                purge()
+        assert tokens.result(10).stage == "token-shards"
+    assert purge() == []
+
+
+def test_half_made_artifacts_whose_text_no_table_tells_go_with_a_purge(site: LoopbackSite) -> None:
+    made = corpus(site)
+    store, home = Store.open(), Settings.load().home
+    mark = "f" * 64
+    half_made = {"token-shards": "tokens-00000.npy", "deduplicate": "_names/0", "pretrain": "_best"}
+    for name, file in half_made.items():
+        store.directory(name, mark).write_bytes(file, b"some of it")
+    scratch = home / "work" / f"gather-{mark[:16]}"
+    scratch.mkdir(parents=True)
+    bury("http://elsewhere.example/")
+    assert purge() == []  # none of it is here: what was begun goes on
+    assert scratch.exists()
+    bury(everything(made)[0])
+    removed = {(done.stage, done.fingerprint) for done in purge() if done.action == "removed"}
+    assert removed == {("token-shards", mark), ("deduplicate", mark)}
+    assert store.unfinished("deduplicate") == store.unfinished("token-shards") == []
+    assert store.unfinished("pretrain") == [mark]
+    assert not scratch.exists()
 
 
 @pytest.mark.parametrize(

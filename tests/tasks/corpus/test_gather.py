@@ -19,6 +19,7 @@ from tasks.corpus.gather import GatherConfig, gather
 from tasks.corpus.source_config import SourceConfig
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
+from tasks.runtime.store import REPORT, Store
 
 PARAGRAPH = "A paragraph with enough words in it to be taken for the text of the page. " * 5
 
@@ -64,7 +65,8 @@ def test_a_folder_of_text_markdown_html_and_pdf(inbox: Path) -> None:
     (inbox / "d.pdf").write_bytes(pdf("Words in a PDF file"))
     (inbox / "e.pdf").write_bytes(b"%PDF-1.4 and nothing more")
     (inbox / "f.txt").write_text("  \n")
-    (inbox / "picture.png").write_bytes(b"\x89PNG")
+    for other in ("picture.png", "deep/other.PNG", "deep/words.docx", "README"):
+        (inbox / other).write_bytes(b"\x89PNG")
     manifest = gathered(SourceConfig(name="inbox", path=str(inbox)))
     found = {row["url"].removeprefix("file://inbox/"): row for row in rows(manifest)}
     assert list(found) == ["a.txt", "c.html", "d.pdf", "deep/b.md"]
@@ -76,9 +78,13 @@ def test_a_folder_of_text_markdown_html_and_pdf(inbox: Path) -> None:
     assert set(found["a.txt"]) == set(DOCUMENTS.names)
     assert found["a.txt"]["id"] == document_id(found["a.txt"]["text"])
     assert manifest.rules == {"not-parsed": 1, "no-text": 1}
+    assert manifest.counts["files_not_read"] == 4
+    reports = json.loads(Store.open().of(manifest).read_bytes(REPORT))
+    [row] = next(report["body"] for report in reports if report["key"] == "sources")
+    assert row["files not read"] == "2 .png, 1 (none), 1 .docx"
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2"])
 def test_json_lines(inbox: Path, ending: str) -> None:
     lines = [
         json.dumps({"body": "first text", "link": "http://e.org/1", "title": "one"}),
@@ -92,7 +98,7 @@ def test_json_lines(inbox: Path, ending: str) -> None:
     ]
     with pa.output_stream(
         str(inbox / f"rows{ending}"),
-        compression={".gz": "gzip", ".zst": "zstd"}.get(Path(ending).suffix),
+        compression={".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}.get(Path(ending).suffix),
     ) as out:
         out.write("\n".join(lines).encode())
     source = SourceConfig(

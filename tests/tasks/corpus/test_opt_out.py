@@ -58,6 +58,11 @@ def test_headers_and_meta_elements() -> None:
     assert not headers_reserve({"tdm-reservation": "0"}, ["noindex"])
     assert headers_reserve({"content-usage": "train-ai=n, search=y"}, [])
     assert headers_reserve({}, ["noimageai", "otherbot: NoAI, noindex"])
+    assert headers_reserve({}, ["noai, max-snippet:50"])
+    assert headers_reserve({}, ["max-snippet: 50, noai"])
+    assert headers_reserve({}, ["noai, unavailable_after: Mon, 01 Jan 2035 10:00:00 GMT"])
+    assert headers_reserve({}, ["otherbot: noai, max-image-preview: large"])
+    assert not headers_reserve({}, ["noindex, max-snippet:50"])
     assert meta_reserves("robots", "index, noai") == "meta noai"
     assert meta_reserves("tdm-reservation", "1") == "meta tdm-reservation"
     assert not meta_reserves("description", "noai")

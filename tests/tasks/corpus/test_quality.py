@@ -90,6 +90,43 @@ def test_articles_and_documentation_survive() -> None:
     assert urls(manifest) == list(texts), rows(manifest, "rejected-")
 
 
+GERMAN = """\
+Der Haufen ist eine Datenstruktur, in der das kleinste Element immer ganz vorne liegt. Wer etwas
+einordnet, vergleicht es mit seinem Vorfahren und tauscht so lange, bis die Ordnung wieder stimmt.
+Entnimmt man die Spitze, so tritt das letzte Blatt an ihre Stelle und sinkt danach hinab. Beide
+Schritte dauern nur so lange, wie der Baum hoch ist, und das sind wenige Ebenen. Darum eignet sich
+diese Anordnung gut, wenn Aufgaben nach ihrer Dringlichkeit abgearbeitet werden sollen. Auch beim
+Sortieren hilft sie, denn jede Entnahme liefert den jeweils geringsten Wert. Ein Nachteil bleibt:
+Die Suche nach beliebigen Eintragungen muss im schlimmsten Fall alles durchlaufen, weil Geschwister
+untereinander keine feste Reihenfolge haben.
+"""
+CHINESE = """\
+堆是一种特殊的树形数据结构，最小的元素总是位于最前面，因此取出它只需要很少的时间。
+插入新元素时，先把它放在末尾，然后与父节点比较，如果更小就交换位置，直到顺序恢复正确为止。
+取出顶端以后，最后一片叶子会移到空出来的位置，再逐层向下移动，直到两个孩子都不比它小。
+这两个步骤所需的时间都取决于树的高度，而树的高度随着元素数量的增加只会缓慢增长。
+因此，当任务必须按照紧急程度依次处理时，这种结构非常合适，许多操作系统都在使用它。
+排序的时候也可以利用它，因为每次取出的都是剩下元素里面最小的那一个，全部取完便得到了顺序。
+不过它也有缺点：要寻找任意一个元素，最坏的情况下必须检查所有的节点，因为兄弟之间没有固定的先后。
+如果需要经常查找，就应该选择平衡的搜索树或者散列表，它们能够更快地找到指定的内容。
+现代的程序语言大多在标准库中提供了现成的实现，使用者不必自己动手编写这些细节。
+学习它的原理仍然很有意义，因为许多更复杂的算法，例如最短路径，都建立在这个基础之上。
+"""
+
+
+@pytest.mark.parametrize(("text", "code"), [(GERMAN, "de"), (CHINESE, "zh")])
+def test_prose_in_other_languages_is_not_judged_by_english_or_by_blanks(
+    text: str, code: str
+) -> None:
+    texts = {"http://h/a": text}
+    (row,) = rows(measured(texts), "attributes-")
+    assert (row["language"], row["stop_words"]) == (code, None)
+    assert (row["word_length"] is None) == (code == "zh")
+    manifest = select_quality(QualityConfig(), texts)
+    assert urls(manifest) == list(texts), rows(manifest, "rejected-")
+    assert urls(select_language(LanguageConfig(languages=(code,)), texts)) == list(texts)
+
+
 @pytest.mark.parametrize("rule", RUBBISH)
 def test_rubbish_goes_by_its_rule(rule: str) -> None:
     texts = {"http://h/good": PROSE, "http://h/bad": RUBBISH[rule]}

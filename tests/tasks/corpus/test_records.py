@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -11,20 +12,53 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shared_data import shared
 
-from tasks.corpus.records import Ahead, DamagedRecord, Place, read_record, scan
+from tasks.corpus.records import Ahead, DamagedRecord, Fetched, Place, read_record, scan
 
 HTML = b"<html><body>" + b"hello " * 1000 + b"</body></html>"
 LIMIT = 1 << 20
 
 
-def response(http: bytes, length: int | None = None, url: str = "http://example.org/") -> bytes:
-    size = len(http) if length is None else length
-    return gzip.compress(
-        b"WARC/1.1\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:1>\r\n"
-        b"WARC-Target-URI: " + url.encode() + b"\r\nWARC-Date: 2024-01-01T00:00:00Z\r\n"
-        b"Content-Type: application/http; msgtype=response\r\n"
-        b"Content-Length: " + str(size).encode() + b"\r\n\r\n" + http + b"\r\n\r\n"
+def plain(
+    block: bytes,
+    length: int | None = None,
+    url: str = "http://example.org/",
+    kind: str = "response",
+    content_type: str = "application/http; msgtype=response",
+) -> bytes:
+    size = len(block) if length is None else length
+    head = (
+        f"WARC/1.1\r\nWARC-Type: {kind}\r\nWARC-Record-ID: <urn:uuid:1>\r\n"
+        f"WARC-Target-URI: {url}\r\nWARC-Date: 2024-01-01T00:00:00Z\r\n"
+        f"Content-Type: {content_type}\r\nContent-Length: {size}\r\n\r\n"
     )
+    return head.encode() + block + b"\r\n\r\n"
+
+
+def response(http: bytes, length: int | None = None, url: str = "http://example.org/") -> bytes:
+    return gzip.compress(plain(http, length, url))
+
+
+def found_in(data: bytes, tmp_path: Path) -> tuple[list[str], list[int]]:
+    """The addresses of the records that can be read, and where damage was told."""
+    path = tmp_path / "found.warc"
+    path.write_bytes(data)
+    urls, damaged = [], []
+    for found in scan(path):
+        if isinstance(found, int):
+            damaged.append(found)
+            continue
+        try:
+            read_record(data[found.offset : found.offset + found.length], LIMIT)
+            urls.append(found.url)
+        except DamagedRecord:
+            damaged.append(found.offset)
+    return urls, damaged
+
+
+def five(pack: bool) -> list[bytes]:
+    """Five responses, u:0 to u:4, each packed as a member of its own or not at all."""
+    make = response if pack else plain
+    return [make(http(HTML + bytes([65 + n])), None, f"u:{n}") for n in range(5)]
 
 
 def http(body: bytes, *headers: bytes) -> bytes:
@@ -77,6 +111,83 @@ def test_behind_a_damaged_member_the_scan_goes_on(tmp_path: Path) -> None:
     places = {place.offset: place for place in found if isinstance(place, Place)}
     missing = [place.offset for place in expected if place.offset not in places]
     assert missing == [15904]
+
+
+def test_a_damaged_head_costs_its_own_record_alone(tmp_path: Path) -> None:
+    records = five(pack=True)
+    offset = len(records[0] + records[1])
+    data = bytearray(b"".join(records))
+    data[offset : offset + 8] = bytes(8)
+    assert found_in(bytes(data), tmp_path) == (["u:0", "u:1", "u:3", "u:4"], [offset])
+
+
+@pytest.mark.parametrize("left", [1, 5, 15, 100])
+def test_a_last_member_that_is_only_begun_is_counted(left: int, tmp_path: Path) -> None:
+    records = five(pack=True)
+    whole = b"".join(records[:4])
+    data = whole + records[4][:left]
+    assert found_in(data, tmp_path) == (["u:0", "u:1", "u:2", "u:3"], [len(whole)])
+    assert found_in(whole + bytes(50), tmp_path)[1] == []  # zeros are padding
+
+
+@pytest.mark.parametrize("wrong", [-10, 10, 700, 1_000_000])
+def test_a_wrong_length_without_gzip_costs_one_record(wrong: int, tmp_path: Path) -> None:
+    records = five(pack=False)
+    block = http(HTML)
+    records[2] = plain(block, len(block) + wrong, "u:2")
+    offset = len(records[0] + records[1])
+    urls, damaged = found_in(b"".join(records), tmp_path)
+    assert (urls, damaged) == (["u:0", "u:1", "u:3", "u:4"], [offset])
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_junk_between_records_costs_none(pack: bool, tmp_path: Path) -> None:
+    records = five(pack)
+    data = records[0] + b"this is no record\r\n\r\n" + b"".join(records[1:])
+    urls = [f"u:{n}" for n in range(5)]
+    assert found_in(data, tmp_path) == (urls, [len(records[0])])
+
+
+@given(st.integers(0, 2000), st.binary(min_size=1, max_size=30))
+def test_whatever_is_damaged_records_are_found_or_counted(at: int, junk: bytes) -> None:
+    data = bytearray(b"".join(five(pack=True)))
+    place = at * len(data) // 2001
+    data[place : place + len(junk)] = junk
+    with tempfile.TemporaryDirectory() as directory:
+        urls, damaged = found_in(bytes(data), Path(directory))
+    lost = {f"u:{n}" for n in range(5)} - set(urls)
+    assert len(lost) <= 2
+    assert damaged or not lost
+
+
+def test_a_member_with_several_records_gives_one_and_is_counted(tmp_path: Path) -> None:
+    data = gzip.compress(b"".join(five(pack=False)))
+    assert found_in(data, tmp_path) == (["u:0"], [0])
+
+
+@pytest.mark.parametrize("kind", ["conversion", "resource"])
+def test_texts_and_files_without_http_are_read(kind: str, tmp_path: Path) -> None:
+    url = "http://e.org/"
+    record = plain(b"Plain text of a page.", url=url, kind=kind, content_type="text/plain")
+    about = plain(b"seen", url=f"urn:view:{url}", kind="resource", content_type="text/plain")
+    info = plain(b"software: x", kind="warcinfo", content_type="application/warc-fields")
+    path = tmp_path / "texts.warc.wet.gz"
+    path.write_bytes(b"".join(map(gzip.compress, (info, record, about))))
+    (place,) = scan(path)
+    assert isinstance(place, Place) and place.url == url
+    data = path.read_bytes()[place.offset : place.offset + place.length]
+    assert read_record(data, LIMIT) == Fetched(
+        200, {"content-type": "text/plain"}, b"Plain text of a page."
+    )
+
+
+def test_a_clipped_body_under_its_coding_is_damaged() -> None:
+    packed = gzip.compress(HTML + bytes(range(256)) * 20)
+    whole = read(response(http(packed, b"Content-Encoding: gzip")))
+    assert whole.startswith(HTML)
+    for coded in (packed[:-8], packed[: len(packed) // 2]):
+        with pytest.raises(DamagedRecord, match="ends too early"):
+            read(response(http(coded, b"Content-Encoding: gzip")))
 
 
 def test_a_file_that_is_no_warc_is_one_damaged_stretch(tmp_path: Path) -> None:

@@ -43,6 +43,9 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manifest]:
             ]
             (folder / f"{number}.txt").write_text(f"Notes <b>{number}</b>.\n\n" + "\n".join(lines))
         pages = {f"/library/{t}s.html": module(n, t) for n, t in enumerate(THINGS)}
+        licence = '<link rel="license" href="https://creativecommons.org/licenses/by/4.0/">'
+        free = next(iter(pages))
+        pages[free] = pages[free].replace("<head>", f"<head>{licence}", 1)
         pages["/copy.html"] = pages["/library/trees.html"]
         pages["/short<x>.html"] = page(text="Short.")
         with LoopbackSite({"/": page(*pages, "/missing")} | pages) as site:
@@ -97,6 +100,10 @@ def test_the_report_counts_what_the_tables_hold(made: Manifest) -> None:
     size = f"{sum(row['bytes'] for row in notes):,}"
     assert len(notes) == 3
     assert re.search(rf"notes\s+3\s+{size}\s+[\d,]+\s+9\s+CC0-1.0", text)
+    stated = [row["licence"] for row in documents]
+    assert stated.count("https://creativecommons.org/licenses/by/4.0/") == 1
+    assert "https://creativecommons.org/licenses/by/4.0/: 1 documents" in text
+    assert f"(not stated): {stated.count('')} documents" in text
     for told in ("exact-duplicate", "HTTP 404", "me@example.org", "licence: CC0-1.0"):
         assert told in text
     for name in ("crawl", "extract", "gather", "language", "quality", "deduplicate", "split"):

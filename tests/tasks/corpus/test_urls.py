@@ -4,7 +4,15 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from tasks.corpus.urls import Aliases, Scope, canonical_url, link_target, trap_reason
+from tasks.corpus.crawl_config import CrawlConfig
+from tasks.corpus.urls import (
+    Aliases,
+    Scope,
+    canonical_url,
+    domain_name,
+    link_target,
+    trap_reason,
+)
 
 EQUIVALENT = [
     ("HTTP://Example.ORG", "http://example.org/"),
@@ -108,6 +116,46 @@ def test_scope_by_host_prefix_and_glob() -> None:
     assert scope.reason("http://notdocs.net/library/a", 1) == "other host"
     assert scope.reason("http://example.org/library/a", 4) == "too deep"
     assert scope.reason("http://example.org/library/a.PNG", 1) == "file type"
+
+
+def test_a_pattern_of_a_path_with_a_star_is_a_glob_over_the_path() -> None:
+    scope = Scope(frozenset({"e.org"}), include=("/docs/*.html",), exclude=("/docs/*?print=1",))
+    assert scope.reason("http://e.org/docs/a/b.html", 1) == ""
+    assert scope.reason("http://e.org/docs/a.html?x=1", 1) == ""
+    assert scope.reason("http://e.org/docs/a.txt", 1) == "not included"
+    assert scope.reason("http://e.org/other/docs/a.html", 1) == "not included"
+    assert scope.reason("http://e.org/docs/a.html?print=1", 1) == "excluded"
+
+
+def test_files_of_a_wanted_type_are_in_scope() -> None:
+    scope = Scope(frozenset({"e.org"}), content_types=("text/html", "application/pdf"))
+    assert scope.reason("http://e.org/a.PDF", 1) == ""
+    assert scope.reason("http://e.org/a.pdf.gz", 1) == "file type"
+    assert scope.reason("http://e.org/a.zip", 1) == "file type"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Example.ORG", "example.org"),
+        ("https://Example.org/", "example.org"),
+        ("*.example.org", "example.org"),
+        (".example.org.", "example.org"),
+        ("bücher.example", "xn--bcher-kva.example"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("[::FFFF:7f00:1]", "::ffff:7f00:1"),
+        ("localhost", "localhost"),
+    ],
+)
+def test_a_domain_has_one_spelling(text: str, name: str) -> None:
+    assert domain_name(text) == name
+    assert CrawlConfig(domains=(text,)).domains == (name,)
+
+
+@pytest.mark.parametrize("text", ["", "a b", "https://e.org/docs", "e.org:8080", "e.org/x"])
+def test_what_is_no_domain_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="domain"):
+        CrawlConfig(domains=(text,))
 
 
 def test_repeating_paths_are_traps() -> None:

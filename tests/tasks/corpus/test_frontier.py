@@ -1,0 +1,84 @@
+"""The crawl's table of addresses, alone: what enters it and what a restart makes of it."""
+
+from tasks.corpus.crawl_report import crawl_outcome
+from tasks.corpus.fetch_plan import HostPlan, HostResult, Outcome, Request
+from tasks.corpus.frontier import MAX_QUERIES, Frontier
+from tasks.corpus.urls import Scope
+
+SEED = "http://e.org/"
+
+
+def frontier(**scope: object) -> Frontier:
+    made = Frontier(Scope(frozenset(), **scope), 1_000_000, 5, 10.0)  # type: ignore[arg-type]
+    made.add_seed(SEED)
+    return made
+
+
+def answer(on: Frontier, url: str, *links: str, backoff: float = 0.0, **more: object) -> None:
+    """A round in which `url` alone was asked for and had these links."""
+    outcome = Outcome(url, "page", "fetched", status=200, links=links, **more)  # type: ignore[arg-type]
+    host = HostResult("e.org", 0.0, backoff, 0.0, {}, (), "", 1, 1, 0.0)
+    on.update([HostPlan("e.org", (Request(url),))], [outcome], [host])
+
+
+def restarted(before: Frontier, **scope: object) -> Frontier:
+    after = Frontier(Scope(frozenset(), **scope), 1_000_000, 5, 10.0)  # type: ignore[arg-type]
+    after.restore(before.url_table(), before.host_table(), before.counts)
+    return after
+
+
+def test_a_restart_counts_query_strings_as_before() -> None:
+    excluded = {"exclude": ("*print=1*",)}
+    before = frontier(**excluded)
+    answer(before, SEED, *(f"{SEED}p?n={n}&print=1" for n in range(MAX_QUERIES + 1)))
+    after = restarted(before, **excluded)
+    for one in (before, after):
+        answer(one, f"{SEED}p?n=0&print=1", f"{SEED}p?fresh=1")
+        assert one.addresses[f"{SEED}p?fresh=1"].state == "queued"
+
+
+def test_a_shorter_way_to_a_page_counts() -> None:
+    made = frontier(max_depth=2)
+    answer(made, SEED, f"{SEED}a", f"{SEED}b")
+    answer(made, f"{SEED}a", f"{SEED}c")
+    answer(made, f"{SEED}c", f"{SEED}deep")
+    deep = made.addresses[f"{SEED}deep"]
+    assert (deep.state, deep.reason, deep.depth) == ("skipped", "too deep", 3)
+    answer(made, f"{SEED}b", f"{SEED}deep", f"{SEED}c")
+    deep = made.addresses[f"{SEED}deep"]
+    assert (deep.state, deep.reason, deep.depth) == ("queued", "", 2)
+    assert deep.source == f"{SEED}b"
+    assert made.addresses[f"{SEED}c"].state == "fetched"
+
+
+def test_a_shorter_way_to_a_page_that_waits_brings_it_nearer() -> None:
+    made = frontier(max_depth=9)
+    answer(made, SEED, f"{SEED}a", f"{SEED}b")
+    answer(made, f"{SEED}a", f"{SEED}c")
+    answer(made, f"{SEED}c", f"{SEED}d")
+    assert made.addresses[f"{SEED}d"].depth == 3
+    answer(made, f"{SEED}b", f"{SEED}d")
+    assert made.addresses[f"{SEED}d"].depth == 2
+
+
+def test_a_host_that_is_backed_off_from_is_so_in_the_next_round() -> None:
+    made = frontier()
+    answer(made, SEED, *(f"{SEED}{n}" for n in range(50)), backoff=1.0)
+    for one in (made, restarted(made)):
+        (plan,) = one.generate()
+        assert (plan.backoff, len(plan.requests)) == (1.0, 10)  # a round is ten seconds
+
+
+def test_hosts_that_failed_stand_in_the_report_beside_those_that_gave_most() -> None:
+    made = Frontier(Scope(frozenset()), 1_000_000, 5, 10.0)
+    for number in range(300):
+        url = f"http://h{number}.org/"
+        made.add_seed(url)
+        failed = Outcome(url, "page", "error", "timeout", bytes=1)
+        plan = HostPlan(f"h{number}.org", (Request(url),))
+        good = Outcome(url, "page", "fetched", status=200, bytes=1)
+        made.update([plan], [failed if number in (7, 299) else good], [])
+    rows = crawl_outcome(made, [], 1).reports[0].body
+    assert len(rows) == 201
+    assert {row["host"] for row in rows if row["failed"]} == {"h7.org", "h299.org"}
+    assert rows[-1]["host"] == "(100 others)" and rows[-1]["fetched"] == 100

@@ -62,7 +62,8 @@ class RunOptions(StageConfig):
     """Where and how a training runs. Nothing here changes what is trained, but for rounding."""
 
     workers: int = Field(0, ge=0)
-    """Processes that share every batch; 0: two where the cluster has two free CPUs, else one."""
+    """Processes that share every batch; 0: two where the cluster has two CPUs (and
+    with gpu, two GPUs), else one."""
     least_workers: int = Field(0, ge=0)
     """Begin, and go on after a loss, with as few workers as this where the cluster has not room for
     all; the batch stays as it is. 0: wait for all."""

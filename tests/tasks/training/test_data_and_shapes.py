@@ -22,9 +22,9 @@ from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Workspace
 from tasks.runtime.store import Store
 from tasks.tokenizer.shards import shard_sources, source_of
-from tasks.training.job import TrainingJob
+from tasks.training.job import TrainingJob, impossible
 from tasks.training.launch import require_whole
-from tasks.training.options import ModelOptions
+from tasks.training.options import ModelOptions, RunOptions
 from tasks.training.pretrain import PretrainConfig
 from tasks.training.shapes import FAMILIES, WINDOWED
 from tasks.training.worker import heldout_data, samples, training_data
@@ -155,6 +155,19 @@ def test_sources_are_mixed_by_weight_and_judged_apart(shards: Manifest) -> None:
     }
     with pytest.raises(ValueError, match="weights are for mail, sources are notes, seeds"):
         training_data(job(shards, source_weights={"mail": 1.0}), store, names, shape)
+
+
+def test_workers_are_as_many_as_the_cluster_has_gpus(shards: Manifest) -> None:
+    for cpus, gpus, gpu, workers in ((4, 0, False, 2), (4, 1, True, 1), (4, 8, True, 2)):
+        left_open = job(shards, run=RunOptions(gpu=gpu))
+        assert impossible(left_open, cpus, gpus) is None
+        assert left_open.with_workers(cpus, gpus).run.workers == workers
+    for run, sentence in (
+        ({}, "a GPU for every worker, 1 in all, and the Ray cluster has 0; lower"),
+        ({"workers": 3}, "a GPU for every worker, 3 in all"),
+        ({"workers": 9, "least_workers": 2}, "a GPU for every worker, 2 in all"),
+    ):
+        assert sentence in str(impossible(job(shards, run=RunOptions(gpu=True, **run)), 4, 0))
 
 
 def test_bert_guesses_masked_tokens(shards: Manifest) -> None:

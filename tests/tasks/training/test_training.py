@@ -395,10 +395,12 @@ def test_a_run_whose_flow_was_killed_finds_its_job_again(inputs, stack, home) ->
 @pytest.mark.slow
 def test_mistakes_are_told_in_one_sentence(inputs, stack, home) -> None:
     many = changed(seed=5, run=RUN.model_copy(update={"workers": 8}).model_dump())
+    no_gpu = changed(seed=5, run=RUN.model_copy(update={"workers": 0, "gpu": True}).model_dump())
     hot = changed(optimizer={"learning_rate": 1e30})
     long = changed(sequence=50_000, model={"context": 50_000})
     for config, message in (
         (many, "8 training workers need 8 CPUs, the Ray cluster has"),
+        (no_gpu, "training needs a GPU for every worker, 1 in all, and the Ray cluster has 0"),
         (hot, "lower the learning rate or look at these sequences"),
         (long, "fewer than one sequence of 50000 + 1; lower pretrain.sequence"),
     ):

@@ -199,5 +199,7 @@ def test_clipping_is_torchs() -> None:
 def test_precision_is_resolved() -> None:
     assert resolve_precision("fp32") == "fp32" and resolve_precision("bf16") == "bf16"
     assert resolve_precision("auto") in ("bf16", "fp32")
+    if not torch.cuda.is_available():  # as on the machine that sends a run to others with GPUs
+        assert resolve_precision("auto", "cuda") == "bf16"
     with pytest.raises(ConfigError, match="precision 'fp8'"):
         resolve_precision("fp8")

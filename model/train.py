@@ -45,7 +45,7 @@ from model.flops import training_flops_per_token
 from model.loader import Batch, Loader, rank_slice
 from model.losses import cross_entropy_sum
 from model.meter import Meter, StepRecord, device_peak
-from model.moe import balance
+from model.moe import balance, uncounted
 from model.optim import OptimConfig, Optimizer
 from model.precision import resolve_precision
 from model.schedule import Schedule
@@ -188,15 +188,21 @@ def train(
             mine = loader.read(rank_slice(ids, ranks.index, ranks.count))
             micro = mine.micro_batches(config.micro_batch)
             totals = torch.zeros(2, dtype=torch.float64)  # nats, bytes
-            for number, piece in enumerate(micro):
-                piece = piece.to(device)
-                last = number == len(micro) - 1
-                with _synchronised(module, last):
+            pieces = config.most_micro_batches(ranks.count) if config.sharded else len(micro)
+            for number in range(pieces):
+                # Divided weights are gathered for each micro-batch, by all ranks together: one that
+                # has no more takes part with a sequence that counts for nothing.
+                idle = number >= len(micro)
+                piece = (mine.micro_batches(1)[0] if idle else micro[number]).to(device)
+                weight = 0.0 if idle else averaging / max(counted, 1)
+                last = number == pieces - 1
+                with _synchronised(module, last), uncounted(model, idle):
                     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                         nats = module(piece)
-                    (nats * (averaging / max(counted, 1))).backward()
-                totals[0] += nats.detach().double().cpu()
-                totals[1] += _bytes(piece, token_bytes)
+                    (nats * weight).backward()
+                if not idle:
+                    totals[0] += nats.detach().double().cpu()
+                    totals[1] += _bytes(piece, token_bytes)
             ranks.add(totals)
             if summed is not None:
                 summed.add()

@@ -171,6 +171,45 @@ def _one_rank(folder: Path, how: str, kind: str) -> None:
     print(json.dumps(said | {"threads": [task.read_text().strip() for task in tasks]}))
 
 
+UNEVEN = {
+    "llama": {},
+    "experts": {
+        "experts": 4,
+        "experts_per_token": 2,
+        "expert_width": 16,
+        "dense_layers": 1,
+        "routing": "sigmoid",
+    },
+}
+
+
+def uneven(folder: Path, shape: str, sharded: bool) -> dict[str, object]:
+    """Curve and evenness of a run whose batch of 8 three ranks share as 2, 3 and 3."""
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(128, 32, 2, 32, heads=2, **UNEVEN[shape]))
+    loader = WindowLoader([folder / "tokens-00000.npy"], 32, seed=1)
+    config = replace(CONFIG, precision="fp32", micro_batch=2, sharded=sharded)
+    records = train(model, loader, config)
+    return {"loss": [r.loss for r in records], "imbalance": [r.imbalance or 0 for r in records]}
+
+
+def test_three_sharded_ranks_with_unequal_work_follow_the_curve_of_one(loader, tmp_path) -> None:
+    said = run_ranks(__file__, 3, str(tmp_path), "uneven")
+    for shape in UNEVEN:
+        alone = uneven(tmp_path, shape, sharded=False)
+        for one in said:
+            np.testing.assert_allclose(one[shape]["loss"], alone["loss"], rtol=1e-4)
+            # What a rank computes only to keep others company is no load of the experts.
+            np.testing.assert_allclose(one[shape]["imbalance"], alone["imbalance"], rtol=0.02)
+
+
+def _uneven_rank(folder: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    said = {shape: uneven(folder, shape, sharded=True) for shape in UNEVEN}
+    torch.distributed.destroy_process_group()
+    print(json.dumps(said))
+
+
 def test_held_out_text_is_looked_at_and_the_best_is_kept(loader, tmp_path) -> None:
     seen: dict[int, dict[str, float]] = {}
     (tmp_path / "noise").mkdir()
@@ -359,4 +398,7 @@ def test_half_written_checkpoints_are_invisible_and_old_ones_go(tmp_path: Path) 
 
 
 if __name__ == "__main__":
-    _one_rank(Path(sys.argv[1]), *sys.argv[2:])
+    if "uneven" in sys.argv:
+        _uneven_rank(Path(sys.argv[1]))
+    else:
+        _one_rank(Path(sys.argv[1]), *sys.argv[2:])

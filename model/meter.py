@@ -27,6 +27,8 @@ class StepRecord:
     eta_seconds: float
     mfu: float | None = None  # share of the devices' peak used for the model's own arithmetic
     skipped: int = 0  # steps not taken because of a loss spike, since the beginning
+    rollbacks: int = 0  # times older weights were taken, several in a row having been skipped
+    back_to: int | None = None  # step of the checkpoint that the last of these went back to
     imbalance: float | None = None  # load of the busiest expert over the mean, of the last step
 
 

@@ -36,6 +36,7 @@ from model.checkpoint import (
     load_checkpoint,
     read_manifest,
     save_checkpoint,
+    step_of,
     verify_checkpoint,
 )
 from model.compiling import compile_blocks
@@ -219,12 +220,14 @@ def train(
             multiplier = config.schedule.multiplier(step, steps)
             if past.guard.takes(loss):
                 optimizer.step(multiplier)
-            elif past.guard.lost and checkpoints is not None:
+            elif past.guard.lost:
                 # Several in a row: the weights are at fault, not the batches. On with older weights
-                # and the data that follows.
+                # and the data that follows; where there are none, with these and losses as they
+                # have become, or no step would ever be taken again.
                 settle()
-                _restore(model, optimizer, latest_checkpoint(checkpoints), together)
-                past.guard.reset()
+                older = None if checkpoints is None else latest_checkpoint(checkpoints)
+                _restore(model, optimizer, older, together)
+                past.guard.reset(None if older is None else step_of(older))
             optimizer.zero_grad()
             imbalance = balance(model, config.balance_rate) if model.config.experts else None
             meter.add(float(totals[0]), counted, int(totals[1]))
@@ -232,7 +235,7 @@ def train(
             if done % config.log_every == 0 or done == steps:
                 rate = multiplier * config.optim.matrix_rate
                 record = meter.record(done, rate, grad_norm, device)
-                record = replace(record, skipped=past.guard.skipped, imbalance=imbalance)
+                record = replace(record, imbalance=imbalance, **past.guard.told())
                 past.curve.append(record)
                 on_step(record)
             if heldout and (done % config.heldout_every == 0 or done == steps):

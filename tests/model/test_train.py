@@ -287,6 +287,8 @@ def test_a_loss_spike_is_not_learned_from_and_resumes_to_the_bit(loader, tmp_pat
     model = tiny_model()
     records = train(model, poisoned, config, checkpoints=tmp_path / "c")
     assert records[29].skipped == 0 and records[-1].skipped == len(bad)
+    gone_back = (0, None) if len(bad) == 1 else (1, 30)
+    assert (records[-1].rollbacks, records[-1].back_to) == gone_back
     assert records[-1].loss < records[28].loss + (0.3 if len(bad) == 1 else 0.6)
 
     def kill(record) -> None:
@@ -297,8 +299,17 @@ def test_a_loss_spike_is_not_learned_from_and_resumes_to_the_bit(loader, tmp_pat
     with contextlib.suppress(Killed):
         train(again, poisoned, config, checkpoints=tmp_path / "d", on_step=kill)
     resumed = train(again, poisoned, config, checkpoints=tmp_path / "d")
-    assert [r.loss for r in resumed] == [r.loss for r in records]
+    assert [(r.loss, r.back_to) for r in resumed] == [(r.loss, r.back_to) for r in records]
     assert torch.equal(again.output_weight, model.output_weight)
+
+
+def test_a_lasting_rise_without_checkpoints_does_not_stop_learning(loader, tmp_path) -> None:
+    poisoned = Poisoned([tmp_path / "tokens-00000.npy"], 32, seed=1)
+    poisoned.steps = tuple(range(30, 40))
+    config = replace(CONFIG, total_tokens=40 * 8 * 32, spike=6.0)
+    records = train(tiny_model(), poisoned, config)
+    assert [records[step].skipped for step in (29, 30, 31, 32, 39)] == [0, 1, 2, 3, 3]
+    assert records[-1].loss < records[32].loss and records[-1].rollbacks == 0
 
 
 def test_masked_tokens_are_learned_by_a_model_that_looks_both_ways(loader) -> None:

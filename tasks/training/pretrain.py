@@ -39,7 +39,8 @@ class PretrainConfig(TrainingConfig):
     """Keep documents that share a sequence from seeing each other."""
     source_weights: dict[str, float] = Field(default_factory=dict)
     """Weight of each source of the corpus, by name (seeds: what was crawled), which gives its share
-    of every stretch of the run; empty: as much as there is of each."""
+    of every stretch of the run; 0: none of it, nor of its held-out documents. Empty: as much as
+    there is of each."""
     heldout_every: int = place(50, ge=1)
     """Steps between looks at the loss on held-out documents, and at samples of what it writes."""
     heldout_sequences: int = place(32, ge=0)
@@ -63,10 +64,13 @@ class PretrainConfig(TrainingConfig):
     @classmethod
     def positive(cls, value: dict[str, float]) -> dict[str, float]:
         for name, weight in value.items():
-            if not 0 < weight < float("inf"):
+            if not 0 <= weight < float("inf"):
                 raise ValueError(
-                    f"weight {weight} of source {name!r} must be a number above 0; leave it out"
+                    f"weight {weight} of source {name!r} must be a number of at least 0, which "
+                    f"leaves it out"
                 )
+        if value and not any(value.values()):
+            raise ValueError("source_weights leave every source out; give one a weight above 0")
         return value
 
     @model_validator(mode="after")

@@ -203,11 +203,15 @@ def training_data(
     counts: dict[str, int] = {}
     if job.shards is not None:
         sources = _windows(job, store, job.shards, "tokens", len(tokenizer), apart=True)
-        counts = {"corpus_tokens": sum(source.tokens for source in sources.values())}
         if job.source_weights:
-            windows = WeightedLoader(sources, job.source_weights)
+            # A source too short for one sequence has no windows; with a weight it was refused.
+            short = set(shard_sources(job.shards.names(), "tokens")) - set(sources)
+            weights = {n: weight for n, weight in job.source_weights.items() if n not in short}
+            windows = WeightedLoader(sources, weights)
+            sources = {name: source for name, source in sources.items() if weights[name]}
         else:
             (windows,) = _windows(job, store, job.shards, "tokens", len(tokenizer)).values()
+        counts = {"corpus_tokens": sum(source.tokens for source in sources.values())}
         windows = _masked(job, windows, tokenizer, shape)
     if job.pairs is None:
         assert windows is not None
@@ -234,7 +238,11 @@ def heldout_data(
     if job.shards is None or not job.judged:
         return {}
     found = _windows(job, store, job.shards, "heldout-tokens", len(tokenizer), apart=True)
-    return {name: _masked(job, windows, tokenizer, shape) for name, windows in found.items()}
+    return {
+        name: _masked(job, windows, tokenizer, shape)
+        for name, windows in found.items()
+        if job.source_weights.get(name, 1)
+    }
 
 
 def _masked(job: TrainingJob, source: Loader, tokenizer: Tokenizer, shape: ModelConfig) -> Loader:
@@ -277,7 +285,7 @@ def _windows(
                 vocab_size=vocabulary,
             )
         except DataError:
-            if split == "tokens" and (not apart or source in job.source_weights):
+            if split == "tokens" and (not apart or job.source_weights.get(source)):
                 raise
     return loaders
 

@@ -51,7 +51,8 @@ def test_every_family_of_the_form_has_its_name_outside(family: str) -> None:
         ({"model": {"family": "gemma", "sliding_window": 4}}, "'gemma2', 'gemma3'"),
         ({"model": {"family": "deepseek_v3", "experts": {"per_token": 9}}}, "experts_per_token 9"),
         ({"mask_share": 0.3}, "mask_share is of the family bert"),
-        ({"source_weights": {"notes": 0}}, "weight 0.0 of source 'notes' must be a number above 0"),
+        ({"source_weights": {"notes": -1}}, "weight -1.0 of source 'notes' must be a number of at"),
+        ({"source_weights": {"notes": 0}}, "leave every source out; give one a weight above 0"),
         ({"spike": 0.5}, "spike 0.5 must be above 1 standard deviation"),
         ({"weights": "best", "heldout_sequences": 0}, "'best' are found by held-out documents"),
         ({"optimizer": {"base_width": 64}}, "base_width needs tied_embeddings False"),
@@ -153,6 +154,11 @@ def test_sources_are_mixed_by_weight_and_judged_apart(shards: Manifest) -> None:
         "seeds": 300,
         "notes": 400,
     }
+    only = job(shards, source_weights={"notes": 1.0, "seeds": 0.0})
+    loader, _, counts = training_data(only, store, names, shape)
+    assert set(loader.read(loader.order(0, 40)).tokens.flatten().tolist()) == {400}
+    assert counts == {"corpus_tokens": 900}
+    assert set(heldout_data(only, store, names, shape)) == {"notes"}
     with pytest.raises(ValueError, match="weights are for mail, sources are notes, seeds"):
         training_data(job(shards, source_weights={"mail": 1.0}), store, names, shape)
 

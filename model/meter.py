@@ -1,8 +1,11 @@
 """What a run says of itself: the records of its curve, and the sums they are made from."""
 
+import contextlib
 import resource
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,7 +27,7 @@ class StepRecord:
     grad_norm: float  # before clipping, of the last step
     tokens_per_second: float  # since the last record, over all ranks
     memory_mb: float  # peak resident (CPU) or allocated (GPU) memory of this rank
-    eta_seconds: float
+    eta_seconds: float  # of steps, looks at held-out text and checkpoints apart
     mfu: float | None = None  # share of the devices' peak used for the model's own arithmetic
     skipped: int = 0  # steps not taken because of a loss spike, since the beginning
     rollbacks: int = 0  # times older weights were taken, several in a row having been skipped
@@ -41,7 +44,7 @@ def device_peak(stated: float | None, device: torch.device) -> float | None:
 
 
 class Meter:
-    """Sums between two records."""
+    """Sums between two records, and the time of the steps between them."""
 
     def __init__(
         self, step_tokens: int, first: int, steps: int, flops: float, peak: float | None
@@ -53,6 +56,27 @@ class Meter:
     def _reset(self, step: int) -> None:
         self._since, self._started = step, time.perf_counter()
         self._nats, self._counted, self._bytes = 0.0, 0, 0
+
+    @contextlib.contextmanager
+    def paused(self, device: torch.device) -> Iterator[None]:
+        """What happens meanwhile is no part of a step: its time is left out of the rate."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the step before is still being computed
+        begun = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - begun
+
+    def state(self) -> dict[str, Any]:
+        """JSON, for the checkpoint: the next record is of all steps since the last one."""
+        sums = {"nats": self._nats, "counted": self._counted, "bytes": self._bytes}
+        return sums | {"since": self._since, "seconds": time.perf_counter() - self._started}
+
+    def load_state(self, state: Mapping[str, Any] | None) -> None:
+        """The inverse of `state`; None: from a checkpoint without it."""
+        if state is not None:
+            self._nats, self._counted = state["nats"], state["counted"]
+            self._bytes, self._since = state["bytes"], state["since"]
+            self._started = time.perf_counter() - state["seconds"]
 
     def add(self, nats: float, counted: int, bytes_: int) -> None:
         self._nats += nats

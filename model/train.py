@@ -11,6 +11,7 @@ checkpoint goes on with the same batches, and on one CPU with the same threads w
 import contextlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -157,6 +158,7 @@ def train(
     flops = training_flops_per_token(model.config, loader.sequence) / world
     peak = device_peak(config.peak_flops, device)
     meter = Meter(loader.sequence * config.batch, first, steps, flops, peak)
+    meter.load_state(past.meter)
     writer = None
     if checkpoints is not None:
         how = save_checkpoint if together is None else together.save
@@ -168,7 +170,7 @@ def train(
         if together is None:
             tensors = whole_tensors(tensors[0]), whole_tensors(tensors[1])
         if writer is not None and (rank == 0 or together is not None):
-            state = {"identity": identity} | past.state()
+            state = {"identity": identity, "meter": meter.state()} | past.state()
             writer.write(Checkpoint(step, *tensors, state), keep, folder)
 
     def settle() -> None:
@@ -239,17 +241,19 @@ def train(
                 past.curve.append(record)
                 on_step(record)
             if heldout and (done % config.heldout_every == 0 or done == steps):
-                model.eval()
-                shown = config.heldout_sequences, config.micro_batch
-                losses = heldout_losses(bare, heldout, *shown, device, ranks, bf16=bf16)
-                least = min((earlier[OVERALL] for _, earlier in past.heldout), default=math.inf)
-                past.heldout.append((done, losses))
-                on_heldout(done, losses)
-                model.train()
-                if losses[OVERALL] < least and config.keep_best:
-                    save(done, config.keep_best, BEST)
+                with meter.paused(device):
+                    model.eval()
+                    shown = config.heldout_sequences, config.micro_batch
+                    losses = heldout_losses(bare, heldout, *shown, device, ranks, bf16=bf16)
+                    least = min((earlier[OVERALL] for _, earlier in past.heldout), default=math.inf)
+                    past.heldout.append((done, losses))
+                    on_heldout(done, losses)
+                    model.train()
+                    if losses[OVERALL] < least and config.keep_best:
+                        save(done, config.keep_best, BEST)
             if checkpoints is not None and (done % config.checkpoint_every == 0 or done == steps):
-                save(done, config.keep_checkpoints)
+                with meter.paused(device):
+                    save(done, config.keep_checkpoints)
         settle()
     return past.curve
 
@@ -261,15 +265,23 @@ class _History:
     guard: SpikeGuard
     curve: list[StepRecord] = field(default_factory=list)
     heldout: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    seconds: float = 0.0  # spent by earlier attempts until the checkpoint gone on from
+    begun: float = field(default_factory=time.perf_counter)
+    meter: dict[str, Any] | None = None  # of that checkpoint
 
     def state(self) -> dict[str, Any]:
-        curve = [asdict(record) for record in self.curve]
-        return {"curve": curve, "guard": self.guard.state(), "heldout": list(self.heldout)}
+        return {
+            "curve": [asdict(record) for record in self.curve],
+            "guard": self.guard.state(),
+            "heldout": list(self.heldout),
+            "seconds": self.seconds + time.perf_counter() - self.begun,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.guard.load_state(state.get("guard"))
         self.curve = [StepRecord(**record) for record in state["curve"]]
         self.heldout = [(step, losses) for step, losses in state.get("heldout", ())]
+        self.seconds, self.meter = state.get("seconds", 0.0), state.get("meter")
 
 
 @contextlib.contextmanager

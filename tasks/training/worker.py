@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from model import train as training
 from model.chat import Tokenizer, encode_example
-from model.checkpoint import CheckpointError, latest_checkpoint, step_of
+from model.checkpoint import CheckpointError, latest_checkpoint, read_manifest, step_of
 from model.config import ConfigError, ModelConfig
 from model.divided_checkpoint import load_whole_model
 from model.huggingface import FormatError, SpecialTokens, load_directory, save_directory
@@ -106,6 +106,7 @@ def _train(job: TrainingJob, directory: Directory) -> None:
         begun = time.monotonic()
         newest = latest_checkpoint(checkpoints)
         resumed = step_of(newest) if newest else 0
+        earlier = read_manifest(newest)["state"].get("seconds", 0.0) if newest else 0.0
         progress = _Progress(directory, resumed)
 
         def on_step(record: training.StepRecord) -> None:
@@ -136,7 +137,7 @@ def _train(job: TrainingJob, directory: Directory) -> None:
             on_heldout=on_heldout,
             on_checkpoint=push,
         )
-        seconds = time.monotonic() - begun
+        seconds = earlier + time.monotonic() - begun
         model = whole_model(model)
         best = latest_checkpoint(checkpoints / training.BEST) if config.keep_best else None
         if best is not None and rank == 0:

@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import json
+import shutil
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from model.checkpoint import (
     CheckpointWriter,
     list_checkpoints,
     load_checkpoint,
+    read_manifest,
     save_checkpoint,
 )
 from model.compiling import compile_blocks, missing_compiler
@@ -84,6 +87,46 @@ def test_a_killed_run_resumes_on_the_same_curve_to_the_bit(loader, tmp_path, pre
     assert {r.step: (r.loss, r.grad_norm) for r in records} == curve
     for a, b in zip(unbroken.parameters(), broken.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_records_and_time_go_on_where_a_kill_came_between_them(loader, tmp_path) -> None:
+    config = replace(CONFIG, log_every=5, checkpoint_every=7)
+    expected = train(tiny_model(), loader, config, token_bytes=torch.ones(128, dtype=torch.int64))
+
+    def slow_and_killed(record) -> None:
+        time.sleep(0.3)
+        if record.step == 10:
+            raise Killed
+
+    options = {"checkpoints": tmp_path, "token_bytes": torch.ones(128, dtype=torch.int64)}
+    with contextlib.suppress(Killed):
+        train(tiny_model(), loader, config, on_step=slow_and_killed, **options)
+    records = train(tiny_model(), loader, config, **options)  # from step 7, between 5 and 10
+    assert [(r.step, r.loss, r.bits_per_byte) for r in records] == [
+        (r.step, r.loss, r.bits_per_byte) for r in expected
+    ]
+    seven, twelve = (read_manifest(path)["state"] for path in list_checkpoints(tmp_path))
+    assert twelve["seconds"] > seven["seconds"] > 0.3
+    # A checkpoint of before these were kept is still gone on from.
+    (old, _), new = list_checkpoints(tmp_path), tmp_path / "old" / "step-00000007"
+    shutil.copytree(old, new)
+    for name in ("seconds", "meter"):
+        del seven[name]
+    (new / "checkpoint.json").write_text(json.dumps(read_manifest(new) | {"state": seven}))
+    again = train(tiny_model(), loader, config, checkpoints=new.parent)
+    assert [r.step for r in again] == [5, 10, 12] and again[-1].loss == records[-1].loss
+
+
+def test_looks_and_checkpoints_are_no_part_of_the_rate(loader, tmp_path) -> None:
+    config = replace(CONFIG, heldout_every=1, total_tokens=6 * 8 * 32)
+    records = train(
+        tiny_model(),
+        loader,
+        config,
+        heldout={"a": loader},
+        on_heldout=lambda step, losses: time.sleep(0.5),
+    )
+    assert min(record.tokens_per_second for record in records[1:]) > 2 * 8 * 32
 
 
 def test_micro_batches_change_nothing_but_rounding(loader: WindowLoader) -> None:

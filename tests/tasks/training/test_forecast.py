@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,13 +16,19 @@ from flows.cli import main
 from flows.deployments import parameters
 from flows.parameters import PRESETS
 from model.flops import count_parameters
+from model.huggingface import save_directory
 from model.transformer import Transformer
+from tasks.runtime.errors import UserError
+from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
-from tasks.training.forecast import Law, forecast, memory_bytes
+from tasks.runtime.store import MANIFEST, Store
+from tasks.training.forecast import Law, forecast, memory_bytes, quick_run
 from tasks.training.foreseen import errors, keep
 from tasks.training.options import ModelOptions, RunOptions
 from tasks.training.pretrain import PretrainConfig
 
+FREQUENCIES = 1 / np.arange(1, 301)
+FREQUENCIES /= FREQUENCIES.sum()
 SIZES = {
     "demo": 5.2e6,
     "tiny": 133e3,
@@ -113,6 +122,62 @@ def test_what_cannot_be_is_not_foreseen(tmp_path: Path, capsys) -> None:
     large = ("--config", "cluster-8b", "--set", "pretrain.run.gpu=false")
     assert "GB and cannot be timed here" in told(*large, "--set", "pretrain.model.layers=1000")
     assert not (tmp_path / "forecasts").exists()
+
+
+@pytest.fixture
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
+    """Tokens drawn independently, some of them held out, and their tokenizer's manifest."""
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path))
+    store = Store.open(Settings.load())
+    marks = {"version": 1, "content": "here"}
+    named = Manifest(stage="tokenizer", fingerprint="t", counts={"vocabulary": 300}, **marks)
+    store.directory("tokenizer", "t").write_json(MANIFEST, named.model_dump(mode="json"))
+    draw = np.random.default_rng(0)
+    entries = []
+    for name, count in (("tokens-00000.npy", 60_000), ("heldout-tokens-00000.npy", 9000)):
+        stream = io.BytesIO()
+        np.save(stream, draw.choice(300, count, p=FREQUENCIES).astype(np.uint16))
+        entries.append(store.directory("token-shards", "s").write_bytes(name, stream.getvalue()))
+    inputs = {"tokenizer": "t"}
+    found = {"bytes_per_token": 2.0}
+    return Manifest(
+        stage="token-shards",
+        fingerprint="s",
+        files=tuple(entries),
+        inputs=inputs,
+        metrics=found,
+        **marks,
+    )
+
+
+def test_the_loss_foreseen_of_random_text_is_its_entropy(shards: Manifest, monkeypatch) -> None:
+    sizes = ((32, 1, 30_000), (32, 1, 120_000), (64, 1, 30_000), (64, 2, 120_000))
+    monkeypatch.setattr("tasks.training.forecast.QUICK_RUNS", sizes)
+    options = ModelOptions(width=64, layers=2, heads=2, context=128, mlp_width=0)
+    run = RunOptions(workers=2, tensor=2)  # what a quick run, in one process, must not ask for
+    config = PretrainConfig(sequence=128, tokens=150_000, model=options, run=run)
+    found = forecast(config, 300, shards, device_flops=1.0, mfu=1.0)
+    entropy = -float((FREQUENCIES * np.log(FREQUENCIES)).sum())  # no model can do better
+    assert found.loss == pytest.approx(entropy, rel=0.05)
+    assert found.bits_per_byte == pytest.approx(found.loss / math.log(2) / 2)
+    short = shards.model_copy(update={"files": shards.files[:1]})
+    with pytest.raises(UserError, match=r"no quick runs on this corpus: .* or pass --no-runs"):
+        quick_run(config, 32, 1, 1000, short)
+
+
+def test_no_law_is_fitted_for_a_run_that_goes_on_from_a_checkpoint(
+    shards: Manifest, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("GRISTMILL_SOURCE_ROOTS", str(tmp_path / "sources"))
+    folder = tmp_path / "sources" / "theirs"
+    torch.manual_seed(0)
+    save_directory(folder, Transformer(ModelOptions(width=32, heads=2, context=64).config(300)))
+    config = PretrainConfig(start_from=str(folder), sequence=64, run=RunOptions(gpu=True))
+    said: list[str] = []
+    found = forecast(config, 300, shards, device_flops=1e12, mfu=0.4, say=said.append)
+    assert found.loss is None and said == [
+        "no loss is foreseen of a run that goes on from a checkpoint"
+    ]
 
 
 def test_the_time_on_a_cpu_is_measured(tmp_path: Path, monkeypatch) -> None:

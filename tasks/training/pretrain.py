@@ -16,7 +16,7 @@ from tasks.corpus.source_config import allowed
 from tasks.registry.tracking import log_metrics, tracked
 from tasks.runtime.errors import UserError
 from tasks.runtime.fingerprint import place
-from tasks.runtime.manifest import Manifest
+from tasks.runtime.manifest import Manifest, Scalar
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.training.foreseen import errors
@@ -220,11 +220,22 @@ def pretrain(
             ),
             work,
         )
-        reached = {
-            "loss": outcome.metrics.get("heldout_loss"),
-            "seconds": outcome.metrics.get("train_seconds"),
-        }
-        told = errors(config, Settings.load(), reached)
+        told = errors(config, Settings.load(), shards, _reached(outcome))
         if told:
             log_metrics(run_id, told)
         return replace(outcome, metrics={**outcome.metrics, **told})
+
+
+def _reached(outcome: Outcome) -> dict[str, Scalar]:
+    """What a training came to, by the names of a forecast."""
+    metrics, workers = outcome.metrics, outcome.world["workers"]
+    seconds, megabytes = metrics["train_seconds"], metrics["peak_memory_mb"]
+    assert isinstance(seconds, float) and isinstance(megabytes, float) and isinstance(workers, int)
+    return {
+        "loss": metrics.get("heldout_loss"),
+        "seconds": seconds,
+        "memory_gb": megabytes * 2**20 / 1e9,
+        "device_hours": seconds * workers / 3600,
+        "parameters": outcome.counts["parameters"],
+        "workers": workers,
+    }

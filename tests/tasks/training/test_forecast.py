@@ -97,19 +97,41 @@ def test_weights_and_optimiser_are_counted_to_the_byte() -> None:
 def test_a_run_says_how_wrong_its_forecast_was(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path))
     settings, config = Settings.load(), PretrainConfig(tokens=1000)
-    assert errors(config, settings, {"loss": 3.0}) == {}
-    path = keep({"loss": 4.0, "seconds": 10.0}, config, settings)
-    assert json.loads(path.read_text())["loss"] == 4.0
-    elsewhere = config.model_copy(update={"run": RunOptions(workers=1)})
-    found = errors(elsewhere, settings, {"loss": 3.0, "seconds": 15.0})
-    assert found == {
-        "forecast_loss": 4.0,
-        "forecast_loss_error": -0.25,
+    here = Manifest(stage="token-shards", version=1, fingerprint="a", content="a")
+    elsewhere = here.model_copy(update={"content": "b"})
+    reached = {
+        "loss": 3.0,
+        "seconds": 15.0,
+        "memory_gb": 3.0,
+        "device_hours": 30.0,
+        "parameters": 7,
+        "workers": 2,
+    }
+    assert errors(config, settings, here, reached) == {}
+    foreseen = {"loss": 4.0, "seconds": 10.0, "memory_gb": 2.0, "device_hours": 20.0}
+    path = keep(foreseen | {"parameters": 7, "workers": 2}, config, settings, here)
+    assert json.loads(path.read_text())["placement"]["workers"] == 2
+    of_loss = {"forecast_loss": 4.0, "forecast_loss_error": -0.25}
+    assert errors(config, settings, here, reached) == of_loss | {
         "forecast_seconds": 10.0,
         "forecast_seconds_error": 0.5,
+        "forecast_memory_gb": 2.0,
+        "forecast_memory_gb_error": 0.5,
+        "forecast_device_hours": 20.0,
+        "forecast_device_hours_error": 0.5,
     }
-    other = config.model_copy(update={"tokens": 2000})
-    assert errors(other, settings, {"loss": 3.0}) == {}
+    # With other workers, or held in memory otherwise, only what does not depend on that is judged.
+    assert errors(config, settings, here, reached | {"workers": 8}) == of_loss
+    smaller = config.model_copy(update={"run": RunOptions(micro_batch=1)})
+    assert errors(smaller, settings, here, reached) == of_loss
+    # Another training, another corpus, another vocabulary: nobody asked for a forecast of it.
+    assert errors(config.model_copy(update={"tokens": 2000}), settings, here, reached) == {}
+    assert errors(config, settings, elsewhere, reached) == {}
+    assert errors(config, settings, here, reached | {"parameters": 8}) == {}
+    # One made without a corpus is for any of them.
+    keep({"seconds": 30.0, "parameters": 7, "workers": 2, "loss": None}, config, settings)
+    found = errors(config, settings, elsewhere, reached)
+    assert found == {"forecast_seconds": 30.0, "forecast_seconds_error": -0.5}
 
 
 def test_what_cannot_be_is_not_foreseen(tmp_path: Path, capsys) -> None:

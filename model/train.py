@@ -43,10 +43,9 @@ from model.checkpoint import (
 from model.compiling import compile_blocks
 from model.config import ModelConfig
 from model.divided_checkpoint import Together, is_divided, load_divided
-from model.flops import training_flops_per_token
 from model.loader import Batch, Loader, rank_slice
 from model.losses import cross_entropy_sum
-from model.meter import Meter, StepRecord, device_peak
+from model.meter import Meter, StepRecord, device_peak, seen_keys
 from model.moe import balance, uncounted
 from model.optim import OptimConfig, Optimizer
 from model.precision import resolve_precision
@@ -155,9 +154,9 @@ def train(
     if token_bytes is not None:
         token_bytes = token_bytes.to(device)
 
-    flops = training_flops_per_token(model.config, loader.sequence) / world
     peak = device_peak(config.peak_flops, device)
-    meter = Meter(loader.sequence * config.batch, first, steps, flops, peak)
+    peak = None if peak is None else peak * world
+    meter = Meter(model.config, loader.sequence * config.batch, first, steps, peak)
     meter.load_state(past.meter)
     writer = None
     if checkpoints is not None:
@@ -190,7 +189,8 @@ def train(
             counted = loader.targets(ids)
             mine = loader.read(rank_slice(ids, ranks.index, ranks.count))
             micro = mine.micro_batches(config.micro_batch)
-            totals = torch.zeros(2, dtype=torch.float64)  # nats, bytes
+            totals = torch.zeros(3, dtype=torch.float64)  # nats, bytes, keys seen
+            totals[2] = seen_keys(model.config, mine)
             pieces = config.most_micro_batches(ranks.count) if config.sharded else len(micro)
             for number in range(pieces):
                 # Divided weights are gathered for each micro-batch, by all ranks together: one that
@@ -232,7 +232,7 @@ def train(
                 past.guard.reset(None if older is None else step_of(older))
             optimizer.zero_grad()
             imbalance = balance(model, config.balance_rate) if model.config.experts else None
-            meter.add(float(totals[0]), counted, int(totals[1]))
+            meter.add(float(totals[0]), counted, int(totals[1]), float(totals[2]))
             done = step + 1
             if done % config.log_every == 0 or done == steps:
                 rate = multiplier * config.optim.matrix_rate

@@ -158,7 +158,8 @@ def forecast(
     """`shards`: tokens of the corpus, for the quick runs; None: no loss is foreseen."""
     config = config.resolve()
     shape = config.shape(vocabulary)
-    operations = training_flops_per_token(shape, config.sequence) * config.tokens
+    counted = 1.0 if shape.causal else config.mask_share
+    operations = training_flops_per_token(shape, config.sequence, counted) * config.tokens
     gpu = config.run.gpu
     workers = config.run.workers or (1 if gpu else min(2, os.cpu_count() or 1, config.batch))
     if gpu:

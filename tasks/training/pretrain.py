@@ -95,6 +95,15 @@ class PretrainConfig(TrainingConfig):
         return self
 
     @model_validator(mode="after")
+    def takes_its_shape_from_one_place(self) -> Self:
+        """The family bert may be said of a checkpoint, too: `mask_share` is asked of it."""
+        if self.start_from and self.model not in (ModelOptions(), ModelOptions(family="bert")):
+            raise ValueError(
+                "model is the shape of a new model, and start_from brings its own; leave model out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def fits_the_context(self) -> Self:
         if not self.start_from and self.sequence > self.model.context:
             raise ValueError(

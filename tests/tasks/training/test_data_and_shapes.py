@@ -56,6 +56,10 @@ def test_every_family_of_the_form_has_its_name_outside(family: str) -> None:
         ({"spike": 0.5}, "spike 0.5 must be above 1 standard deviation"),
         ({"weights": "best", "heldout_sequences": 0}, "'best' are found by held-out documents"),
         ({"optimizer": {"base_width": 64}}, "base_width needs tied_embeddings False"),
+        (
+            {"start_from": "/x", "model": {"layers": 9}},
+            "start_from brings its own; leave model out",
+        ),
         ({"run": {"tensor": 2}}, "run.tensor 2 needs run.workers"),
         ({"run": {"tensor": 2, "workers": 3}}, "3 workers are no groups of run.tensor 2"),
         ({"run": {"tensor": 2, "workers": 4}}, "2 groups of run.tensor 2 workers need run.sharded"),

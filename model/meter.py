@@ -15,7 +15,17 @@ from model.flops import forward_flops, mean_keys
 from model.loader import Batch
 from model.losses import bits_per_byte
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by device name
+# Dense bf16 with float32 sums, by what the device's name holds, from NVIDIA's data sheets. Others
+# are stated (`TrainConfig.peak_flops`): of a GPU in a home, and of any CPU, too little is known.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,11 @@ def device_peak(stated: float | None, device: torch.device) -> float | None:
     """What the device can do in a second: what is stated, else what is known of it."""
     if stated is not None or device.type != "cuda":
         return stated
-    name = torch.cuda.get_device_name(device)
+    return known_peak(torch.cuda.get_device_name(device))
+
+
+def known_peak(name: str) -> float | None:
+    """By the name of a GPU, as the driver tells it."""
     return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
 
 

@@ -71,6 +71,10 @@ class RunOptions(StageConfig):
     """Threads of each worker; 0: the machine's cores divided by the workers."""
     gpu: bool = False
     """Give every worker a GPU."""
+    peak_tflops: float = Field(0.0, ge=0, lt=1e6)
+    """What a worker's device can do in a second in the precision used, in 10^12 operations, for the
+    share of it that the training uses (MFU); 0: as known of H100, H200, B200, A100 and L40S in
+    bf16; of other devices there is then no MFU."""
     micro_batch: int = Field(8, ge=1)
     """Sequences a worker holds in memory at once."""
     checkpoint_every: int = Field(50, ge=1)
@@ -168,6 +172,7 @@ class TrainingConfig(StageConfig):
             "clip": self.clip or None,
             "spike": self.spike or None,
             "precision": self.precision,
+            "peak_flops": self.run.peak_tflops * 1e12 or None,
             "checkpoint_every": self.run.checkpoint_every,
             "log_every": self.run.log_every,
             "activation_checkpointing": self.run.activation_checkpointing,

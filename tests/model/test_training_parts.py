@@ -14,7 +14,7 @@ from model.config import ConfigError, ModelConfig
 from model.flops import forward_flops
 from model.loader import Batch
 from model.losses import bits_per_byte, cross_entropy_sum
-from model.meter import seen_keys
+from model.meter import device_peak, known_peak, seen_keys
 from model.optim import OptimConfig, Optimizer, orthogonalise
 from model.precision import resolve_precision
 from model.schedule import Schedule
@@ -207,6 +207,14 @@ def test_precision_is_resolved() -> None:
         assert resolve_precision("auto", "cuda") == "bf16"
     with pytest.raises(ConfigError, match="precision 'fp8'"):
         resolve_precision("fp8")
+
+
+def test_the_peak_of_a_device_is_stated_or_known_by_its_name() -> None:
+    assert known_peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert known_peak("NVIDIA H100 PCIe") == 756e12
+    assert known_peak("NVIDIA GeForce RTX 4090") is None
+    assert device_peak(3e12, torch.device("cpu")) == 3e12
+    assert device_peak(None, torch.device("cpu")) is None
 
 
 def test_operations_of_a_loss_on_some_targets_are_what_torch_counts() -> None:

@@ -75,6 +75,7 @@ def test_what_does_not_go_together_is_one_sentence(values: dict, message: str) -
 
 def test_what_the_form_says_reaches_the_loop() -> None:
     run = {"workers": 4, "tensor": 2, "sharded": True, "compiled": True, "keep_checkpoints": 5}
+    run |= {"peak_tflops": 181}
     values = {
         "spike": 6.0,
         "heldout_every": 7,
@@ -87,7 +88,7 @@ def test_what_the_form_says_reaches_the_loop() -> None:
     loop = PretrainConfig.model_validate(values).loop()
     parts = {"optim": OptimConfig(**loop["optim"]), "schedule": Schedule(**loop["schedule"])}
     config = TrainConfig(**(loop | parts), total_tokens=1)
-    assert config.optim.base_width == 64
+    assert (config.optim.base_width, config.peak_flops) == (64, 181e12)
     assert (config.tensor, config.sharded, config.compiled) == (2, True, True)
     assert (config.keep_checkpoints, config.keep_best, config.spike) == (5, 1, 6.0)
     assert (config.heldout_every, config.heldout_sequences) == (7, 9)

@@ -41,7 +41,7 @@ from tests.conftest import CHECKOUT, Stack
 pytestmark = pytest.mark.timeout(500)
 
 SMALL = ModelOptions(width=32, layers=2, heads=2, context=64)
-RUN = RunOptions(workers=1, threads=1, checkpoint_every=10, log_every=2)
+RUN = RunOptions(workers=1, threads=1, checkpoint_every=10, log_every=2, peak_tflops=0.5)
 CONFIG = PretrainConfig(
     tokens=40 * 8 * 64, sequence=64, batch=8, model=SMALL, precision="fp32", run=RUN
 )
@@ -244,6 +244,9 @@ def test_pretraining_leaves_a_model_with_its_curve_and_run(base: Manifest, corpu
     assert list(curve) == list(range(2, 41, 2)) and curve[40] < curve[2] / 2
     assert base.counts["steps"] == 40 and base.counts["tokens"] == CONFIG.tokens
     assert 0 < base.metrics["bits_per_byte"] < 3
+    table = Store.open().of(base).read_table("curve.parquet")
+    assert 0 < base.metrics["mfu"] < 1 and all(0 < share < 1 for share in table["mfu"].to_pylist())
+    assert table["skipped"].to_pylist() == table["rollbacks"].to_pylist() == [0] * 20
     expected = bare_losses(CONFIG, corpus["shards"], 320)
     assert list(curve.values()) == pytest.approx(list(expected.values()), rel=1e-4)
     run_id = str(base.metrics["mlflow_run_id"])

@@ -43,5 +43,5 @@ def foresee(
         mfu=arguments.mfu,
         say=say,
     )
-    keep(asdict(found), config, settings)
+    keep(asdict(found), config, settings, shards)
     return found

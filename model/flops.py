@@ -80,19 +80,20 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     )
 
 
-def forward_flops_per_token(config: ModelConfig, sequence: int) -> float:
-    """Operations to process one token, the mean over the tokens of a sequence.
+def forward_flops(config: ModelConfig, tokens: float, counted: float, keys: float) -> float:
+    """Operations to process so many tokens, of which `counted` have a target in the loss.
 
     A matrix of P parameters costs 2·P per token (a multiply and an add each); of the experts only
-    the chosen ones. The output matrix works on every token even when tied; looking a row up in the
-    input matrix is free. Attention adds, per layer, for each key 2·H·D for its score and 2·H·E for
-    its value's share. Norms, RoPE, softmax and activations are left out, as is usual (below one
-    percent at any width worth training).
+    the chosen ones. The output matrix works, also when tied, on the tokens whose target counts;
+    looking a row up in the input matrix is free. Attention adds for each key that a token sees in
+    a layer (`keys`: of all tokens and layers) 2·H·D for its score and 2·H·E for its value's share.
+    Norms, RoPE, softmax and activations are left out, as is usual (below one percent at any width
+    worth training).
     """
     count = count_parameters(config)
-    matmul = 2 * (count.matrices - count.idle + config.vocab_size * config.width)
-    keys = sum(mean_keys(config, layer, sequence) for layer in range(config.layers))
-    return matmul + 2 * config.heads * (config.head_size + config.value_size) * keys
+    blocks = 2 * (count.matrices - count.idle) * tokens
+    output = 2 * config.vocab_size * config.width * counted
+    return blocks + output + 2 * config.heads * (config.head_size + config.value_size) * keys
 
 
 def mean_keys(config: ModelConfig, layer: int, sequence: int) -> float:
@@ -105,12 +106,14 @@ def mean_keys(config: ModelConfig, layer: int, sequence: int) -> float:
     return (window * (window + 1) / 2 + (sequence - window) * window) / sequence
 
 
-def training_flops_per_token(config: ModelConfig, sequence: int) -> float:
-    """Operations of one training token: forward plus twice that for backward (Kaplan,
-    arXiv:2001.08361), so 6·N + 12·layers·H·D·keys with N without the embedding, with the head.
+def training_flops_per_token(config: ModelConfig, sequence: int, counted: float = 1.0) -> float:
+    """Operations of one training token, the mean over a sequence that is one document: forward plus
+    twice that for backward (Kaplan, arXiv:2001.08361), so 6·N + 12·layers·H·D·keys with N without
+    the embedding, with the head. counted: share of the tokens whose target counts in the loss.
 
     PaLM's MFU formula (arXiv:2204.02311, appendix B) counts all T keys for every token; we count
     only what causality needs, so our MFU is the smaller, more honest one. What activation
     checkpointing computes again is not counted: it is no progress.
     """
-    return 3 * forward_flops_per_token(config, sequence)
+    keys = sum(mean_keys(config, layer, sequence) for layer in range(config.layers))
+    return 3 * forward_flops(config, 1, counted, keys)

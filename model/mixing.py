@@ -65,25 +65,30 @@ class WeightedLoader:
     n-th of a source (n = 0, 1, …) stands where (n + ½) / weight comes in the order of all sources'
     such numbers. So any stretch holds each share to within one sequence or so, each source goes on
     in its own order, and both are functions of i alone: resumption is exact, whatever the workers.
-    An id is the source's own times the number of sources, plus the source's place.
+    An id is the source's own times the number of sources, plus the source's place. A source of
+    weight 0 takes no part.
     """
 
     def __init__(self, sources: Mapping[str, Loader], weights: Mapping[str, float]) -> None:
         if not sources or set(sources) != set(weights):
             raise DataError(
                 f"weights are for {', '.join(sorted(weights))}, sources are "
-                f"{', '.join(sorted(sources)) or 'none'}; give every source one weight"
+                f"{', '.join(sorted(sources)) or 'none'}; give every source one weight, 0 to leave "
+                f"it out"
             )
         for name, weight in weights.items():
-            if not weight > 0:
-                raise DataError(f"weight {weight} of source {name} must be above 0; leave it out")
+            if not weight >= 0:
+                raise DataError(f"weight {weight} of source {name} is below 0; 0 leaves it out")
+        sources = {name: loader for name, loader in sources.items() if weights[name]}
+        if not sources:
+            raise DataError("every source has weight 0; give one of them a weight above 0")
         lengths = {loader.sequence for loader in sources.values()}
         if len(lengths) > 1:
             raise DataError(f"sequences of {sorted(lengths)} tokens do not mix; use one length")
         self.sequence = lengths.pop()
         self.names = list(sources)
         self.sources = [sources[name] for name in self.names]
-        total = sum(weights.values())
+        total = sum(weights[name] for name in self.names)
         self.shares = np.array([weights[name] / total for name in self.names])
 
     def order(self, first: int, count: int) -> Ints:

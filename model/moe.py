@@ -5,6 +5,9 @@ that counts only in the choice, not in the weight, and after every step the bias
 experts goes down and of the others up by a constant (`balance`). No gradient is spent on evenness.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -106,6 +109,16 @@ class MixtureOfExperts(nn.Module):
         flat = x.flatten(0, -2)
         routed = self.experts(flat, *self.gate(flat)).view_as(x)
         return routed if self.shared_experts is None else routed + self.shared_experts(x)
+
+
+@contextlib.contextmanager
+def uncounted(model: nn.Module, idle: bool) -> Iterator[None]:
+    """With `idle`, tokens that pass meanwhile are no load that `balance` should follow."""
+    routers = [module for module in model.modules() if isinstance(module, Router)] if idle else []
+    loads = [router.load for router in routers]
+    yield
+    for router, load in zip(routers, loads, strict=True):
+        router.load = load
 
 
 @torch.no_grad()

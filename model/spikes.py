@@ -19,7 +19,8 @@ class SpikeGuard:
 
     def __init__(self, limit: float | None) -> None:
         self.limit = limit
-        self.skipped = 0
+        self.skipped = self.rollbacks = 0
+        self.back_to: int | None = None  # step whose weights the last rollback took
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._row = 0
 
@@ -45,17 +46,27 @@ class SpikeGuard:
         """So many steps refused in a row that older weights should be taken."""
         return self._row >= LOST
 
-    def reset(self) -> None:
-        """Begin to judge anew; what was skipped stays counted."""
+    def reset(self, back_to: int | None) -> None:
+        """Begin to judge anew; what was skipped stays counted. back_to: step of the checkpoint
+        whose weights were taken; None: there was none.
+        """
+        if back_to is not None:
+            self.rollbacks += 1
+            self.back_to = back_to
         self._losses.clear()
         self._row = 0
 
+    def told(self) -> dict[str, Any]:
+        """What a record of the curve says of it."""
+        return {"skipped": self.skipped, "rollbacks": self.rollbacks, "back_to": self.back_to}
+
     def state(self) -> dict[str, Any]:
         """JSON, for the checkpoint: a resumed run must judge as the unbroken one."""
-        return {"skipped": self.skipped, "losses": list(self._losses), "row": self._row}
+        return self.told() | {"losses": list(self._losses), "row": self._row}
 
     def load_state(self, state: dict[str, Any] | None) -> None:
         """The inverse of `state`; None: from a checkpoint without it."""
         if state is not None:
             self.skipped, self._row = state["skipped"], state["row"]
             self._losses = deque(state["losses"], maxlen=WINDOW)
+            self.rollbacks, self.back_to = state.get("rollbacks", 0), state.get("back_to")

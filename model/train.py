@@ -11,6 +11,7 @@ checkpoint goes on with the same batches, and on one CPU with the same threads w
 import contextlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -36,16 +37,16 @@ from model.checkpoint import (
     load_checkpoint,
     read_manifest,
     save_checkpoint,
+    step_of,
     verify_checkpoint,
 )
 from model.compiling import compile_blocks
 from model.config import ModelConfig
 from model.divided_checkpoint import Together, is_divided, load_divided
-from model.flops import training_flops_per_token
 from model.loader import Batch, Loader, rank_slice
 from model.losses import cross_entropy_sum
-from model.meter import Meter, StepRecord, device_peak
-from model.moe import balance
+from model.meter import Meter, StepRecord, device_peak, seen_keys
+from model.moe import balance, uncounted
 from model.optim import OptimConfig, Optimizer
 from model.precision import resolve_precision
 from model.schedule import Schedule
@@ -153,9 +154,10 @@ def train(
     if token_bytes is not None:
         token_bytes = token_bytes.to(device)
 
-    flops = training_flops_per_token(model.config, loader.sequence) / world
     peak = device_peak(config.peak_flops, device)
-    meter = Meter(loader.sequence * config.batch, first, steps, flops, peak)
+    peak = None if peak is None else peak * world
+    meter = Meter(model.config, loader.sequence * config.batch, first, steps, peak)
+    meter.load_state(past.meter)
     writer = None
     if checkpoints is not None:
         how = save_checkpoint if together is None else together.save
@@ -167,7 +169,7 @@ def train(
         if together is None:
             tensors = whole_tensors(tensors[0]), whole_tensors(tensors[1])
         if writer is not None and (rank == 0 or together is not None):
-            state = {"identity": identity} | past.state()
+            state = {"identity": identity, "meter": meter.state()} | past.state()
             writer.write(Checkpoint(step, *tensors, state), keep, folder)
 
     def settle() -> None:
@@ -187,16 +189,23 @@ def train(
             counted = loader.targets(ids)
             mine = loader.read(rank_slice(ids, ranks.index, ranks.count))
             micro = mine.micro_batches(config.micro_batch)
-            totals = torch.zeros(2, dtype=torch.float64)  # nats, bytes
-            for number, piece in enumerate(micro):
-                piece = piece.to(device)
-                last = number == len(micro) - 1
-                with _synchronised(module, last):
+            totals = torch.zeros(3, dtype=torch.float64)  # nats, bytes, keys seen
+            totals[2] = seen_keys(model.config, mine)
+            pieces = config.most_micro_batches(ranks.count) if config.sharded else len(micro)
+            for number in range(pieces):
+                # Divided weights are gathered for each micro-batch, by all ranks together: one that
+                # has no more takes part with a sequence that counts for nothing.
+                idle = number >= len(micro)
+                piece = (mine.micro_batches(1)[0] if idle else micro[number]).to(device)
+                weight = 0.0 if idle else averaging / max(counted, 1)
+                last = number == pieces - 1
+                with _synchronised(module, last), uncounted(model, idle):
                     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                         nats = module(piece)
-                    (nats * (averaging / max(counted, 1))).backward()
-                totals[0] += nats.detach().double().cpu()
-                totals[1] += _bytes(piece, token_bytes)
+                    (nats * weight).backward()
+                if not idle:
+                    totals[0] += nats.detach().double().cpu()
+                    totals[1] += _bytes(piece, token_bytes)
             ranks.add(totals)
             if summed is not None:
                 summed.add()
@@ -213,34 +222,38 @@ def train(
             multiplier = config.schedule.multiplier(step, steps)
             if past.guard.takes(loss):
                 optimizer.step(multiplier)
-            elif past.guard.lost and checkpoints is not None:
+            elif past.guard.lost:
                 # Several in a row: the weights are at fault, not the batches. On with older weights
-                # and the data that follows.
+                # and the data that follows; where there are none, with these and losses as they
+                # have become, or no step would ever be taken again.
                 settle()
-                _restore(model, optimizer, latest_checkpoint(checkpoints), together)
-                past.guard.reset()
+                older = None if checkpoints is None else latest_checkpoint(checkpoints)
+                _restore(model, optimizer, older, together)
+                past.guard.reset(None if older is None else step_of(older))
             optimizer.zero_grad()
             imbalance = balance(model, config.balance_rate) if model.config.experts else None
-            meter.add(float(totals[0]), counted, int(totals[1]))
+            meter.add(float(totals[0]), counted, int(totals[1]), float(totals[2]))
             done = step + 1
             if done % config.log_every == 0 or done == steps:
                 rate = multiplier * config.optim.matrix_rate
                 record = meter.record(done, rate, grad_norm, device)
-                record = replace(record, skipped=past.guard.skipped, imbalance=imbalance)
+                record = replace(record, imbalance=imbalance, **past.guard.told())
                 past.curve.append(record)
                 on_step(record)
             if heldout and (done % config.heldout_every == 0 or done == steps):
-                model.eval()
-                shown = config.heldout_sequences, config.micro_batch
-                losses = heldout_losses(bare, heldout, *shown, device, ranks, bf16=bf16)
-                least = min((earlier[OVERALL] for _, earlier in past.heldout), default=math.inf)
-                past.heldout.append((done, losses))
-                on_heldout(done, losses)
-                model.train()
-                if losses[OVERALL] < least and config.keep_best:
-                    save(done, config.keep_best, BEST)
+                with meter.paused(device):
+                    model.eval()
+                    shown = config.heldout_sequences, config.micro_batch
+                    losses = heldout_losses(bare, heldout, *shown, device, ranks, bf16=bf16)
+                    least = min((earlier[OVERALL] for _, earlier in past.heldout), default=math.inf)
+                    past.heldout.append((done, losses))
+                    on_heldout(done, losses)
+                    model.train()
+                    if losses[OVERALL] < least and config.keep_best:
+                        save(done, config.keep_best, BEST)
             if checkpoints is not None and (done % config.checkpoint_every == 0 or done == steps):
-                save(done, config.keep_checkpoints)
+                with meter.paused(device):
+                    save(done, config.keep_checkpoints)
         settle()
     return past.curve
 
@@ -252,15 +265,23 @@ class _History:
     guard: SpikeGuard
     curve: list[StepRecord] = field(default_factory=list)
     heldout: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    seconds: float = 0.0  # spent by earlier attempts until the checkpoint gone on from
+    begun: float = field(default_factory=time.perf_counter)
+    meter: dict[str, Any] | None = None  # of that checkpoint
 
     def state(self) -> dict[str, Any]:
-        curve = [asdict(record) for record in self.curve]
-        return {"curve": curve, "guard": self.guard.state(), "heldout": list(self.heldout)}
+        return {
+            "curve": [asdict(record) for record in self.curve],
+            "guard": self.guard.state(),
+            "heldout": list(self.heldout),
+            "seconds": self.seconds + time.perf_counter() - self.begun,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.guard.load_state(state.get("guard"))
         self.curve = [StepRecord(**record) for record in state["curve"]]
         self.heldout = [(step, losses) for step, losses in state.get("heldout", ())]
+        self.seconds, self.meter = state.get("seconds", 0.0), state.get("meter")
 
 
 @contextlib.contextmanager

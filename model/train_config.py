@@ -92,14 +92,10 @@ class TrainConfig:
                 f"{world} workers in groups of tensor {self.tensor} need sharded, which keeps the "
                 f"{slices} groups equal"
             )
-        # Divided weights are gathered for each micro-batch, by all ranks together.
-        most, least = -(-self.batch // slices), self.batch // slices
-        if self.sharded and -(-most // self.micro_batch) != -(-least // self.micro_batch):
-            raise ConfigError(
-                f"a batch of {self.batch} sequences over {slices} sharded workers in micro-batches "
-                f"of {self.micro_batch} gives some one more than others; choose a multiple of "
-                f"{slices}"
-            )
+
+    def most_micro_batches(self, slices: int) -> int:
+        """Of the rank with most work among those that share a batch in so many slices."""
+        return math.ceil(math.ceil(self.batch / slices) / self.micro_batch)
 
 
 IDENTITY = ("total_tokens", "batch", "optim", "schedule", "clip", "spike", "balance_rate")

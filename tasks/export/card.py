@@ -23,6 +23,8 @@ SCORES = {
     "recall_rouge_l": "ROUGE-L, taught facts in new phrasings",
     "unseen_rouge_l": "ROUGE-L, facts never taught",
 }
+ELSEWHERE = "not known here; its owner's terms hold for this model, too"
+LITTLE = 10e9  # tokens; with less than that read, a model of any size knows little
 UNSTATED = "not stated; ask the owner of the text before you pass this model on"
 
 TRANSFORMERS = """\
@@ -93,7 +95,7 @@ def _about(version: Version, directory: Path, made: Mapping[str, Manifest]) -> s
 
 
 def _data(made: Mapping[str, Manifest]) -> str:
-    lines = ["## Data"]
+    lines = ["## Data", *_brought(made)]
     if crawl := made.get("crawl"):
         seeds = ", ".join(f"`{seed}`" for seed in crawl.config.get("seeds", ()))
         lines.append(
@@ -125,6 +127,30 @@ def _data(made: Mapping[str, Manifest]) -> str:
     return "\n\n".join(lines) if len(lines) > 1 else ""
 
 
+def _brought(made: Mapping[str, Manifest]) -> list[str]:
+    """What was made elsewhere and taken over: weights, a vocabulary."""
+    lines = []
+    if start := _start(made):
+        digest = made["pretrain"].config.get("start_digest", "")[:16]
+        lines.append(
+            f"It goes on from the checkpoint `{start}` (SHA-256 `{digest}`…), which was made "
+            f"elsewhere. Licence: {ELSEWHERE}."
+        )
+    tokenizer = made["tokenizer"].config if "tokenizer" in made else {}
+    if origin := tokenizer.get("import_from"):
+        digest = tokenizer.get("import_digest", "")[:16]
+        lines.append(
+            f"Its vocabulary is that of `{Path(origin).name}` (SHA-256 `{digest}`…), which was "
+            f"made elsewhere. Licence: {ELSEWHERE}."
+        )
+    return lines
+
+
+def _start(made: Mapping[str, Manifest]) -> str:
+    """The name of the checkpoint that pretraining went on from, or nothing."""
+    return Path(made["pretrain"].config.get("start_from", "")).name if "pretrain" in made else ""
+
+
 def _crawl_licence(crawl: Manifest) -> str:
     if list(crawl.config.get("seeds", ())) == ["embedded:stdlib"]:
         return "Python Software Foundation License 2.0 (documentation of the interpreter)"
@@ -150,10 +176,14 @@ def _scores(version: Version) -> str:
 def _limits(version: Version, directory: Path, made: Mapping[str, Manifest]) -> str:
     config, scores = load_config(directory), version.scores
     parameters = count_parameters(config).total
+    start, read = _start(made), made["pretrain"].counts["tokens"] if "pretrain" in made else 0
+    so_far = " and has read little" if not start and read < LITTLE else ""
     lines = [
-        f"- It has {parameters:,} parameters and has read little: it writes falsehoods in the "
-        f"manner of what it read, without saying so."
+        f"- It has {parameters:,} parameters{so_far}: it writes falsehoods in the manner of what "
+        f"it read, without saying so."
     ]
+    if start:
+        lines.append(f"- What `{start}` had read before is not known here.")
     if "unseen_exact" in scores:
         lines.append(
             f"- Of facts it was never taught it answered {scores['unseen_exact']:.1%} exactly. "
@@ -163,7 +193,7 @@ def _limits(version: Version, directory: Path, made: Mapping[str, Manifest]) -> 
     if 0 < trained < config.context:
         lines.append(f"- It was trained on {trained} tokens at a time; longer texts are guesswork.")
     if languages := _languages(made):
-        lines.append(f"- It read {languages}, and nothing else.")
+        lines.append(f"- It read {languages}{' here' if start else ', and nothing else'}.")
     lines.append("- Nobody tested it for safety, fairness or advice of any kind. It is no product.")
     return "## Limits\n\n" + "\n".join(lines)
 

@@ -170,29 +170,28 @@ class MetricLogger:
     `close()` waits up to `patience` seconds for the rest and says what it had to drop.
     """
 
-    def __init__(self, tracking_uri: str, run_id: str, last_key: str = "loss") -> None:
+    def __init__(self, tracking_uri: str, run_id: str) -> None:
         self._mlflow = MlflowClient(tracking_uri)
         self._run_id = run_id
         self._points: list[Metric] = []
         self._texts: list[tuple[str, str]] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._logged_to = self._last_step(last_key)
+        self._logged_to: dict[str, int] = {}  # by key, what was there before this logger
         self._thread = threading.Thread(target=self._send_all, name="mlflow metrics", daemon=True)
         self._thread.start()
 
-    def _last_step(self, key: str) -> int:
-        try:
-            history = self._mlflow.get_metric_history(self._run_id, key)
-        except Exception as error:
-            logger.warning("MLflow does not answer (%s); steps may be logged twice", error)
-            return -1
-        return max((point.step for point in history), default=-1)
+    def _is_new(self, point: Metric) -> bool:
+        """Whether no earlier attempt logged this key of this step. By key: a step's loss may be
+        sent before its held-out loss is known, and a kill come in between.
+        """
+        if point.key not in self._logged_to:
+            history = self._mlflow.get_metric_history(self._run_id, point.key)
+            self._logged_to[point.key] = max((earlier.step for earlier in history), default=-1)
+        return bool(point.step > self._logged_to[point.key])
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Keep the metrics of a global step, unless an earlier attempt logged that step."""
-        if step <= self._logged_to:
-            return
+        """Keep the metrics of a global step; those an earlier attempt logged are not sent again."""
         now = int(time.time() * 1000)
         with self._lock:
             self._points += [Metric(key, float(value), now, step) for key, value in metrics.items()]
@@ -215,7 +214,9 @@ class MetricLogger:
                 with self._lock:
                     batch = self._points[:900]
                 try:
-                    self._mlflow.log_batch(self._run_id, metrics=batch)
+                    new = [point for point in batch if self._is_new(point)]
+                    if new:
+                        self._mlflow.log_batch(self._run_id, metrics=new)
                 except Exception as error:
                     logger.warning("MLflow did not take %d points: %s", len(batch), error)
                     break

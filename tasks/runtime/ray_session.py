@@ -107,6 +107,11 @@ class RaySession:
         """CPUs by Ray's count; the embedded node claims more than it has, for its controllers."""
         return max(int(ray.cluster_resources().get("CPU", 1)), 1)
 
+    @property
+    def gpus(self) -> int:
+        """GPUs by Ray's count."""
+        return int(ray.cluster_resources().get("GPU", 0))
+
     def _in_flight(self, num_cpus: float) -> int:
         """On a cluster each CPU has a task waiting for it. The embedded node has fewer cores than
         CPUs, and a third and fourth worker on two cores would only hold memory.

@@ -36,7 +36,7 @@ from tasks.tokenizer.imported import digest_of, import_tokenizer, imported_file
 
 SENTENCE_CHARACTERS = 4000  # of one training "sentence"; SentencePiece leaves out longer ones
 MEASURED = 2_000_000  # characters the compression is measured on
-GROUPS = 30  # languages and domains shown
+GROUPS = 30  # languages shown, and domains
 EXAMPLES = 4
 
 
@@ -178,7 +178,8 @@ def by_group(
                 counts = amounts.setdefault(group, [0, 0, 0])
                 for which, amount in enumerate((1, *found)):
                     counts[which] += amount
-    rows = sorted(amounts.items(), key=lambda entry: (entry[0][0] == "domain", -entry[1][1]))
+    rows = sorted(amounts.items(), key=lambda entry: -entry[1][1])
+    shown = [[row for row in rows if row[0][0] == kind] for kind in ("language", "domain")]
     return [
         {
             "of": kind,
@@ -187,7 +188,8 @@ def by_group(
             "bytes": size,
             "bytes per token": round(size / max(tokens, 1), 3),
         }
-        for (kind, name), (documents, size, tokens) in rows[:GROUPS]
+        for of_kind in shown
+        for (kind, name), (documents, size, tokens) in of_kind[:GROUPS]
     ]
 
 

@@ -21,8 +21,8 @@ logger = logging.getLogger("gristmill.training")
 def checkpoint_folder(directory: Directory, rank: int) -> Iterator[tuple[Path, Any]]:
     """(a local folder of checkpoints, a function that stores each new one for good).
 
-    In a local store that is the workspace itself. Otherwise the newest whole checkpoint is fetched
-    first, and every new one is copied up, its manifest last.
+    In a local store that is the workspace itself. Otherwise the newest checkpoint that is as it was
+    written is fetched first, and every new one is copied up, its manifest last.
     """
     if directory.is_local:
         folder = Path(directory.location(CHECKPOINTS))
@@ -34,7 +34,6 @@ def checkpoint_folder(directory: Directory, rank: int) -> Iterator[tuple[Path, A
     remote = RemoteCheckpoints(directory, folder)
     try:
         remote.pull()
-        drop_damaged(folder)
         yield folder, remote.push
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -42,13 +41,19 @@ def checkpoint_folder(directory: Directory, rank: int) -> Iterator[tuple[Path, A
 
 def drop_damaged(folder: Path) -> None:
     """Remove newest checkpoints that cannot be read, so that the run goes on from one that can."""
-    while (path := latest_checkpoint(folder)) is not None:
-        try:
-            verify_checkpoint(path)
-            return
-        except CheckpointError as error:
-            logger.warning("%s; going on from an older one", error)
-            shutil.rmtree(path)
+    while (path := latest_checkpoint(folder)) is not None and not readable(path):
+        pass
+
+
+def readable(path: Path) -> bool:
+    """Whether a checkpoint is as it was written; one that is not is removed."""
+    try:
+        verify_checkpoint(path)
+    except CheckpointError as error:
+        logger.warning("%s; going on from an older one", error)
+        shutil.rmtree(path)
+        return False
+    return True
 
 
 class RemoteCheckpoints:
@@ -64,15 +69,20 @@ class RemoteCheckpoints:
         return sorted(n.removeprefix(start).removesuffix(end) for n in names if n.endswith(end))
 
     def pull(self) -> None:
-        """The newest, and the best so far."""
-        newest = {path.rpartition("/")[0]: path for path in self._whole()}
-        for path in newest.values():
+        """The newest, and the best so far; where one cannot be read, the one before it."""
+        names, done = self.directory.names(), set()
+        for path in reversed(self._whole()):
+            kind = path.rpartition("/")[0]
+            if kind in done:
+                continue
             prefix = f"{CHECKPOINTS}/{path}/"
-            for name in self.directory.names():
+            for name in names:
                 if name.startswith(prefix):
                     target = self.folder / path / name.removeprefix(prefix)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(self.directory.read_bytes(name))
+            if readable(self.folder / path):
+                done.add(kind)
 
     def push(self, path: Path, step: int) -> None:
         before = self._whole()

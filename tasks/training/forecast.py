@@ -42,7 +42,9 @@ KEPT_TOGETHER = 0.85  # of each worker's speed, when it shares its gradients wit
 
 @dataclass(frozen=True)
 class Forecast:
-    """memory_gb: of one worker; loss: nats per token of held-out text, None without a corpus."""
+    """memory_gb: of one worker; loss: nats per token of held-out text, None without a corpus and
+    for a run that goes on from a checkpoint, of whose past no law is known.
+    """
 
     parameters: int
     tokens: int
@@ -51,6 +53,7 @@ class Forecast:
     seconds: float
     device_hours: float
     rate: str  # where the time comes from, in words
+    workers: int
     loss: float | None = None
     bits_per_byte: float | None = None
 
@@ -155,7 +158,8 @@ def forecast(
     """`shards`: tokens of the corpus, for the quick runs; None: no loss is foreseen."""
     config = config.resolve()
     shape = config.shape(vocabulary)
-    operations = training_flops_per_token(shape, config.sequence) * config.tokens
+    counted = 1.0 if shape.causal else config.mask_share
+    operations = training_flops_per_token(shape, config.sequence, counted) * config.tokens
     gpu = config.run.gpu
     workers = config.run.workers or (1 if gpu else min(2, os.cpu_count() or 1, config.batch))
     if gpu:
@@ -180,8 +184,12 @@ def forecast(
         seconds=seconds,
         device_hours=seconds * workers / 3600,
         rate=rate,
+        workers=workers,
     )
     if shards is None:
+        return found
+    if config.start_from:
+        say("no loss is foreseen of a run that goes on from a checkpoint")
         return found
     runs = []
     for width, layers, tokens in QUICK_RUNS:
@@ -256,10 +264,13 @@ def _timed(config: PretrainConfig, model: Any, loader: Any) -> float:
 def quick_run(
     config: PretrainConfig, width: int, layers: int, tokens: int, shards: Manifest
 ) -> tuple[float, float, float]:
-    """(parameters, tokens, loss on held-out text) of a small model on the corpus."""
+    """(parameters, tokens, loss on held-out text) of a small model on the corpus.
+
+    Raises UserError when the corpus or its held-out part has no sequence for it.
+    """
     import torch
 
-    from model.loader import WindowLoader
+    from model.loader import DataError, WindowLoader
     from model.train import train
     from model.transformer import Transformer
     from tasks.tokenizer.shards import shard_sources
@@ -270,19 +281,19 @@ def quick_run(
         | {"mlp_width": 0, "context": 128, "latent": LatentOptions()}
     )
     shape = options.config(_vocabulary(store, shards))
-    loaders = {
-        split: WindowLoader(
-            [
-                store.local(shards, name)
-                for names in shard_sources(shards.names(), split).values()
-                for name in names
-            ],
-            128,
-            seed=0,
-        )
+    files = {
+        split: [
+            store.local(shards, name)
+            for names in shard_sources(shards.names(), split).values()
+            for name in names
+        ]
         for split in ("tokens", "heldout-tokens")
     }
-    loaders = {split: _for_objective(loader, shape) for split, loader in loaders.items()}
+    try:
+        windows = {split: WindowLoader(paths, 128, seed=0) for split, paths in files.items()}
+    except DataError as error:
+        raise UserError(f"no quick runs on this corpus: {error}; or pass --no-runs") from error
+    loaders = {split: _for_objective(loader, shape) for split, loader in windows.items()}
     losses: list[float] = []
     settings = _train_config(config.model_copy(update={"batch": 16}), tokens)
     torch.manual_seed(0)
@@ -307,4 +318,6 @@ def _train_config(config: PretrainConfig, tokens: int) -> Any:
 
     loop = config.loop()
     parts = {"optim": OptimConfig(**loop["optim"]), "schedule": Schedule(**loop["schedule"])}
-    return TrainConfig(**(loop | parts | {"total_tokens": tokens, "sharded": False}))
+    # One process on this machine, however many the run has.
+    alone = {"sharded": False, "tensor": 1}
+    return TrainConfig(**(loop | parts | alone | {"total_tokens": tokens}))

@@ -75,7 +75,7 @@ class TrainingJob(BaseModel):
     def load(cls, directory: Directory) -> TrainingJob:
         return cls.model_validate_json(directory.read_bytes(JOB))
 
-    def with_workers(self, cpus: int) -> TrainingJob:
+    def with_workers(self, cpus: int, gpus: int) -> TrainingJob:
         """The number of workers settled, where it was left open.
 
         On two cores two workers of one thread each are faster than one of two threads, which
@@ -84,6 +84,8 @@ class TrainingJob(BaseModel):
         if self.run.workers:
             return self
         workers = min(2, cpus, int(self.loop["batch"]))
+        if self.run.gpu:
+            workers = min(workers, gpus)
         return self.model_copy(update={"run": self.run.model_copy(update={"workers": workers})})
 
 
@@ -94,16 +96,21 @@ def main(argument: str) -> None:
         directory.filesystem.delete_file(directory.location(FAILURE))
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # else the end is noticed seconds later
     with ray_session() as session:
-        problem = _impossible(job, session.cpus)
+        problem = impossible(job, session.cpus, session.gpus)
         if problem:
             directory.write_json(FAILURE, {"message": problem})
             return
-        _fit(job.with_workers(session.cpus), directory)
+        _fit(job.with_workers(session.cpus, session.gpus), directory)
 
 
-def _impossible(job: TrainingJob, cpus: int) -> str | None:
-    """Why this cluster could never run the job; Ray would wait for ever."""
-    needed = job.run.least_workers or job.run.workers
+def impossible(job: TrainingJob, cpus: int, gpus: int) -> str | None:
+    """Why a cluster of so many CPUs and GPUs could never run the job; Ray would wait for ever."""
+    needed = job.run.least_workers or job.run.workers or 1
+    if job.run.gpu and needed > gpus:
+        return (
+            f"training needs a GPU for every worker, {needed} in all, and the Ray cluster has "
+            f"{gpus}; lower run.workers, add nodes or set run.gpu=false"
+        )
     if needed > cpus:
         return (
             f"{needed} training workers need {needed} CPUs, the Ray cluster has {cpus}; lower "

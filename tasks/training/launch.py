@@ -29,6 +29,11 @@ CURVE = pa.schema(
         ("grad_norm", pa.float64()),
         ("tokens_per_second", pa.float64()),
         ("memory_mb", pa.float64()),
+        ("mfu", pa.float64()),
+        ("skipped", pa.int64()),
+        ("rollbacks", pa.int64()),
+        ("back_to", pa.int64()),
+        ("imbalance", pa.float64()),
     ]
 )
 
@@ -53,6 +58,12 @@ def launch(job: TrainingJob, work: Workspace) -> Outcome:
         "train_seconds": round(result["seconds"], 1),
         "mlflow_run_id": job.run_id,
     }
+    told = [record["mfu"] for record in curve if record.get("mfu") is not None]
+    if told:
+        metrics["mfu"] = round(sum(told) / len(told), 4)
+    for name in ("skipped", "rollbacks"):
+        if last.get(name):
+            metrics[name] = last[name]
     heldout = result.get("heldout", [])
     if heldout:
         looks = {row["step"]: row["heldout_loss"] for row in heldout}

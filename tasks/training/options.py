@@ -62,7 +62,8 @@ class RunOptions(StageConfig):
     """Where and how a training runs. Nothing here changes what is trained, but for rounding."""
 
     workers: int = Field(0, ge=0)
-    """Processes that share every batch; 0: two where the cluster has two free CPUs, else one."""
+    """Processes that share every batch; 0: two where the cluster has two CPUs (and
+    with gpu, two GPUs), else one."""
     least_workers: int = Field(0, ge=0)
     """Begin, and go on after a loss, with as few workers as this where the cluster has not room for
     all; the batch stays as it is. 0: wait for all."""
@@ -70,6 +71,10 @@ class RunOptions(StageConfig):
     """Threads of each worker; 0: the machine's cores divided by the workers."""
     gpu: bool = False
     """Give every worker a GPU."""
+    peak_tflops: float = Field(0.0, ge=0, lt=1e6)
+    """What a worker's device can do in a second in the precision used, in 10^12 operations, for the
+    share of it that the training uses (MFU); 0: as known of H100, H200, B200, A100 and L40S in
+    bf16; of other devices there is then no MFU."""
     micro_batch: int = Field(8, ge=1)
     """Sequences a worker holds in memory at once."""
     checkpoint_every: int = Field(50, ge=1)
@@ -167,6 +172,7 @@ class TrainingConfig(StageConfig):
             "clip": self.clip or None,
             "spike": self.spike or None,
             "precision": self.precision,
+            "peak_flops": self.run.peak_tflops * 1e12 or None,
             "checkpoint_every": self.run.checkpoint_every,
             "log_every": self.run.log_every,
             "activation_checkpointing": self.run.activation_checkpointing,

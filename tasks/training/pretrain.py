@@ -16,7 +16,7 @@ from tasks.corpus.source_config import allowed
 from tasks.registry.tracking import log_metrics, tracked
 from tasks.runtime.errors import UserError
 from tasks.runtime.fingerprint import place
-from tasks.runtime.manifest import Manifest
+from tasks.runtime.manifest import Manifest, Scalar
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.training.foreseen import errors
@@ -39,7 +39,8 @@ class PretrainConfig(TrainingConfig):
     """Keep documents that share a sequence from seeing each other."""
     source_weights: dict[str, float] = Field(default_factory=dict)
     """Weight of each source of the corpus, by name (seeds: what was crawled), which gives its share
-    of every stretch of the run; empty: as much as there is of each."""
+    of every stretch of the run; 0: none of it, nor of its held-out documents. Empty: as much as
+    there is of each."""
     heldout_every: int = place(50, ge=1)
     """Steps between looks at the loss on held-out documents, and at samples of what it writes."""
     heldout_sequences: int = place(32, ge=0)
@@ -63,10 +64,13 @@ class PretrainConfig(TrainingConfig):
     @classmethod
     def positive(cls, value: dict[str, float]) -> dict[str, float]:
         for name, weight in value.items():
-            if not 0 < weight < float("inf"):
+            if not 0 <= weight < float("inf"):
                 raise ValueError(
-                    f"weight {weight} of source {name!r} must be a number above 0; leave it out"
+                    f"weight {weight} of source {name!r} must be a number of at least 0, which "
+                    f"leaves it out"
                 )
+        if value and not any(value.values()):
+            raise ValueError("source_weights leave every source out; give one a weight above 0")
         return value
 
     @model_validator(mode="after")
@@ -88,6 +92,15 @@ class PretrainConfig(TrainingConfig):
                 shape.require_tensor(self.run.tensor)
             except ConfigError as error:
                 raise ValueError(str(error)) from error
+        return self
+
+    @model_validator(mode="after")
+    def takes_its_shape_from_one_place(self) -> Self:
+        """The family bert may be said of a checkpoint, too: `mask_share` is asked of it."""
+        if self.start_from and self.model not in (ModelOptions(), ModelOptions(family="bert")):
+            raise ValueError(
+                "model is the shape of a new model, and start_from brings its own; leave model out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -216,11 +229,22 @@ def pretrain(
             ),
             work,
         )
-        reached = {
-            "loss": outcome.metrics.get("heldout_loss"),
-            "seconds": outcome.metrics.get("train_seconds"),
-        }
-        told = errors(config, Settings.load(), reached)
+        told = errors(config, Settings.load(), shards, _reached(outcome))
         if told:
             log_metrics(run_id, told)
         return replace(outcome, metrics={**outcome.metrics, **told})
+
+
+def _reached(outcome: Outcome) -> dict[str, Scalar]:
+    """What a training came to, by the names of a forecast."""
+    metrics, workers = outcome.metrics, outcome.world["workers"]
+    seconds, megabytes = metrics["train_seconds"], metrics["peak_memory_mb"]
+    assert isinstance(seconds, float) and isinstance(megabytes, float) and isinstance(workers, int)
+    return {
+        "loss": metrics.get("heldout_loss"),
+        "seconds": seconds,
+        "memory_gb": megabytes * 2**20 / 1e9,
+        "device_hours": seconds * workers / 3600,
+        "parameters": outcome.counts["parameters"],
+        "workers": workers,
+    }

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from model import train as training
 from model.chat import Tokenizer, encode_example
-from model.checkpoint import CheckpointError, latest_checkpoint, step_of
+from model.checkpoint import CheckpointError, latest_checkpoint, read_manifest, step_of
 from model.config import ConfigError, ModelConfig
 from model.divided_checkpoint import load_whole_model
 from model.huggingface import FormatError, SpecialTokens, load_directory, save_directory
@@ -106,6 +106,7 @@ def _train(job: TrainingJob, directory: Directory) -> None:
         begun = time.monotonic()
         newest = latest_checkpoint(checkpoints)
         resumed = step_of(newest) if newest else 0
+        earlier = read_manifest(newest)["state"].get("seconds", 0.0) if newest else 0.0
         progress = _Progress(directory, resumed)
 
         def on_step(record: training.StepRecord) -> None:
@@ -136,7 +137,7 @@ def _train(job: TrainingJob, directory: Directory) -> None:
             on_heldout=on_heldout,
             on_checkpoint=push,
         )
-        seconds = time.monotonic() - begun
+        seconds = earlier + time.monotonic() - begun
         model = whole_model(model)
         best = latest_checkpoint(checkpoints / training.BEST) if config.keep_best else None
         if best is not None and rank == 0:
@@ -203,11 +204,15 @@ def training_data(
     counts: dict[str, int] = {}
     if job.shards is not None:
         sources = _windows(job, store, job.shards, "tokens", len(tokenizer), apart=True)
-        counts = {"corpus_tokens": sum(source.tokens for source in sources.values())}
         if job.source_weights:
-            windows = WeightedLoader(sources, job.source_weights)
+            # A source too short for one sequence has no windows; with a weight it was refused.
+            short = set(shard_sources(job.shards.names(), "tokens")) - set(sources)
+            weights = {n: weight for n, weight in job.source_weights.items() if n not in short}
+            windows = WeightedLoader(sources, weights)
+            sources = {name: source for name, source in sources.items() if weights[name]}
         else:
             (windows,) = _windows(job, store, job.shards, "tokens", len(tokenizer)).values()
+        counts = {"corpus_tokens": sum(source.tokens for source in sources.values())}
         windows = _masked(job, windows, tokenizer, shape)
     if job.pairs is None:
         assert windows is not None
@@ -234,7 +239,11 @@ def heldout_data(
     if job.shards is None or not job.judged:
         return {}
     found = _windows(job, store, job.shards, "heldout-tokens", len(tokenizer), apart=True)
-    return {name: _masked(job, windows, tokenizer, shape) for name, windows in found.items()}
+    return {
+        name: _masked(job, windows, tokenizer, shape)
+        for name, windows in found.items()
+        if job.source_weights.get(name, 1)
+    }
 
 
 def _masked(job: TrainingJob, source: Loader, tokenizer: Tokenizer, shape: ModelConfig) -> Loader:
@@ -277,7 +286,7 @@ def _windows(
                 vocab_size=vocabulary,
             )
         except DataError:
-            if split == "tokens" and (not apart or source in job.source_weights):
+            if split == "tokens" and (not apart or job.source_weights.get(source)):
                 raise
     return loaders
 

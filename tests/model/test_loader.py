@@ -238,8 +238,12 @@ def test_weighted_sources_are_read_in_the_order_asked_for() -> None:
     ids = loader.order(0, 8)
     assert loader.read(ids).tokens[:, 0].tolist() == [1, 11, 2, 21, 31, 41, 12, 51]
     assert loader.targets(ids) == 32
-    with pytest.raises(DataError, match="weight 0 of source b must be above 0"):
-        WeightedLoader({"a": Counting(1), "b": Counting(2)}, {"a": 1, "b": 0})
+    alone = WeightedLoader({"a": Counting(1), "b": Counting(2)}, {"a": 0, "b": 0.5})
+    assert alone.read(alone.order(0, 3)).tokens[:, 0].tolist() == [2, 12, 22]
+    with pytest.raises(DataError, match="weight -1 of source b is below 0; 0 leaves it out"):
+        WeightedLoader({"a": Counting(1), "b": Counting(2)}, {"a": 1, "b": -1})
+    with pytest.raises(DataError, match="every source has weight 0"):
+        WeightedLoader({"a": Counting(1)}, {"a": 0})
     with pytest.raises(DataError, match="give every source one weight"):
         WeightedLoader({"a": Counting(1)}, {"b": 1})
 

@@ -7,10 +7,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import losses
 from model.config import ConfigError, ModelConfig
+from model.flops import forward_flops
+from model.loader import Batch
 from model.losses import bits_per_byte, cross_entropy_sum
+from model.meter import device_peak, known_peak, seen_keys
 from model.optim import OptimConfig, Optimizer, orthogonalise
 from model.precision import resolve_precision
 from model.schedule import Schedule
@@ -199,5 +203,48 @@ def test_clipping_is_torchs() -> None:
 def test_precision_is_resolved() -> None:
     assert resolve_precision("fp32") == "fp32" and resolve_precision("bf16") == "bf16"
     assert resolve_precision("auto") in ("bf16", "fp32")
+    if not torch.cuda.is_available():  # as on the machine that sends a run to others with GPUs
+        assert resolve_precision("auto", "cuda") == "bf16"
     with pytest.raises(ConfigError, match="precision 'fp8'"):
         resolve_precision("fp8")
+
+
+def test_the_peak_of_a_device_is_stated_or_known_by_its_name() -> None:
+    assert known_peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert known_peak("NVIDIA H100 PCIe") == 756e12
+    assert known_peak("NVIDIA GeForce RTX 4090") is None
+    assert device_peak(3e12, torch.device("cpu")) == 3e12
+    assert device_peak(None, torch.device("cpu")) is None
+
+
+def test_operations_of_a_loss_on_some_targets_are_what_torch_counts() -> None:
+    config = ModelConfig(vocab_size=900, width=32, layers=2, heads=2, context=64)
+    torch.manual_seed(0)
+    model, tokens = Transformer(config), torch.randint(0, 900, (4, 64))
+    mask = torch.zeros(4, 64, dtype=torch.bool)
+    mask[:, ::2] = True  # 128 of 256
+    with FlopCounterMode(display=False) as counter:
+        cross_entropy_sum(model.hidden(tokens), model.output_weight, tokens, mask).backward()
+    # torch's counter charges causal attention for all keys.
+    ours = 3 * forward_flops(config, tokens=256, counted=128, keys=2 * 256 * 64)
+    assert counter.get_total_flops() == pytest.approx(ours, rel=0.02)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [None, (5, 1, 10)])
+def test_keys_seen_are_those_of_the_mask(causal: bool, lengths: tuple[int, ...] | None) -> None:
+    windows = {"sliding_window": 4, "full_attention_every": 3} if causal else {}
+    config = ModelConfig(50, 32, 4, 16, heads=2, causal=causal, **windows)
+    rows = torch.zeros(2, 16, dtype=torch.int64)
+    here = torch.cat([torch.arange(length) for length in lengths or (16,)])
+    document = (here == 0).cumsum(0)
+    expected = 0
+    for layer in range(4):
+        window = config.window(layer) or 16
+        for query in range(16):
+            for key in range(16):
+                near = not causal or 0 <= query - key < window
+                expected += 2 * int(near and document[query] == document[key])
+    packed = {"positions": here.expand(2, 16), "segments": document.expand(2, 16)}
+    batch = Batch(rows, rows, **(packed if lengths else {}))
+    assert seen_keys(config, batch) == pytest.approx(expected)

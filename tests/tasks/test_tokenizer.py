@@ -13,7 +13,7 @@ from model.chat import SPECIAL_TOKENS, Tokenizer
 from tasks.corpus.sampling import sample_documents
 from tasks.runtime.errors import UserError
 from tasks.tokenizer.shards import encode_documents
-from tasks.tokenizer.train import TokenizerConfig, train_sentencepiece
+from tasks.tokenizer.train import GROUPS, TokenizerConfig, by_group, train_sentencepiece
 
 GOLDEN_TEXT = [f"def square_{n}(x):\n    return x ** {n}\n\n" for n in range(200)]
 
@@ -131,3 +131,14 @@ def test_shards_change_only_with_the_version_of_the_stage() -> None:
         299,
         2,
     ]
+
+
+def test_domains_are_told_also_where_there_are_many_languages() -> None:
+    languages = [f"l{number:02}" for number in range(GROUPS + 5)]
+    rows = [
+        {"id": name, "text": "grist", "url": "https://a.example/", "language": name}
+        for name in languages
+    ]
+    names = Tokenizer(train_sentencepiece(GOLDEN_TEXT, 320))
+    told = by_group(names, lambda columns: [pa.Table.from_pylist(rows).select(columns)])
+    assert [row["name"] for row in told] == [*languages[:GROUPS], "a.example"]

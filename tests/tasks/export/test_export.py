@@ -19,6 +19,7 @@ from model.huggingface import FormatError
 from model.rope_scaling import RopeScaling
 from model.tokenizer_files import tokenizer_files
 from model.transformer import Transformer
+from tasks.export.card import card
 from tasks.export.gguf_file import architecture, begin, write_gguf
 from tasks.registry import models, tracking
 from tasks.runtime.manifest import Manifest
@@ -123,6 +124,29 @@ def test_a_version_leaves_as_a_directory_with_its_card(registered, home, capsys)
         "| evaluate | `evaluate-of-the-` |",
     ):
         assert said in card
+
+
+def test_a_card_names_what_was_made_elsewhere(registered, home) -> None:
+    def made(stage: str, config: dict[str, Any], **counts: int) -> Manifest:
+        marks = {"version": 1, "fingerprint": stage, "content": stage}
+        return Manifest(stage=stage, config=config, counts=counts, **marks)
+
+    theirs = {"start_from": "/sources/theirs", "start_digest": "ab" * 32}
+    words = {"import_from": "/sources/theirs/tokenizer.json", "import_digest": "cd" * 32}
+    language = made("language", {"languages": ["en"]})
+    lineage = [made("pretrain", theirs, steps=4, tokens=4096), made("tokenizer", words), language]
+    told = card(registered, home / "made", lineage)
+    for said in (
+        "It goes on from the checkpoint `theirs` (SHA-256 `abababababababab`…), which was made",
+        "Its vocabulary is that of `tokenizer.json` (SHA-256 `cdcdcdcdcdcdcdcd`…), which was made",
+        "Licence: not known here; its owner's terms hold for this model, too.",
+        "- What `theirs` had read before is not known here.",
+        "- It read text in en here.",
+    ):
+        assert said in told
+    assert "has read little" not in told and "nothing else" not in told
+    own = card(registered, home / "made", [made("pretrain", {}, steps=4, tokens=4096), language])
+    assert "has read little" in own and "and nothing else" in own and "elsewhere" not in own
 
 
 def test_what_cannot_be_exported_is_said_and_leaves_nothing(registered, home, capsys) -> None:

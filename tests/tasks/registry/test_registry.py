@@ -75,6 +75,23 @@ def test_a_resumed_run_continues_the_same_curve() -> None:
     assert run.inputs.dataset_inputs[0].dataset.digest == "5" * 36
 
 
+def test_what_a_kill_kept_from_a_step_is_logged_by_the_next_attempt() -> None:
+    run_id = tracking.open_run("pretrain", "f10", {}, {})
+    logger = tracking.MetricLogger(tracking.client().tracking_uri, run_id)
+    logger.log(50, {"loss": 5.0})  # sent while the held-out loss of that step is reckoned
+    logger.close()
+    logger = tracking.MetricLogger(tracking.client().tracking_uri, run_id)
+    for _ in range(2):
+        logger.log(50, {"loss": 6.0})
+        logger.log(50, {"heldout_loss": 7.0, "heldout_loss_notes": 8.0})
+        logger.close()
+        logger = tracking.MetricLogger(tracking.client().tracking_uri, run_id)
+    logger.close()
+    for key, value in (("loss", 5.0), ("heldout_loss", 7.0), ("heldout_loss_notes", 8.0)):
+        points = tracking.client().get_metric_history(run_id, key)
+        assert [(point.step, point.value) for point in points] == [(50, value)]
+
+
 def test_texts_of_a_run_are_kept_beside_its_curves() -> None:
     run_id = tracking.open_run("pretrain", "f9", {}, {})
     logger = tracking.MetricLogger(tracking.client().tracking_uri, run_id)

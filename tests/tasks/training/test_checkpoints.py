@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from model.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
@@ -9,6 +10,7 @@ from model.train import BEST
 from tasks.runtime.store import Directory
 from tasks.training.checkpoints import RemoteCheckpoints, checkpoint_folder
 from tasks.training.job import CHECKPOINTS
+from tests.s3_server import s3_server
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -45,3 +47,27 @@ def test_a_damaged_newest_one_gives_way_to_the_one_before(tmp_path: Path) -> Non
     weights.write_bytes(weights.read_bytes()[:-1])
     with checkpoint_folder(there, rank=0) as (folder, _):
         assert [path.name for path in list_checkpoints(folder)] == ["step-00000010"]
+
+
+def test_on_s3_too_a_damaged_newest_one_gives_way_to_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with s3_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        server.bucket("runs")
+        there = Directory("s3://runs/pretrain/x", "runs/pretrain/x")
+        remote = RemoteCheckpoints(there, tmp_path / "worker")
+        for step in (10, 20):
+            remote.push(save_checkpoint(remote.folder, checkpoint(step)), step)
+            remote.push(save_checkpoint(remote.folder / BEST, checkpoint(step)), step)
+        weights = f"{CHECKPOINTS}/step-00000020/model.safetensors"
+        there.write_bytes(weights, there.read_bytes(weights)[:-1] + b"x")
+        with checkpoint_folder(there, rank=0) as (folder, push):
+            assert [path.name for path in list_checkpoints(folder)] == ["step-00000010"]
+            assert load_checkpoint(folder / "step-00000010").model["w"][0] == 10
+            assert [path.name for path in list_checkpoints(folder / BEST)] == ["step-00000020"]
+            push(save_checkpoint(folder, checkpoint(15)), 15)
+        # The one that could not be read is gone, what was good is still there.
+        kept = {name.split("/")[1] for name in there.names() if "best" not in name}
+        assert kept == {"step-00000010", "step-00000015"}

@@ -22,9 +22,9 @@ from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Workspace
 from tasks.runtime.store import Store
 from tasks.tokenizer.shards import shard_sources, source_of
-from tasks.training.job import TrainingJob
+from tasks.training.job import TrainingJob, impossible
 from tasks.training.launch import require_whole
-from tasks.training.options import ModelOptions
+from tasks.training.options import ModelOptions, RunOptions
 from tasks.training.pretrain import PretrainConfig
 from tasks.training.shapes import FAMILIES, WINDOWED
 from tasks.training.worker import heldout_data, samples, training_data
@@ -51,10 +51,15 @@ def test_every_family_of_the_form_has_its_name_outside(family: str) -> None:
         ({"model": {"family": "gemma", "sliding_window": 4}}, "'gemma2', 'gemma3'"),
         ({"model": {"family": "deepseek_v3", "experts": {"per_token": 9}}}, "experts_per_token 9"),
         ({"mask_share": 0.3}, "mask_share is of the family bert"),
-        ({"source_weights": {"notes": 0}}, "weight 0.0 of source 'notes' must be a number above 0"),
+        ({"source_weights": {"notes": -1}}, "weight -1.0 of source 'notes' must be a number of at"),
+        ({"source_weights": {"notes": 0}}, "leave every source out; give one a weight above 0"),
         ({"spike": 0.5}, "spike 0.5 must be above 1 standard deviation"),
         ({"weights": "best", "heldout_sequences": 0}, "'best' are found by held-out documents"),
         ({"optimizer": {"base_width": 64}}, "base_width needs tied_embeddings False"),
+        (
+            {"start_from": "/x", "model": {"layers": 9}},
+            "start_from brings its own; leave model out",
+        ),
         ({"run": {"tensor": 2}}, "run.tensor 2 needs run.workers"),
         ({"run": {"tensor": 2, "workers": 3}}, "3 workers are no groups of run.tensor 2"),
         ({"run": {"tensor": 2, "workers": 4}}, "2 groups of run.tensor 2 workers need run.sharded"),
@@ -70,6 +75,7 @@ def test_what_does_not_go_together_is_one_sentence(values: dict, message: str) -
 
 def test_what_the_form_says_reaches_the_loop() -> None:
     run = {"workers": 4, "tensor": 2, "sharded": True, "compiled": True, "keep_checkpoints": 5}
+    run |= {"peak_tflops": 181}
     values = {
         "spike": 6.0,
         "heldout_every": 7,
@@ -82,7 +88,7 @@ def test_what_the_form_says_reaches_the_loop() -> None:
     loop = PretrainConfig.model_validate(values).loop()
     parts = {"optim": OptimConfig(**loop["optim"]), "schedule": Schedule(**loop["schedule"])}
     config = TrainConfig(**(loop | parts), total_tokens=1)
-    assert config.optim.base_width == 64
+    assert (config.optim.base_width, config.peak_flops) == (64, 181e12)
     assert (config.tensor, config.sharded, config.compiled) == (2, True, True)
     assert (config.keep_checkpoints, config.keep_best, config.spike) == (5, 1, 6.0)
     assert (config.heldout_every, config.heldout_sequences) == (7, 9)
@@ -153,8 +159,26 @@ def test_sources_are_mixed_by_weight_and_judged_apart(shards: Manifest) -> None:
         "seeds": 300,
         "notes": 400,
     }
+    only = job(shards, source_weights={"notes": 1.0, "seeds": 0.0})
+    loader, _, counts = training_data(only, store, names, shape)
+    assert set(loader.read(loader.order(0, 40)).tokens.flatten().tolist()) == {400}
+    assert counts == {"corpus_tokens": 900}
+    assert set(heldout_data(only, store, names, shape)) == {"notes"}
     with pytest.raises(ValueError, match="weights are for mail, sources are notes, seeds"):
         training_data(job(shards, source_weights={"mail": 1.0}), store, names, shape)
+
+
+def test_workers_are_as_many_as_the_cluster_has_gpus(shards: Manifest) -> None:
+    for cpus, gpus, gpu, workers in ((4, 0, False, 2), (4, 1, True, 1), (4, 8, True, 2)):
+        left_open = job(shards, run=RunOptions(gpu=gpu))
+        assert impossible(left_open, cpus, gpus) is None
+        assert left_open.with_workers(cpus, gpus).run.workers == workers
+    for run, sentence in (
+        ({}, "a GPU for every worker, 1 in all, and the Ray cluster has 0; lower"),
+        ({"workers": 3}, "a GPU for every worker, 3 in all"),
+        ({"workers": 9, "least_workers": 2}, "a GPU for every worker, 2 in all"),
+    ):
+        assert sentence in str(impossible(job(shards, run=RunOptions(gpu=True, **run)), 4, 0))
 
 
 def test_bert_guesses_masked_tokens(shards: Manifest) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,13 +16,19 @@ from flows.cli import main
 from flows.deployments import parameters
 from flows.parameters import PRESETS
 from model.flops import count_parameters
+from model.huggingface import save_directory
 from model.transformer import Transformer
+from tasks.runtime.errors import UserError
+from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
-from tasks.training.forecast import Law, forecast, memory_bytes
+from tasks.runtime.store import MANIFEST, Store
+from tasks.training.forecast import Law, forecast, memory_bytes, quick_run
 from tasks.training.foreseen import errors, keep
 from tasks.training.options import ModelOptions, RunOptions
 from tasks.training.pretrain import PretrainConfig
 
+FREQUENCIES = 1 / np.arange(1, 301)
+FREQUENCIES /= FREQUENCIES.sum()
 SIZES = {
     "demo": 5.2e6,
     "tiny": 133e3,
@@ -88,19 +97,41 @@ def test_weights_and_optimiser_are_counted_to_the_byte() -> None:
 def test_a_run_says_how_wrong_its_forecast_was(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path))
     settings, config = Settings.load(), PretrainConfig(tokens=1000)
-    assert errors(config, settings, {"loss": 3.0}) == {}
-    path = keep({"loss": 4.0, "seconds": 10.0}, config, settings)
-    assert json.loads(path.read_text())["loss"] == 4.0
-    elsewhere = config.model_copy(update={"run": RunOptions(workers=1)})
-    found = errors(elsewhere, settings, {"loss": 3.0, "seconds": 15.0})
-    assert found == {
-        "forecast_loss": 4.0,
-        "forecast_loss_error": -0.25,
+    here = Manifest(stage="token-shards", version=1, fingerprint="a", content="a")
+    elsewhere = here.model_copy(update={"content": "b"})
+    reached = {
+        "loss": 3.0,
+        "seconds": 15.0,
+        "memory_gb": 3.0,
+        "device_hours": 30.0,
+        "parameters": 7,
+        "workers": 2,
+    }
+    assert errors(config, settings, here, reached) == {}
+    foreseen = {"loss": 4.0, "seconds": 10.0, "memory_gb": 2.0, "device_hours": 20.0}
+    path = keep(foreseen | {"parameters": 7, "workers": 2}, config, settings, here)
+    assert json.loads(path.read_text())["placement"]["workers"] == 2
+    of_loss = {"forecast_loss": 4.0, "forecast_loss_error": -0.25}
+    assert errors(config, settings, here, reached) == of_loss | {
         "forecast_seconds": 10.0,
         "forecast_seconds_error": 0.5,
+        "forecast_memory_gb": 2.0,
+        "forecast_memory_gb_error": 0.5,
+        "forecast_device_hours": 20.0,
+        "forecast_device_hours_error": 0.5,
     }
-    other = config.model_copy(update={"tokens": 2000})
-    assert errors(other, settings, {"loss": 3.0}) == {}
+    # With other workers, or held in memory otherwise, only what does not depend on that is judged.
+    assert errors(config, settings, here, reached | {"workers": 8}) == of_loss
+    smaller = config.model_copy(update={"run": RunOptions(micro_batch=1)})
+    assert errors(smaller, settings, here, reached) == of_loss
+    # Another training, another corpus, another vocabulary: nobody asked for a forecast of it.
+    assert errors(config.model_copy(update={"tokens": 2000}), settings, here, reached) == {}
+    assert errors(config, settings, elsewhere, reached) == {}
+    assert errors(config, settings, here, reached | {"parameters": 8}) == {}
+    # One made without a corpus is for any of them.
+    keep({"seconds": 30.0, "parameters": 7, "workers": 2, "loss": None}, config, settings)
+    found = errors(config, settings, elsewhere, reached)
+    assert found == {"forecast_seconds": 30.0, "forecast_seconds_error": -0.5}
 
 
 def test_what_cannot_be_is_not_foreseen(tmp_path: Path, capsys) -> None:
@@ -113,6 +144,62 @@ def test_what_cannot_be_is_not_foreseen(tmp_path: Path, capsys) -> None:
     large = ("--config", "cluster-8b", "--set", "pretrain.run.gpu=false")
     assert "GB and cannot be timed here" in told(*large, "--set", "pretrain.model.layers=1000")
     assert not (tmp_path / "forecasts").exists()
+
+
+@pytest.fixture
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
+    """Tokens drawn independently, some of them held out, and their tokenizer's manifest."""
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path))
+    store = Store.open(Settings.load())
+    marks = {"version": 1, "content": "here"}
+    named = Manifest(stage="tokenizer", fingerprint="t", counts={"vocabulary": 300}, **marks)
+    store.directory("tokenizer", "t").write_json(MANIFEST, named.model_dump(mode="json"))
+    draw = np.random.default_rng(0)
+    entries = []
+    for name, count in (("tokens-00000.npy", 60_000), ("heldout-tokens-00000.npy", 9000)):
+        stream = io.BytesIO()
+        np.save(stream, draw.choice(300, count, p=FREQUENCIES).astype(np.uint16))
+        entries.append(store.directory("token-shards", "s").write_bytes(name, stream.getvalue()))
+    inputs = {"tokenizer": "t"}
+    found = {"bytes_per_token": 2.0}
+    return Manifest(
+        stage="token-shards",
+        fingerprint="s",
+        files=tuple(entries),
+        inputs=inputs,
+        metrics=found,
+        **marks,
+    )
+
+
+def test_the_loss_foreseen_of_random_text_is_its_entropy(shards: Manifest, monkeypatch) -> None:
+    sizes = ((32, 1, 30_000), (32, 1, 120_000), (64, 1, 30_000), (64, 2, 120_000))
+    monkeypatch.setattr("tasks.training.forecast.QUICK_RUNS", sizes)
+    options = ModelOptions(width=64, layers=2, heads=2, context=128, mlp_width=0)
+    run = RunOptions(workers=2, tensor=2)  # what a quick run, in one process, must not ask for
+    config = PretrainConfig(sequence=128, tokens=150_000, model=options, run=run)
+    found = forecast(config, 300, shards, device_flops=1.0, mfu=1.0)
+    entropy = -float((FREQUENCIES * np.log(FREQUENCIES)).sum())  # no model can do better
+    assert found.loss == pytest.approx(entropy, rel=0.05)
+    assert found.bits_per_byte == pytest.approx(found.loss / math.log(2) / 2)
+    short = shards.model_copy(update={"files": shards.files[:1]})
+    with pytest.raises(UserError, match=r"no quick runs on this corpus: .* or pass --no-runs"):
+        quick_run(config, 32, 1, 1000, short)
+
+
+def test_no_law_is_fitted_for_a_run_that_goes_on_from_a_checkpoint(
+    shards: Manifest, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("GRISTMILL_SOURCE_ROOTS", str(tmp_path / "sources"))
+    folder = tmp_path / "sources" / "theirs"
+    torch.manual_seed(0)
+    save_directory(folder, Transformer(ModelOptions(width=32, heads=2, context=64).config(300)))
+    config = PretrainConfig(start_from=str(folder), sequence=64, run=RunOptions(gpu=True))
+    said: list[str] = []
+    found = forecast(config, 300, shards, device_flops=1e12, mfu=0.4, say=said.append)
+    assert found.loss is None and said == [
+        "no loss is foreseen of a run that goes on from a checkpoint"
+    ]
 
 
 def test_the_time_on_a_cpu_is_measured(tmp_path: Path, monkeypatch) -> None:

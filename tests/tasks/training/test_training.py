@@ -41,7 +41,7 @@ from tests.conftest import CHECKOUT, Stack
 pytestmark = pytest.mark.timeout(500)
 
 SMALL = ModelOptions(width=32, layers=2, heads=2, context=64)
-RUN = RunOptions(workers=1, threads=1, checkpoint_every=10, log_every=2)
+RUN = RunOptions(workers=1, threads=1, checkpoint_every=10, log_every=2, peak_tflops=0.5)
 CONFIG = PretrainConfig(
     tokens=40 * 8 * 64, sequence=64, batch=8, model=SMALL, precision="fp32", run=RUN
 )
@@ -244,6 +244,9 @@ def test_pretraining_leaves_a_model_with_its_curve_and_run(base: Manifest, corpu
     assert list(curve) == list(range(2, 41, 2)) and curve[40] < curve[2] / 2
     assert base.counts["steps"] == 40 and base.counts["tokens"] == CONFIG.tokens
     assert 0 < base.metrics["bits_per_byte"] < 3
+    table = Store.open().of(base).read_table("curve.parquet")
+    assert 0 < base.metrics["mfu"] < 1 and all(0 < share < 1 for share in table["mfu"].to_pylist())
+    assert table["skipped"].to_pylist() == table["rollbacks"].to_pylist() == [0] * 20
     expected = bare_losses(CONFIG, corpus["shards"], 320)
     assert list(curve.values()) == pytest.approx(list(expected.values()), rel=1e-4)
     run_id = str(base.metrics["mlflow_run_id"])
@@ -395,10 +398,12 @@ def test_a_run_whose_flow_was_killed_finds_its_job_again(inputs, stack, home) ->
 @pytest.mark.slow
 def test_mistakes_are_told_in_one_sentence(inputs, stack, home) -> None:
     many = changed(seed=5, run=RUN.model_copy(update={"workers": 8}).model_dump())
+    no_gpu = changed(seed=5, run=RUN.model_copy(update={"workers": 0, "gpu": True}).model_dump())
     hot = changed(optimizer={"learning_rate": 1e30})
     long = changed(sequence=50_000, model={"context": 50_000})
     for config, message in (
         (many, "8 training workers need 8 CPUs, the Ray cluster has"),
+        (no_gpu, "training needs a GPU for every worker, 1 in all, and the Ray cluster has 0"),
         (hot, "lower the learning rate or look at these sequences"),
         (long, "fewer than one sequence of 50000 + 1; lower pretrain.sequence"),
     ):

@@ -204,7 +204,7 @@ class ModelHost:
         if spec.draft is not None:
             files = self._fetch(spec.model_copy(update={"artifact": spec.draft}))
             drafting = load_model(files, device=spec.device)
-            if drafting.tokenizer.proto != loaded.tokenizer.proto:
+            if drafting.tokenizer.data != loaded.tokenizer.data:
                 raise ValueError(f"the draft model {spec.draft} has another tokenizer")
             draft = drafting.model
         engine = Engine(

@@ -22,7 +22,8 @@ import sentencepiece
 from pydantic import Field, field_validator, model_validator
 
 from model import chat
-from model.chat import BYTE_TOKENS, CONTROL_SYMBOLS, SPACE_MARK, SPECIAL_TOKENS, Tokenizer
+from model.chat import BYTE_TOKENS, CONTROL_SYMBOLS, SPECIAL_TOKENS, Tokenizer
+from model.sentence_pieces import SPACE_MARK
 from model.tokenizer_files import tokenizer_files
 from tasks.corpus.sampling import sample_documents
 from tasks.runtime.errors import UserError
@@ -136,14 +137,13 @@ def _train(config: TokenizerConfig, work: Workspace, corpus: Manifest) -> Traine
     """In a Ray worker: train, write the files, measure."""
     texts: list[str] = []
     if config.import_from:
-        proto = import_tokenizer(imported_file(config.import_from))
+        data = import_tokenizer(imported_file(config.import_from))
     else:
         texts = _sample(work.store, corpus, "train-", int(config.sample_megabytes * 1e6))
-        proto = train_sentencepiece(
+        data = train_sentencepiece(
             texts, config.vocab_size, config.character_coverage, config.longest_piece, config.kind
         )
-    tokenizer = Tokenizer(proto)
-    work.write_bytes("tokenizer.model", proto)
+    tokenizer = Tokenizer(data)
     for name, body in tokenizer_files(tokenizer).items():
         work.write_bytes(name, body)
     measured = _sample(work.store, corpus, "train-", MEASURED)

@@ -42,6 +42,7 @@ from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import Directory, Store
 from tasks.tokenizer.shards import shard_sources
+from tasks.tokenizer.stored import load_tokenizer
 from tasks.training.checkpoints import checkpoint_folder
 from tasks.training.job import FAILURE, PROGRESS, RESULT, TrainingJob
 
@@ -82,7 +83,7 @@ def _train(job: TrainingJob, directory: Directory) -> None:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     store = Store.open(Settings.load())
-    tokenizer = Tokenizer.load(store.local(job.tokenizer, "tokenizer.model"))
+    tokenizer = load_tokenizer(store, job.tokenizer)
     torch.manual_seed(job.seed)
     base_width = int(job.loop["optim"].get("base_width", 0))
     model = _model(job, store, base_width).to(
@@ -357,6 +358,5 @@ def _save_model(model: Transformer, tokenizer: Tokenizer, directory: Directory) 
         save_directory(Path(folder), model, tokens)
         for file in sorted(Path(folder).iterdir()):
             directory.put(file, file.name)
-    directory.write_bytes("tokenizer.model", tokenizer.proto)
     for name, body in tokenizer_files(tokenizer, model.config.context).items():
         directory.write_bytes(name, body)

@@ -4,7 +4,9 @@ For byte-level BPE tokenizer.json is our own file, too. SentencePiece merges the
 union has the best score; Hugging Face's BPE applies a list of pairs in order. Listing every way to
 cut each piece into two pieces, in the order of the pieces' scores, makes them the same. What is
 left: there, a text that spells a special token is read as that token and, of SentencePiece's kinds,
-one that contains U+2581 as if it held a space.
+one that contains U+2581 as if it held a space. And `AutoTokenizer` of transformers 5 takes Qwen's
+words and NFC for every model of the architecture Qwen 2, whatever these files say;
+`PreTrainedTokenizerFast` reads them.
 """
 
 import json

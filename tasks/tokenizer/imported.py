@@ -95,8 +95,8 @@ def _of_hugging_face(name: str, data: bytes) -> bytes:
         return _in_our_layout(kept, UNIGRAM)
     if model["type"] != "BPE" or not model.get("byte_fallback"):
         raise UserError(
-            f"tokenizer.import_from: {name} is a {model['type']} that neither joins bytes nor falls "
-            f"back to them, so some texts have no pieces; import a BPE that does, or train one here"
+            f"tokenizer.import_from: {name} is a {model['type']} that neither joins bytes nor "
+            f"falls back to them, so some texts have no pieces; import one that does, or train one"
         )
     return _in_our_layout(_ranked(model, special), BPE)
 

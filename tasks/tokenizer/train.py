@@ -49,8 +49,9 @@ class TokenizerConfig(StageConfig):
     kind: Literal["bpe", "unigram"] = "bpe"
     """How pieces are found: joined from frequent pairs, or those that make the text most likely."""
     import_from: str = place("")
-    """A SentencePiece model or tokenizer.json made elsewhere, below a source root, instead of
-    learning one here."""
+    """A SentencePiece model or tokenizer.json made elsewhere (byte-level BPE, too), or a directory
+    that holds one, below a source root, instead of learning one here. Its pieces get our ids;
+    nothing is normalised, and no space is put before a text."""
     import_digest: str = ""
     """What that file holds; filled in by itself."""
     sample_megabytes: float = Field(32.0, gt=0)
@@ -81,6 +82,12 @@ class TokenizerConfig(StageConfig):
                     "leave it out"
                 )
         return self
+
+    def vocabulary(self) -> int:
+        """How many tokens there will be."""
+        if not self.import_from:
+            return self.vocab_size
+        return len(Tokenizer(import_tokenizer(imported_file(self.import_from))))
 
     def resolve(self) -> Self:
         digest = digest_of(self.import_from) if self.import_from else ""

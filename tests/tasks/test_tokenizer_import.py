@@ -19,7 +19,7 @@ from model.tokenizer_files import tokenizer_files, tokenizer_json
 from tasks.runtime.errors import UserError
 from tasks.tokenizer.imported import import_tokenizer, imported_file
 from tasks.tokenizer.train import TokenizerConfig, by_group, train_sentencepiece
-from tasks.training.pretrain import require_tokenizer
+from tasks.training.start_from import require_tokenizer
 from tests.tasks.export.test_export import texts
 from tests.tiny_models import tokenizer
 
@@ -67,7 +67,7 @@ def test_our_own_vocabulary_is_taken_as_it_is(tmp_path: Path) -> None:
     for text in texts():
         assert again.encode(text) == names.encode(text)
     require_tokenizer(tmp_path, names.data)
-    with pytest.raises(UserError, match="was not made with this run's tokenizer; give the same"):
+    with pytest.raises(UserError, match="was not made with this run's tokenizer; set"):
         require_tokenizer(tmp_path, UNIGRAM.data)
 
 
@@ -100,7 +100,7 @@ def test_what_has_no_such_form_is_told(tmp_path: Path, monkeypatch) -> None:
     for body, message in (
         (
             {"model": {"type": "BPE", "byte_fallback": False}},
-            "is a BPE that neither joins bytes nor falls back to them",
+            "a BPE that neither joins bytes nor falls",
         ),
         ({"model": {"type": "WordPiece"}}, "is a WordPiece"),
         ({}, r"is no tokenizer\.json"),

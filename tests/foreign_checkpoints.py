@@ -21,7 +21,7 @@ QWEN_WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 END, MARKS = "<|endoftext|>", ["<|im_start|>", "<|im_end|>"]
-SIZES = {"num_attention_heads": 4, "num_hidden_layers": 2, "initializer_range": 0.3}
+SIZES = {"num_attention_heads": 4, "num_hidden_layers": 2, "initializer_range": 0.15}
 LLAMA_SIZES = SIZES | {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 128}
 
 
@@ -97,7 +97,7 @@ def save_checkpoint(directory: Path, family: str, seed: int = 0, **changed: Any)
         if family == "gpt2":
             sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
             settings = transformers.GPT2Config(
-                **sizes | {"vocab_size": len(names), "initializer_range": 0.3} | changed
+                **sizes | {"vocab_size": len(names), "initializer_range": 0.15} | changed
             )
             model = transformers.GPT2LMHeadModel(settings)
         else:

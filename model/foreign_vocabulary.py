@@ -98,7 +98,7 @@ def their_ids(directory: Path, tokenizer: Tokenizer, rows: int) -> list[int | No
     special = theirs.roles(directory)
     ids = [special.get(piece, theirs.special.get(piece)) for piece in SPECIAL_PIECES]
     learned = range(SPECIAL_TOKENS, len(tokenizer))
-    ids += [theirs.pieces.get(tokenizer.piece(token)) for token in learned]
+    ids += [theirs.ids.get(tokenizer.piece(token)) for token in learned]
     ids = [token if token is not None and token < rows else None for token in ids]
     if all(token is None for token in ids[SPECIAL_TOKENS:]):
         raise FormatError(
@@ -110,9 +110,10 @@ def their_ids(directory: Path, tokenizer: Tokenizer, rows: int) -> list[int | No
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """pieces: what texts consist of, bytes among them, to ids; special: all other tokens."""
+    """ids: of all tokens, by name; special: of those that are added or control symbols, though some
+    add what is a piece of SentencePiece's (Gemma's runs of spaces)."""
 
-    pieces: Mapping[str, int]
+    ids: Mapping[str, int]
     special: Mapping[str, int]
     named: Mapping[str, str]  # our special token → theirs, as far as this file says
 
@@ -141,8 +142,7 @@ class _Vocabulary:
             unknown = model["vocab"][model["unk_id"]][0]
         if unknown is not None and unknown in listed:
             special.setdefault(unknown, listed[unknown])
-        pieces = {piece: token for piece, token in listed.items() if piece not in special}
-        return cls(pieces, special, {} if unknown is None else {UNKNOWN_PIECE: unknown})
+        return cls(listed | special, special, {} if unknown is None else {UNKNOWN_PIECE: unknown})
 
     @classmethod
     def _of_sentencepiece(cls, data: bytes) -> "_Vocabulary":
@@ -155,14 +155,13 @@ class _Vocabulary:
             for name, token in names.items()
             if theirs.IsControl(token) or theirs.IsUnknown(token)
         }
-        pieces = {name: token for name, token in names.items() if name not in special}
         told = (theirs.unk_id(), theirs.bos_id(), theirs.eos_id(), theirs.pad_id())
         named = {
             ours: theirs.IdToPiece(token)
             for ours, token in zip(SPECIAL_PIECES, told, strict=False)
             if token >= 0
         }
-        return cls(pieces, special, named)
+        return cls(names, special, named)
 
     def roles(self, directory: Path) -> dict[str, int]:
         """Our special token → the id that has its meaning there.

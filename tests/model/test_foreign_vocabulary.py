@@ -123,6 +123,18 @@ def test_a_checkpoint_with_sentencepieces_file_alone_is_read_by_it(tmp_path: Pat
     assert_same_logits(load_for(tmp_path, names), theirs, ids, 40)
 
 
+def test_a_piece_that_their_file_adds_as_a_token_keeps_its_row(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "llama")
+    names = imported(tmp_path)
+    before = their_ids(tmp_path, names, 600)
+    body = json.loads((tmp_path / "tokenizer.json").read_text())
+    body["added_tokens"].append({"id": before[-1], "content": names.piece(len(names) - 1)})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(body))
+    assert their_ids(tmp_path, names, 600) == before
+    # One that lies beyond the model's rows has none.
+    assert their_ids(tmp_path, names, 599) == [None if i == 599 else i for i in before]
+
+
 def test_the_bias_of_a_masked_models_output_moves_with_its_rows(tmp_path: Path) -> None:
     from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 

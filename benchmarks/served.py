@@ -47,7 +47,7 @@ def write_model(path: Path, config: ModelConfig, seed: int) -> Path:
     names = tokenizer()
     special = SpecialTokens(bos=names.begin, eos=names.stop_ids, pad=names.pad)
     save_directory(path, model, special)
-    (path / "tokenizer.model").write_bytes(names.proto)
+    (path / names.file_name).write_bytes(names.data)
     return path
 
 

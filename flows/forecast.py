@@ -37,7 +37,7 @@ def foresee(
         say("no tokens in the store, so no loss is foreseen; make some: gristmill run tokenizer")
     found = forecast(
         config,
-        tokenizer.vocab_size,
+        tokenizer.vocabulary(),
         shards,
         device_flops=arguments.device_tflops * 1e12,
         mfu=arguments.mfu,

@@ -13,6 +13,7 @@ from tasks.runtime.manifest import Manifest
 from tasks.tokenizer.shards import ShardsConfig, write_token_shards
 from tasks.tokenizer.train import TokenizerConfig, train_tokenizer
 from tasks.training.pretrain import PretrainConfig, pretrain
+from tasks.training.start_from import require_import
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Base:
 
 
 def train_base(corpus: CorpusParams, tokenizer: TokenizerConfig, model: PretrainConfig) -> Base:
+    require_import(model.start_from, tokenizer.import_from)  # said before the work
     documents = build_corpus(corpus)
     trained = train_tokenizer(tokenizer, corpus=documents)
     tokens = write_token_shards(ShardsConfig(), corpus=documents, tokenizer=trained)

@@ -9,9 +9,10 @@ import codecs
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import sentencepiece
+from model.byte_level import ByteLevelPieces
+from model.sentence_pieces import SentencePieces
 
 UNKNOWN, BEGIN, END_OF_DOCUMENT, PAD = range(4)  # ids; padding is not the end of anything
 UNKNOWN_PIECE, BEGIN_PIECE, END_OF_DOCUMENT_PIECE, PAD_PIECE = "<unk>", "<s>", "</s>", "<pad>"
@@ -21,11 +22,9 @@ MASK_PIECE = "<mask>"
 RESERVED = tuple(f"<|reserved_{number}|>" for number in range(7))
 # Their order fixes their ids, which follow the four above.
 CONTROL_SYMBOLS = (*ROLES.values(), END_OF_TURN_PIECE, MASK_PIECE, *RESERVED)
-SPECIAL_TOKENS = 4 + len(CONTROL_SYMBOLS)
-BYTE_TOKENS = 256
-
-SPACE_MARK = "\u2581"  # how SentencePiece writes a space
-SPACE_MARK_BYTES = SPACE_MARK.encode()
+SPECIAL_PIECES = (UNKNOWN_PIECE, BEGIN_PIECE, END_OF_DOCUMENT_PIECE, PAD_PIECE, *CONTROL_SYMBOLS)
+SPECIAL_TOKENS = len(SPECIAL_PIECES)
+BYTE_TOKENS = 256  # their ids follow the special tokens', the learned pieces' follow these
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -43,6 +42,9 @@ then look for special tokens in that text, so there, unlike here, a message can 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
+TOKENIZER_FILES = (SentencePieces.file_name, ByteLevelPieces.file_name)
+
+
 class ChatError(ValueError):
     """A conversation that has no layout. The message names what is wrong with it."""
 
@@ -52,47 +54,72 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer:
-    """A SentencePiece model whose round trip is the identity: `decode(encode(text)) == text`.
+    """A vocabulary whose round trip is the identity: `decode(encode(text)) == text`.
 
-    Every piece stands for fixed bytes, so decoding is their concatenation. Three things
-    SentencePiece leaves open are settled here: the space mark U+2581 occurring in a text goes by
-    its bytes, a lone surrogate (which is no text in UTF-8) becomes `?`, and special tokens decode
-    to nothing.
+    It is read from SentencePiece's file or, for byte-level BPE, from a `tokenizer.json`; in both,
+    ids are the special tokens, the 256 bytes, and the learned pieces. Every id stands for fixed
+    bytes, so decoding is their concatenation: none for special tokens. A lone surrogate, which is
+    no text in UTF-8, is read as `?`.
     """
 
-    def __init__(self, proto: bytes, name: str = "tokenizer.model") -> None:
-        self.proto = proto
-        self._pieces = sentencepiece.SentencePieceProcessor()
+    def __init__(self, data: bytes, name: str = "") -> None:
+        """data: the file's content; name: what to call it in errors."""
+        self.data = data
+        kind = ByteLevelPieces if data[:1] == b"{" else SentencePieces
+        name = name or kind.file_name
         try:
-            self._pieces.LoadFromSerializedProto(proto)
-        except RuntimeError as error:
-            raise TokenizerError(f"{name} is not a SentencePiece model: {error}") from error
-        expected = (UNKNOWN_PIECE, BEGIN_PIECE, END_OF_DOCUMENT_PIECE, PAD_PIECE, *CONTROL_SYMBOLS)
-        for token, piece in enumerate(expected):
-            if token >= len(self) or self._pieces.IdToPiece(token) != piece:
+            self._pieces: ByteLevelPieces | SentencePieces = kind(data)
+        except ValueError as error:
+            raise TokenizerError(f"{name} {error}") from error
+        self._require_layout(name)
+        self.unknown, self.begin, self.end_of_document, self.pad = range(4)
+        self.roles = {role: SPECIAL_PIECES.index(piece) for role, piece in ROLES.items()}
+        self.end_of_turn = SPECIAL_PIECES.index(END_OF_TURN_PIECE)
+        self.mask = SPECIAL_PIECES.index(MASK_PIECE)
+
+    def _require_layout(self, name: str) -> None:
+        for token, piece in enumerate(SPECIAL_PIECES):
+            if token >= len(self) or self.piece(token) != piece:
                 raise TokenizerError(
                     f"{name} has no {piece} at id {token}: it was not made by the tokenizer stage"
                 )
-        self._space_mark = [self._pieces.PieceToId(f"<0x{b:02X}>") for b in SPACE_MARK_BYTES]
-        self.unknown, self.begin, self.end_of_document, self.pad = range(4)
-        self.roles = {role: self._pieces.PieceToId(piece) for role, piece in ROLES.items()}
-        self.end_of_turn: int = self._pieces.PieceToId(END_OF_TURN_PIECE)
-        self.mask: int = self._pieces.PieceToId(MASK_PIECE)
+        for byte in range(BYTE_TOKENS):
+            token = SPECIAL_TOKENS + byte
+            if token >= len(self) or self._pieces.bytes_of(token) != bytes([byte]):
+                raise TokenizerError(
+                    f"{name} has not the byte {byte} at id {token}: it was not made by the "
+                    f"tokenizer stage"
+                )
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """From a `tokenizer.model` file, or the directory of a model that holds one."""
-        path = path / "tokenizer.model" if path.is_dir() else path
+        """From a tokenizer's file, or the directory of a model that holds one. A `tokenizer.json`
+        beside SentencePiece's file is for other programs."""
+        if path.is_dir():
+            names = [name for name in TOKENIZER_FILES if (path / name).is_file()]
+            path = path / (names or TOKENIZER_FILES)[0]
         try:
             return cls(path.read_bytes(), str(path))
         except FileNotFoundError:
-            raise TokenizerError(f"{path} does not exist; a model directory needs one") from None
+            raise TokenizerError(
+                f"{path} does not exist; a model directory needs {' or '.join(TOKENIZER_FILES)}"
+            ) from None
 
     def __len__(self) -> int:
-        return int(self._pieces.GetPieceSize())
+        return len(self._pieces)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Tokenizer, (self.proto,)
+        return Tokenizer, (self.data,)
+
+    @property
+    def file_name(self) -> str:
+        """What the file is called from which `load` makes this tokenizer."""
+        return self._pieces.file_name
+
+    @property
+    def kind(self) -> Literal["bpe", "unigram", "byte-level"]:
+        """How pieces are found: SentencePiece's BPE or Unigram, or byte-level BPE."""
+        return self._pieces.kind
 
     @property
     def stop_ids(self) -> tuple[int, int]:
@@ -103,13 +130,7 @@ class Tokenizer:
         """Ids of a text; never a special token."""
         if not text.isascii():
             text = text.encode("utf-8", "replace").decode("utf-8")
-            if SPACE_MARK in text:
-                first, *rest = text.split(SPACE_MARK)
-                ids = list(self._pieces.EncodeAsIds(first))
-                for part in rest:
-                    ids += self._space_mark + self._pieces.EncodeAsIds(part)
-                return ids
-        return list(self._pieces.EncodeAsIds(text))
+        return self._pieces.encode(text)
 
     def encode_document(self, text: str) -> list[int]:
         """A document as the model is trained on it: begin, text, end of document."""
@@ -126,30 +147,19 @@ class Tokenizer:
     @cached_property
     def token_bytes(self) -> list[bytes]:
         """What each id stands for; nothing for special tokens."""
-        table = []
-        for token in range(len(self)):
-            piece = self._pieces.IdToPiece(token)
-            if token < SPECIAL_TOKENS:
-                table.append(b"")
-            elif self._pieces.IsByte(token):
-                table.append(bytes([int(piece[3:5], 16)]))
-            else:
-                table.append(piece.replace(SPACE_MARK, " ").encode())
-        return table
+        learned = range(SPECIAL_TOKENS, len(self))
+        return [b""] * SPECIAL_TOKENS + [self._pieces.bytes_of(token) for token in learned]
 
     def piece(self, token: int) -> str:
-        """The name of an id, for people."""
-        return str(self._pieces.IdToPiece(token))
+        """The name of an id, as its file spells it."""
+        return self._pieces.piece(token)
 
     def score(self, token: int) -> float:
-        """Of BPE minus the rank of the merge that made this piece, of Unigram its log probability;
-        0 for bytes and special tokens."""
-        return float(self._pieces.GetScore(token))
-
-    @cached_property
-    def is_bpe(self) -> bool:
-        """Whether pieces are joined by rank; else the likeliest are chosen (Unigram)."""
-        return all(self.score(token).is_integer() for token in range(len(self)))
+        """Of SentencePiece's BPE minus the rank of the merge that made this piece, of Unigram its
+        log probability; 0 for bytes and special tokens. Byte-level BPE has merges instead."""
+        if isinstance(self._pieces, ByteLevelPieces):
+            raise TokenizerError("a byte-level vocabulary has merges, not scores")
+        return self._pieces.score(token)
 
     def stream(self) -> "StreamDecoder":
         return StreamDecoder(self)

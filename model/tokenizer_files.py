@@ -1,31 +1,39 @@
-"""The tokenizer in Hugging Face's files: tokenizer.json and the two that describe it.
+"""The tokenizer in its own file and Hugging Face's: tokenizer.json and the two that describe it.
 
-SentencePiece merges the adjacent pair whose union has the best score; Hugging Face's BPE applies a
-list of pairs in order. Listing every way to cut each piece into two pieces, in the order of the
-pieces' scores, makes them the same. One difference is left: there, a text that contains U+2581 is
-read as if it held a space, and one that spells a special token as that token.
+For byte-level BPE tokenizer.json is our own file, too. SentencePiece merges the adjacent pair whose
+union has the best score; Hugging Face's BPE applies a list of pairs in order. Listing every way to
+cut each piece into two pieces, in the order of the pieces' scores, makes them the same. What is
+left: there, a text that spells a special token is read as that token and, of SentencePiece's kinds,
+one that contains U+2581 as if it held a space. And `AutoTokenizer` of transformers 5 takes Qwen's
+words and NFC for every model of the architecture Qwen 2, whatever these files say;
+`PreTrainedTokenizerFast` reads them.
 """
 
 import json
 from typing import Any
 
 from model.chat import (
+    BEGIN,
     BEGIN_PIECE,
     BYTE_TOKENS,
     CHAT_TEMPLATE,
     END_OF_DOCUMENT_PIECE,
     PAD_PIECE,
-    SPACE_MARK,
+    SPECIAL_PIECES,
     SPECIAL_TOKENS,
     UNKNOWN_PIECE,
     Tokenizer,
 )
+from model.sentence_pieces import SPACE_MARK
 
 NEVER = -1e6  # the score of a Unigram piece that must not be chosen
 
 
 def tokenizer_files(tokenizer: Tokenizer, context: int | None = None) -> dict[str, bytes]:
-    """File name → content. context: the model's, in tokens, for callers that cut to it."""
+    """File name → content: the file that `Tokenizer.load` reads, and those of other programs.
+
+    context: the model's, in tokens, for callers that cut to it.
+    """
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BEGIN_PIECE,
@@ -38,15 +46,40 @@ def tokenizer_files(tokenizer: Tokenizer, context: int | None = None) -> dict[st
     if context is not None:
         config["model_max_length"] = context
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    theirs = {} if tokenizer.kind == "byte-level" else {"tokenizer.json": tokenizer_json(tokenizer)}
     return {
-        "tokenizer.json": _json(tokenizer_json(tokenizer)),
-        "tokenizer_config.json": _json(config),
-        "special_tokens_map.json": _json({name: config[name] for name in names}),
+        tokenizer.file_name: tokenizer.data,
+        **{name: to_json(body) for name, body in theirs.items()},
+        "tokenizer_config.json": to_json(config),
+        "special_tokens_map.json": to_json({name: config[name] for name in names}),
     }
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the `tokenizers` library loads."""
+    """What the `tokenizers` library loads, of a SentencePiece vocabulary."""
+    return tokenizer_body(
+        normalizer={"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK},
+        pre_tokenizer=None,
+        decoder={
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        model=_bpe(tokenizer) if tokenizer.kind == "bpe" else _unigram(tokenizer),
+    )
+
+
+def tokenizer_body(
+    *,
+    normalizer: dict[str, Any] | None,
+    pre_tokenizer: dict[str, Any] | None,
+    decoder: dict[str, Any],
+    model: dict[str, Any],
+) -> dict[str, Any]:
+    """A tokenizer.json with our special tokens, which puts the beginning before every text."""
     begin = {"SpecialToken": {"id": BEGIN_PIECE, "type_id": 0}}
     sequence = {"Sequence": {"id": "A", "type_id": 0}}
     return {
@@ -56,34 +89,27 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "added_tokens": [
             {
                 "id": token,
-                "content": tokenizer.piece(token),
+                "content": piece,
                 "single_word": False,
                 "lstrip": False,
                 "rstrip": False,
                 "normalized": False,
                 "special": True,
             }
-            for token in range(SPECIAL_TOKENS)
+            for token, piece in enumerate(SPECIAL_PIECES)
         ],
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK},
-        "pre_tokenizer": None,
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [begin, sequence],
             "pair": [begin, sequence, {"Sequence": {"id": "B", "type_id": 0}}],
             "special_tokens": {
-                BEGIN_PIECE: {"id": BEGIN_PIECE, "ids": [tokenizer.begin], "tokens": [BEGIN_PIECE]}
+                BEGIN_PIECE: {"id": BEGIN_PIECE, "ids": [BEGIN], "tokens": [BEGIN_PIECE]}
             },
         },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
-        "model": _bpe(tokenizer) if tokenizer.is_bpe else _unigram(tokenizer),
+        "decoder": decoder,
+        "model": model,
     }
 
 
@@ -127,5 +153,5 @@ def _merges(tokenizer: Tokenizer, vocabulary: dict[str, int]) -> list[list[str]]
     return merges
 
 
-def _json(value: dict[str, Any]) -> bytes:
+def to_json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode()

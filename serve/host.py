@@ -204,7 +204,7 @@ class ModelHost:
         draft = None
         if spec.draft is not None:
             draft = self._fetch(spec.model_copy(update={"artifact": spec.draft}))
-            if Tokenizer.load(draft).proto != Tokenizer.load(directory).proto:
+            if Tokenizer.load(draft).data != Tokenizer.load(directory).data:
                 raise ValueError(f"the draft model {spec.draft} has another tokenizer")
         options = EngineOptions(
             **{name: getattr(spec, name) for name in EngineOptions.model_fields}

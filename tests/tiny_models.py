@@ -78,5 +78,5 @@ def model_directory(path: Path, seed: int = 0, context: int = 128, **flags: Any)
     names = tokenizer()
     special = SpecialTokens(bos=names.begin, eos=names.stop_ids, pad=names.pad)
     save_directory(path, transformer(seed, context, **flags), special)
-    (path / "tokenizer.model").write_bytes(names.proto)
+    (path / names.file_name).write_bytes(names.data)
     return path

@@ -22,8 +22,8 @@ class LoadedModel(NamedTuple):
 def load_model(
     directory: Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> LoadedModel:
-    """Read config.json, model.safetensors and tokenizer.model of a directory; the engine works
-    where the model is.
+    """Read config.json, model.safetensors and the tokenizer of a directory; the engine works where
+    the model is.
 
     Raises ValueError for a device that is not there, FormatError or TokenizerError naming the file
     that is missing or wrong, or what the engine cannot generate with.
@@ -40,7 +40,7 @@ def load_model(
     tokenizer = Tokenizer.load(directory)
     if len(tokenizer) > model.config.vocab_size:
         raise FormatError(
-            f"{directory.name}: tokenizer.model has {len(tokenizer)} tokens, "
+            f"{directory.name}: {tokenizer.file_name} has {len(tokenizer)} tokens, "
             f"the model's vocabulary only {model.config.vocab_size}"
         )
     return LoadedModel(model.config, model, tokenizer)

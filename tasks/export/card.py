@@ -27,10 +27,12 @@ ELSEWHERE = "not known here; its owner's terms hold for this model, too"
 LITTLE = 10e9  # tokens; with less than that read, a model of any size knows little
 UNSTATED = "not stated; ask the owner of the text before you pass this model on"
 
+# Not AutoTokenizer: transformers 5 takes Qwen's words for every model of its architecture, whatever
+# the directory says.
 TRANSFORMERS = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-tokenizer = AutoTokenizer.from_pretrained(".")
+tokenizer = PreTrainedTokenizerFast.from_pretrained(".")
 model = AutoModelForCausalLM.from_pretrained(".")
 question = [{"role": "user", "content": "…"}]
 ids = tokenizer.apply_chat_template(

@@ -96,7 +96,12 @@ def add_scaling(writer: Any, config: ModelConfig, scaling: RopeScaling) -> None:
 
 def add_vocabulary(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     """SentencePiece's pieces and scores; rows of the model beyond them are marked as unused."""
-    if not tokenizer.is_bpe:
+    if tokenizer.kind == "byte-level":
+        raise FormatError(
+            "llama.cpp knows the regular expressions of byte-level BPE by the names of published "
+            "tokenizers, and this one's ids are in another order; use --format hf"
+        )
+    if tokenizer.kind == "unigram":
         raise FormatError(
             "llama.cpp writes what a Unigram vocabulary lacks as unknown, not as bytes; use "
             "--format hf"

@@ -1,25 +1,28 @@
-"""A vocabulary made elsewhere: SentencePiece's, or a Hugging Face `tokenizer.json` of that kind.
+"""A vocabulary made elsewhere: SentencePiece's, or a Hugging Face `tokenizer.json`.
 
 One that has our special tokens at our ids is taken as it is: it was exported from here. Of any
-other the learned pieces are taken, in their order and with their scores, behind our special tokens
-and bytes, and nothing is normalised, so that the round trip stays lossless. Ids are then ours: a
-model of its own must be trained on it.
+other the learned pieces are taken, in their order and with their scores or merges, behind our
+special tokens and bytes, and nothing is normalised or put before a text, so that the round trip
+stays lossless. (Llama 2 and Mistral put a space before every text: their first word has a space
+mark, ours has one where the text has a space.) Ids are then ours; a model that was trained with
+theirs gets its rows moved when a training goes on from it (`model.foreign_vocabulary`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from model import chat
+from model.byte_level import read_json
 from model.chat import CONTROL_SYMBOLS, Tokenizer, TokenizerError
 from tasks.corpus.source_config import allowed
 from tasks.runtime.errors import UserError
 from tasks.runtime.settings import Settings
+from tasks.tokenizer.imported_byte_level import byte_level_in_our_layout
 
 NAMES = ("tokenizer.model", "tokenizer.json")
 # SentencePiece's types of pieces.
@@ -47,19 +50,16 @@ def digest_of(path: str) -> str:
 
 
 def import_tokenizer(path: Path) -> bytes:
-    """A SentencePiece model in our layout. Raises UserError for a kind that has no such form."""
+    """The tokenizer's file in our layout. Raises UserError for a kind that has no such form."""
     data = path.read_bytes()
-    if path.suffix == ".json":
-        pieces, kind = _of_hugging_face(path, data)
-        return _in_our_layout(pieces, kind)
     try:
-        Tokenizer(data, path.name)
-        return data
+        return Tokenizer(data, path.name).data
     except TokenizerError as error:
         if "is not a SentencePiece model" in str(error):
             raise UserError(f"tokenizer.import_from: {error}") from error
-    pieces, kind = _of_sentencepiece(data)
-    return _in_our_layout(pieces, kind)
+    if path.suffix == ".json":
+        return _of_hugging_face(path.name, data)
+    return _in_our_layout(*_of_sentencepiece(data))
 
 
 def _format() -> Any:
@@ -79,26 +79,26 @@ def _of_sentencepiece(data: bytes) -> tuple[list[tuple[str, float]], int]:
     return [(p.piece, p.score) for p in theirs.pieces if int(p.type) in LEARNED], kind
 
 
-def _of_hugging_face(path: Path, data: bytes) -> tuple[list[tuple[str, float]], int]:
+def _of_hugging_face(name: str, data: bytes) -> bytes:
     try:
-        body = json.loads(data)
-        model = body["model"]
-        kind = model["type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"tokenizer.import_from: {path.name} is no tokenizer.json: {error}"
-        ) from error
+        body = read_json(data)
+    except ValueError as error:
+        raise UserError(f"tokenizer.import_from: {name} {error}") from error
+    over_bytes = byte_level_in_our_layout(body, name)
+    if over_bytes is not None:
+        return over_bytes
+    model = body["model"]
     special = {token["content"] for token in body.get("added_tokens", ())}
-    if kind == "Unigram":
+    if model["type"] == "Unigram":
         rows = [(piece, float(score)) for piece, score in model["vocab"]]
-        return [(p, s) for p, s in rows if p not in special and not _is_byte(p)], UNIGRAM
-    if kind != "BPE" or not model.get("byte_fallback"):
+        kept = [(p, s) for p, s in rows if p not in special and not _is_byte(p)]
+        return _in_our_layout(kept, UNIGRAM)
+    if model["type"] != "BPE" or not model.get("byte_fallback"):
         raise UserError(
-            f"tokenizer.import_from: {path.name} is a {kind} over bytes written as letters, as "
-            f"GPT-2's and Qwen's are, which SentencePiece has no form for; import one with "
-            f"byte_fallback, or train one"
+            f"tokenizer.import_from: {name} is a {model['type']} that neither joins bytes nor "
+            f"falls back to them, so some texts have no pieces; import one that does, or train one"
         )
-    return _ranked(model, special), BPE
+    return _in_our_layout(_ranked(model, special), BPE)
 
 
 def _ranked(model: dict[str, Any], special: set[str]) -> list[tuple[str, float]]:

@@ -25,6 +25,7 @@ from tasks.runtime.manifest import Manifest
 from tasks.runtime.ray_session import ray_session
 from tasks.runtime.stage import Outcome, Report, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
+from tasks.tokenizer.stored import load_tokenizer
 
 CRAWLED = "seeds"  # the source of what was crawled
 SPLITS = {"train": "tokens", "heldout": "heldout-tokens"}
@@ -133,7 +134,7 @@ def _write_shard(
     for source, texts in by_source.items():
         target = "-".join((output, *(() if source == CRAWLED else (source,)), number))
         if not work.has(f"{target}.npy"):
-            model = Tokenizer.load(store.local(tokenizer, "tokenizer.model"))
+            model = load_tokenizer(store, tokenizer)
             ids, starts = encode_documents(model, texts)
             work.write_bytes(f"{target}.documents.npy", _npy(starts))
             work.write_bytes(f"{target}.npy", _npy(ids))

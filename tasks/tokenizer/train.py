@@ -22,7 +22,8 @@ import sentencepiece
 from pydantic import Field, field_validator, model_validator
 
 from model import chat
-from model.chat import BYTE_TOKENS, CONTROL_SYMBOLS, SPACE_MARK, SPECIAL_TOKENS, Tokenizer
+from model.chat import BYTE_TOKENS, CONTROL_SYMBOLS, SPECIAL_TOKENS, Tokenizer
+from model.sentence_pieces import SPACE_MARK
 from model.tokenizer_files import tokenizer_files
 from tasks.corpus.sampling import sample_documents
 from tasks.runtime.errors import UserError
@@ -48,8 +49,9 @@ class TokenizerConfig(StageConfig):
     kind: Literal["bpe", "unigram"] = "bpe"
     """How pieces are found: joined from frequent pairs, or those that make the text most likely."""
     import_from: str = place("")
-    """A SentencePiece model or tokenizer.json made elsewhere, below a source root, instead of
-    learning one here."""
+    """A SentencePiece model or tokenizer.json made elsewhere (byte-level BPE, too), or a directory
+    that holds one, below a source root, instead of learning one here. Its pieces get our ids;
+    nothing is normalised, and no space is put before a text."""
     import_digest: str = ""
     """What that file holds; filled in by itself."""
     sample_megabytes: float = Field(32.0, gt=0)
@@ -80,6 +82,12 @@ class TokenizerConfig(StageConfig):
                     "leave it out"
                 )
         return self
+
+    def vocabulary(self) -> int:
+        """How many tokens there will be."""
+        if not self.import_from:
+            return self.vocab_size
+        return len(Tokenizer(import_tokenizer(imported_file(self.import_from))))
 
     def resolve(self) -> Self:
         digest = digest_of(self.import_from) if self.import_from else ""
@@ -136,14 +144,13 @@ def _train(config: TokenizerConfig, work: Workspace, corpus: Manifest) -> Traine
     """In a Ray worker: train, write the files, measure."""
     texts: list[str] = []
     if config.import_from:
-        proto = import_tokenizer(imported_file(config.import_from))
+        data = import_tokenizer(imported_file(config.import_from))
     else:
         texts = _sample(work.store, corpus, "train-", int(config.sample_megabytes * 1e6))
-        proto = train_sentencepiece(
+        data = train_sentencepiece(
             texts, config.vocab_size, config.character_coverage, config.longest_piece, config.kind
         )
-    tokenizer = Tokenizer(proto)
-    work.write_bytes("tokenizer.model", proto)
+    tokenizer = Tokenizer(data)
     for name, body in tokenizer_files(tokenizer).items():
         work.write_bytes(name, body)
     measured = _sample(work.store, corpus, "train-", MEASURED)

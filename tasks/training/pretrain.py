@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -12,18 +10,24 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from model.config import ConfigError, ModelConfig
 from model.flops import count_parameters
 from model.width import width_ratio
-from tasks.corpus.source_config import allowed
 from tasks.registry.tracking import log_metrics, tracked
 from tasks.runtime.errors import UserError
 from tasks.runtime.fingerprint import place
 from tasks.runtime.manifest import Manifest, Scalar
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Workspace, stage
+from tasks.tokenizer.stored import load_tokenizer
 from tasks.training.foreseen import errors
 from tasks.training.job import TrainingJob
 from tasks.training.launch import launch, require_whole
 from tasks.training.options import ModelOptions, ScheduleOptions, TrainingConfig, shown_first
 from tasks.training.shapes import SERVED
+from tasks.training.start_from import (
+    checkpoint_digest,
+    checkpoint_directory,
+    checkpoint_shape,
+    require_tokenizer,
+)
 
 
 class PretrainConfig(TrainingConfig):
@@ -51,9 +55,9 @@ class PretrainConfig(TrainingConfig):
     """Share of the tokens that is hidden and guessed; of the family bert only."""
     start_from: str = place("")
     """Directory of a Hugging Face checkpoint to go on from, below a source root; its shape counts
-    then instead of the model's below. It must have the tokenizer of this run: give its directory
-    as tokenizer.import_from, too. One that was exported from here has; a vocabulary in another
-    layout gets other ids on import, and its weights would mean nothing."""
+    then instead of the model's below. The run's tokenizer must be that checkpoint's: give the same
+    directory as tokenizer.import_from. Rows of its vocabulary are moved to our ids; those of its
+    own special tokens are left out, and the chat marks begin with the mean of its rows."""
     start_digest: str = ""
     """What lies in that directory; filled in by itself."""
     model: ModelOptions = ModelOptions()
@@ -138,54 +142,13 @@ class PretrainConfig(TrainingConfig):
         """The model's shape. Raises UserError when a checkpoint to start from does not fit."""
         if not self.start_from:
             return self.model.config(vocabulary)
-        from model.huggingface import FormatError, load_config  # brings torch
-
-        try:
-            shape = load_config(checkpoint_directory(self.start_from))
-        except FormatError as error:
-            raise UserError(f"pretrain.start_from: {error}") from error
+        shape = checkpoint_shape(self.start_from, vocabulary)
         if self.sequence > shape.context:
             raise UserError(
                 f"pretrain.sequence {self.sequence} is longer than the context {shape.context} of "
                 f"the checkpoint in {self.start_from}; lower it"
             )
-        if vocabulary > shape.vocab_size:
-            raise UserError(
-                f"the tokenizer has {vocabulary} pieces, the checkpoint in {self.start_from} only "
-                f"{shape.vocab_size}; take its own with tokenizer.import_from"
-            )
         return shape
-
-
-def checkpoint_directory(path: str) -> Path:
-    """The directory, if it lies below a source root and is there."""
-    directory = allowed(Path(path), Settings.load(), "pretrain.start_from")
-    if not (directory / "config.json").is_file():
-        raise UserError(
-            f"pretrain.start_from {path!r} holds no config.json; name the directory of a Hugging "
-            f"Face checkpoint"
-        )
-    return directory
-
-
-def require_tokenizer(directory: Path, ours: bytes) -> None:
-    """Raises UserError when a checkpoint's tokenizer is not this one: its ids would mean others."""
-    theirs = directory / "tokenizer.model"
-    if not theirs.is_file() or theirs.read_bytes() != ours:
-        raise UserError(
-            f"the checkpoint in {directory} was not made with this run's tokenizer; give the same "
-            f"directory as tokenizer.import_from, which keeps the ids of one exported from here"
-        )
-
-
-def checkpoint_digest(path: str) -> str:
-    """SHA-256 over the shape and the weights that lie there."""
-    directory = checkpoint_directory(path)
-    told = hashlib.sha256()
-    for file in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
-        with open(file, "rb") as stream:
-            told.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
-    return told.hexdigest()
 
 
 @stage("pretrain", version=1)
@@ -201,7 +164,7 @@ def pretrain(
     shape = config.shape(tokenizer.counts["vocabulary"])
     start = checkpoint_directory(config.start_from) if config.start_from else None
     if start is not None:
-        require_tokenizer(start, work.store.of(tokenizer).read_bytes("tokenizer.model"))
+        require_tokenizer(start, load_tokenizer(work.store, tokenizer).data)
     inputs = {"shards": shards, "tokenizer": tokenizer}
     require_whole(work, inputs.values())
     params = {**config.model_dump(), "parameters": count_parameters(shape).total}

@@ -25,6 +25,7 @@ from model.chat import Tokenizer, encode_example
 from model.checkpoint import CheckpointError, latest_checkpoint, read_manifest, step_of
 from model.config import ConfigError, ModelConfig
 from model.divided_checkpoint import load_whole_model
+from model.foreign_vocabulary import load_for
 from model.huggingface import FormatError, SpecialTokens, load_directory, save_directory
 from model.loader import DataError, Loader, WindowLoader
 from model.masking import MaskedLoader
@@ -42,6 +43,7 @@ from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import Directory, Store
 from tasks.tokenizer.shards import shard_sources
+from tasks.tokenizer.stored import load_tokenizer
 from tasks.training.checkpoints import checkpoint_folder
 from tasks.training.job import FAILURE, PROGRESS, RESULT, TrainingJob
 
@@ -82,10 +84,10 @@ def _train(job: TrainingJob, directory: Directory) -> None:
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     store = Store.open(Settings.load())
-    tokenizer = Tokenizer.load(store.local(job.tokenizer, "tokenizer.model"))
+    tokenizer = load_tokenizer(store, job.tokenizer)
     torch.manual_seed(job.seed)
     base_width = int(job.loop["optim"].get("base_width", 0))
-    model = _model(job, store, base_width).to(
+    model = _model(job, store, tokenizer, base_width).to(
         ray.train.torch.get_device() if job.run.gpu else "cpu"
     )
     loader, tokens, counts = training_data(job, store, tokenizer, model.config)
@@ -187,9 +189,9 @@ def _config(job: TrainingJob, tokens: int) -> TrainConfig:
     return TrainConfig(**(job.loop | parts | {"total_tokens": tokens}))
 
 
-def _model(job: TrainingJob, store: Store, base_width: int) -> Transformer:
+def _model(job: TrainingJob, store: Store, tokenizer: Tokenizer, base_width: int) -> Transformer:
     if job.start_from is not None:
-        return load_directory(Path(job.start_from))
+        return load_for(Path(job.start_from), tokenizer)
     if job.base is None:
         return Transformer(ModelConfig.from_dict(job.shape), base_width)
     files = [store.local(job.base, name) for name in ("config.json", "model.safetensors")]
@@ -366,6 +368,5 @@ def _save_model(model: Transformer, tokenizer: Tokenizer, directory: Directory) 
         save_directory(Path(folder), model, tokens)
         for file in sorted(Path(folder).iterdir()):
             directory.put(file, file.name)
-    directory.write_bytes("tokenizer.model", tokenizer.proto)
     for name, body in tokenizer_files(tokenizer, model.config.context).items():
         directory.write_bytes(name, body)

@@ -19,7 +19,7 @@ from model.tokenizer_files import tokenizer_files, tokenizer_json
 from tasks.runtime.errors import UserError
 from tasks.tokenizer.imported import import_tokenizer, imported_file
 from tasks.tokenizer.train import TokenizerConfig, by_group, train_sentencepiece
-from tasks.training.pretrain import require_tokenizer
+from tasks.training.start_from import require_tokenizer
 from tests.tasks.export.test_export import texts
 from tests.tiny_models import tokenizer
 
@@ -40,7 +40,7 @@ def test_unigram_is_lossless(text: str) -> None:
 
 
 def test_unigram_has_our_layout_and_says_what_it_is() -> None:
-    assert not UNIGRAM.is_bpe and tokenizer().is_bpe
+    assert (UNIGRAM.kind, tokenizer().kind) == ("unigram", "bpe")
     assert UNIGRAM.encode("<|user|>") != [UNIGRAM.roles["user"]]
     assert len(UNIGRAM.encode("grist mill")) <= 4
     assert tokenizer_json(UNIGRAM)["model"]["type"] == "Unigram"
@@ -60,15 +60,15 @@ def test_exported_unigram_gives_the_same_ids(tmp_path: Path) -> None:
 
 def test_our_own_vocabulary_is_taken_as_it_is(tmp_path: Path) -> None:
     names = tokenizer()
-    for name, body in {**tokenizer_files(names), "tokenizer.model": names.proto}.items():
+    for name, body in tokenizer_files(names).items():
         (tmp_path / name).write_bytes(body)
-    assert import_tokenizer(tmp_path / "tokenizer.model") == names.proto
+    assert import_tokenizer(tmp_path / "tokenizer.model") == names.data
     again = Tokenizer(import_tokenizer(tmp_path / "tokenizer.json"))
     for text in texts():
         assert again.encode(text) == names.encode(text)
-    require_tokenizer(tmp_path, names.proto)
-    with pytest.raises(UserError, match="was not made with this run's tokenizer; give the same"):
-        require_tokenizer(tmp_path, UNIGRAM.proto)
+    require_tokenizer(tmp_path, names.data)
+    with pytest.raises(UserError, match="was not made with this run's tokenizer; set"):
+        require_tokenizer(tmp_path, UNIGRAM.data)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
@@ -98,7 +98,10 @@ def test_what_has_no_such_form_is_told(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("GRISTMILL_SOURCE_ROOTS", str(tmp_path))
     path = tmp_path / "tokenizer.json"
     for body, message in (
-        ({"model": {"type": "BPE", "byte_fallback": False}}, "BPE over bytes written as letters"),
+        (
+            {"model": {"type": "BPE", "byte_fallback": False}},
+            "a BPE that neither joins bytes nor falls",
+        ),
         ({"model": {"type": "WordPiece"}}, "is a WordPiece"),
         ({}, r"is no tokenizer\.json"),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from tasks.training.options import ModelOptions, RunOptions
 from tasks.training.pretrain import PretrainConfig
 from tasks.training.shapes import FAMILIES, WINDOWED
 from tasks.training.worker import heldout_data, samples, training_data
+from tests.foreign_checkpoints import byte_level
 from tests.tiny_models import VOCABULARY, tokenizer, transformer
 
 
@@ -234,6 +236,9 @@ def test_a_checkpoint_to_start_from_is_known_by_its_content(tmp_path, monkeypatc
     assert (PretrainConfig().resolve().start_digest, len(config.resolve().start_digest)) == ("", 64)
     with pytest.raises(UserError, match="the tokenizer has 501 pieces, the checkpoint in"):
         config.shape(501)
+    # One with a tokenizer in another layout gets the rows that ours needs.
+    (folder / "tokenizer.json").write_text(byte_level("gpt2").to_str())
+    assert config.shape(501) == replace(shape, vocab_size=501)
     with pytest.raises(UserError, match="sequence 256 is longer than the context 64"):
         PretrainConfig(start_from=str(folder)).shape(500)
     with pytest.raises(UserError, match="lies outside the directories"):

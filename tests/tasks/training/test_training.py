@@ -31,7 +31,7 @@ from model.transformer import Transformer
 from tasks.registry import tracking
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.store import MANIFEST, Store
-from tasks.tokenizer.shards import encode_documents
+from tasks.tokenizer.shards import encode_documents, shard_sources
 from tasks.tokenizer.train import train_sentencepiece
 from tasks.training.finetune import FinetuneConfig
 from tasks.training.options import ModelOptions, OptimizerOptions, RunOptions
@@ -112,18 +112,20 @@ def logged_steps(manifest: Manifest) -> list[int]:
     return [point.step for point in tracking.client().get_metric_history(run_id, "loss")]
 
 
-def bare_losses(config: PretrainConfig, shards: Manifest, vocabulary: int) -> dict[int, float]:
-    """The same training without Ray, in this process."""
+def bare_losses(
+    config: PretrainConfig, shards: Manifest, vocabulary: int, model: Transformer | None = None
+) -> dict[int, float]:
+    """The same training without Ray, in this process; of a new model unless one is given."""
     torch.manual_seed(config.seed)
-    loader = WindowLoader(
-        [Store.open().local(shards, "tokens-00000.npy")], config.sequence, config.seed
-    )
+    names = shard_sources(shards.names(), "tokens")["seeds"]
+    paths = [Store.open().local(shards, name) for name in names]
+    loader = WindowLoader(paths, config.sequence, config.seed)
     loop = config.loop() | {
         "optim": OptimConfig(**config.optimizer.model_dump()),
         "schedule": Schedule(**config.schedule.model_dump()),
         "total_tokens": config.tokens,
     }
-    model = Transformer(config.model.config(vocabulary))
+    model = model or Transformer(config.model.config(vocabulary))
     threads = torch.get_num_threads()
     torch.set_num_threads(config.run.threads)
     torch.set_flush_denormal(True)  # as a worker does

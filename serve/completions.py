@@ -201,6 +201,8 @@ def failure_of(update: Update) -> ApiError | None:
     """The error of a sequence that the engine, not its own end, has ended."""
     if update.finish_reason == "abort":
         return not_ready("the server is shutting down")
+    if update.finish_reason == "error" and update.problem:
+        return ApiError(400, update.problem, code="invalid_value")
     if update.finish_reason == "error":
         return ApiError(500, "the engine failed while generating; the request can be repeated")
     return None

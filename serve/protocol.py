@@ -13,9 +13,10 @@ from model.engine.sampling import MAX_LOGPROBS
 from serve.errors import ApiError
 
 MAX_CHOICES = 128  # prompts × n of one request
+MAX_NUMBER = 2**31 - 1  # of tokens; what is more is a mistake, and no tensor holds it
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 TokenKey = Annotated[str, Field(pattern=r"^\d{1,9}$")]  # JSON's keys are texts
 
@@ -103,16 +104,17 @@ class Request(BaseModel):
     model: str
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)  # not OpenAI's; vLLM's: -1 and 0 keep every token
+    # Not OpenAI's; vLLM's: -1 and 0 keep every token.
+    top_k: int | None = Field(None, ge=-1, le=MAX_NUMBER)
     min_p: float | None = Field(None, ge=0, le=1)  # not OpenAI's; vLLM's
-    repetition_penalty: float | None = Field(None, gt=0, le=10)  # vLLM's
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)  # vLLM's
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: (
         Annotated[dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
         | None
     ) = None
-    min_tokens: int | None = Field(None, ge=0)  # vLLM's
+    min_tokens: int | None = Field(None, ge=0, le=MAX_NUMBER)  # vLLM's
     ignore_eos: bool | None = None  # vLLM's
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None  # vLLM's
     response_format: ResponseFormat | None = None
@@ -224,8 +226,8 @@ class ChatRequest(Request):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_NUMBER)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_NUMBER)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -255,7 +257,7 @@ class CompletionRequest(Request):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1)]
     )
-    max_tokens: int | None = Field(None, ge=0)  # 0: only with echo
+    max_tokens: int | None = Field(None, ge=0, le=MAX_NUMBER)  # 0: only with echo
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)

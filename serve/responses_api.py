@@ -15,7 +15,7 @@ from model.engine import Update
 from serve.completions import Completion, failure_of
 from serve.host import ServedModel
 from serve.mailbox import Mailbox
-from serve.protocol import ChatRequest, JsonSchema, Message, Part, ResponseFormat
+from serve.protocol import MAX_NUMBER, ChatRequest, JsonSchema, Message, Part, ResponseFormat
 from serve.responses import Clock, Usage
 
 
@@ -70,7 +70,7 @@ class ResponsesRequest(BaseModel):
     model: str
     input: str | Annotated[list[InputMessage], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1)
+    max_output_tokens: int | None = Field(None, ge=1, le=MAX_NUMBER)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     text: TextOptions | None = None

@@ -49,6 +49,7 @@ class Completion:
         if self.echo and request.top_count is not None:
             sampling = replace(sampling, prompt_logprobs=True)
         self.sampling = sampling
+        self.form = request.form
         self.usage = Usage()
         self.clock = Clock()
         self._offsets: dict[int, int] = {}  # answer → characters sent
@@ -84,7 +85,7 @@ class Completion:
         with self.open(mailbox, streamed=False) as mail:
             async for index, update in mail.updates():
                 self.count(index, update)
-                if failure := failure_of(update):
+                if failure := failure_of(update, self.form):
                     raise failure
                 answers[index] = update
         choices: list[dict[str, Any]] = []
@@ -111,7 +112,7 @@ class Completion:
             yield opening
             async for index, update in mail.updates():
                 self.count(index, update)
-                if failure := failure_of(update):
+                if failure := failure_of(update, self.form):
                     yield event(failure.body())
                     return
                 prompt = index // self.request.choices
@@ -197,12 +198,14 @@ class Completion:
         return body
 
 
-def failure_of(update: Update) -> ApiError | None:
-    """The error of a sequence that the engine, not its own end, has ended."""
+def failure_of(update: Update, form: str | None = None) -> ApiError | None:
+    """The error of a sequence that the engine, not its own end, has ended; `form` is the parameter
+    that says which form it must have.
+    """
     if update.finish_reason == "abort":
         return not_ready("the server is shutting down")
     if update.finish_reason == "error" and update.problem:
-        return ApiError(400, update.problem, code="invalid_value")
+        return ApiError(400, update.problem, param=form, code="invalid_value")
     if update.finish_reason == "error":
         return ApiError(500, "the engine failed while generating; the request can be repeated")
     return None

@@ -11,7 +11,7 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from model.chat import Tokenizer
-from model.engine import ConstraintFactory
+from model.engine import ConstraintError, ConstraintFactory
 from serve.errors import ApiError
 
 MAX_GRAMMAR_CHARACTERS = 65_536
@@ -56,9 +56,9 @@ class GrammarCompiler:
             )
         matcher, problem = self._compiled(kind, text)
         if problem or matcher is None:
-            reason = " ".join(problem.split("<state>")[0].split())[:300]
-            raise ApiError(400, f"not a usable {kind}: {reason}", param=param, code="invalid_value")
-        return functools.partial(TokenMask, matcher.deep_copy(), self._ends, self._size)
+            message = f"not a usable {kind}: {_reason(problem)}"
+            raise ApiError(400, message, param=param, code="invalid_value")
+        return functools.partial(TokenMask, matcher.deep_copy(), self._ends, self._size, param)
 
     def _compile(self, kind: str, text: str) -> tuple[LLMatcher | None, str]:
         """A matcher at its beginning, or why there is none."""
@@ -79,25 +79,49 @@ class GrammarCompiler:
 
 
 class TokenMask:
-    """Follows one answer through its grammar."""
+    """Follows one answer through its grammar.
 
-    def __init__(self, matcher: LLMatcher, ends: tuple[int, ...], size: int) -> None:
+    Raises ConstraintError naming `param` where it cannot: a grammar that was small when compiled
+    may need more states than LIMITS allow once an answer is under way.
+    """
+
+    def __init__(self, matcher: LLMatcher, ends: tuple[int, ...], size: int, param: str) -> None:
         self._matcher = matcher.deep_copy()  # one factory may make several
         self._ends = list(ends)
         self._size = size
+        self._param = param
+        self._pushed = 0
 
     def allowed(self) -> torch.Tensor:
-        """bool (V,). Where the grammar can go no further, only the end is left."""
+        """bool (V,). Where the text is whole and nothing can follow, only the end is left."""
         mask = torch.zeros(self._size, dtype=torch.bool)
-        if not (self._matcher.is_stopped() or self._matcher.is_error()):
+        stopped = self._matcher.is_stopped()
+        if not stopped:
             bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
             mask = torch.from_numpy(
                 np.unpackbits(bits, bitorder="little")[: self._size].astype(bool)
             )
-        may_end = bool(mask[self._ends].any()) or not bool(mask.any())
-        mask[self._ends] = may_end
+        if self._matcher.is_error():  # which "stops" it, too
+            raise self._lost(_reason(self._matcher.get_error()))
+        if not stopped and not bool(mask.any()):
+            raise self._lost("no token of this model can follow")
+        mask[self._ends] = stopped or bool(mask[self._ends].any())
         return mask
 
     def push(self, token: int) -> None:
-        if token not in self._ends:
-            self._matcher.consume_token(token)
+        if token in self._ends:
+            return
+        if not self._matcher.consume_token(token):
+            raise self._lost(_reason(self._matcher.get_error()) or f"token {token} is not in it")
+        self._pushed += 1
+
+    def _lost(self, reason: str) -> ConstraintError:
+        return ConstraintError(
+            f"{self._param!r} could not be followed beyond {self._pushed} tokens of the answer: "
+            f"{reason}; ask for a simpler form"
+        )
+
+
+def _reason(problem: str) -> str:
+    """llguidance's complaint without the state it prints after it."""
+    return " ".join(problem.split("<state>")[0].split())[:300]

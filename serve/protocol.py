@@ -163,6 +163,12 @@ class Request(BaseModel):
         return None
 
     @property
+    def form(self) -> str | None:
+        """The parameter that says which form the answer must have."""
+        grammar = self.grammar()
+        return grammar and grammar[2]
+
+    @property
     @abstractmethod
     def top_count(self) -> int | None:
         """How many likeliest tokens to report beside each chosen one; None: no logprobs."""

@@ -8,10 +8,13 @@ import math
 import re
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import pytest
+from llguidance import LLParserLimits
 
+from serve import grammar
 from tests.serve.calls import CHAT, TEXT, error, post, stream
 from tests.serve.conftest import Endpoint
 
@@ -159,6 +162,41 @@ def test_grammars_that_are_none_or_bombs_are_refused_quickly(
     status, problem = error(endpoint, "/v1/completions", json=TEXT | {"structured_outputs": bomb})
     assert status == 400 and problem["param"].startswith("structured_outputs"), problem
     assert endpoint.idle()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_form_that_grows_too_large_under_way_ends_with_an_error(
+    endpoint: Endpoint, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = LLParserLimits(max_lexer_states=60, initial_lexer_fuel=200_000)
+    monkeypatch.setattr(grammar, "LIMITS", few)
+    form = {"structured_outputs": {"regex": "[ab]*a[ab]{16}c"}}
+    request = (CHAT if "chat" in path else TEXT) | form | {"temperature": 1, "max_tokens": 100}
+    # Nothing but a and b, so that no answer is whole before the states are used up.
+    request |= {"seed": 1, "logit_bias": letters(endpoint, "a", "b")}
+    free = (CHAT if "chat" in path else TEXT) | {"temperature": 1, "seed": 2, "max_tokens": 60}
+    expected = post(endpoint, path, free)["choices"]
+    with ThreadPoolExecutor() as others:
+        beside = others.submit(post, endpoint, path, free)
+        status, problem = error(endpoint, path, json=request)
+    assert (status, problem["param"]) == (400, "structured_outputs.regex"), problem
+    assert "too many states" in problem["message"] and "tokens of the answer" in problem["message"]
+    assert beside.result()["choices"] == expected
+    with (
+        endpoint.client() as client,
+        client.stream("POST", path, json=request | {"stream": True}) as response,
+    ):
+        *chunks, last = "".join(response.iter_text()).strip().split("\n\n")
+    assert response.status_code == 200 and "[DONE]" not in last
+    assert json.loads(last.removeprefix("data: "))["error"]["param"] == "structured_outputs.regex"
+    assert not any('"finish_reason":"' in chunk for chunk in chunks)
+    assert endpoint.host.healthy and endpoint.idle()
+
+
+def letters(endpoint: Endpoint, *texts: str) -> dict[str, float]:
+    """A bias that leaves little but these texts, each one token."""
+    tokens = [post(endpoint, "/tokenize", {"prompt": text})["tokens"][-1] for text in texts]
+    return {str(token): 100 for token in tokens}
 
 
 @pytest.mark.parametrize(

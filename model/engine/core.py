@@ -40,6 +40,7 @@ class Counters:
     cached_tokens: int = 0  # of the prompts, found in the cache
     generation_tokens: int = 0
     aborted: int = 0
+    ended: int = 0  # for whatever reason
     steps: int = 0
     drafted_tokens: int = 0  # proposed by speculation
     accepted_tokens: int = 0  # of these, those that were right
@@ -188,6 +189,7 @@ class Core:
         for sequence in self.scheduler.running[before:]:
             sequence.waited = time.monotonic() - sequence.added
             self.counters.cached_tokens += sequence.cached
+        self._count()
         self._guess()
         plan = self.scheduler.plan()
         if self.deterministic:
@@ -382,6 +384,7 @@ class Core:
 
     def _finish(self, sequence: Answer, reason: FinishReason) -> Update:
         self.scheduler.remove(sequence)
+        self.counters.ended += 1
         if sequence.text is not None:
             was_stopped = sequence.text.stopped
             sequence.parts.append(sequence.text.finish())

@@ -58,7 +58,6 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
     app.add_exception_handler(UnknownModel, _unknown_model)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _client_gone)
-    app.add_exception_handler(Exception, _server_error)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -235,7 +234,3 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _client_gone(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it; the access log does
-
-
-async def _server_error(request: Request, error: Exception) -> Response:
-    return ApiError(500, "the server failed; its log says why").response()

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import ParamSpec
 
-from model.chat import Tokenizer, encode_chat
+from model.chat import ChatError, Tokenizer, encode_chat
 from model.engine import Engine
 from serve.errors import ApiError
 from serve.protocol import Message
@@ -18,7 +18,10 @@ async def encode_messages(messages: Sequence[Message], engine: Engine) -> list[i
     laid_out = [message.layout() for message in messages]
     size = sum(len(message["content"]) for message in laid_out)
     _refuse_endless(size, engine, "messages")
-    return await _encode(size, encode_chat, laid_out, engine.tokenizer)
+    try:
+        return await _encode(size, encode_chat, laid_out, engine.tokenizer)
+    except ChatError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_value") from error
 
 
 async def encode_prompts(

@@ -334,7 +334,7 @@ class TokenizeRequest(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "TokenizeRequest":

@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from serve import transport
+from serve import app, transport
 from tests.serve.calls import CHAT, TEXT, error, post
-from tests.serve.conftest import Endpoint
+from tests.serve.conftest import Endpoint, eventually
 
 
 @pytest.mark.parametrize(
@@ -146,6 +146,28 @@ def test_prompts_that_no_model_reads_are_refused(endpoint: Endpoint) -> None:
     assert problem["code"] == "context_length_exceeded" and "128 tokens" in problem["message"]
     status, problem = error(endpoint, "/v1/completions", json={"model": "tiny"})
     assert (status, problem["param"]) == (400, "prompt")
+
+
+def test_conversations_without_a_layout_are_refused_everywhere(endpoint: Endpoint) -> None:
+    status, problem = error(endpoint, "/tokenize", json={"messages": []})
+    assert (status, problem["param"]) == (400, "messages")
+
+
+def test_what_nobody_foresaw_is_an_error_with_an_id_in_the_log(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a secret of ours")
+
+    monkeypatch.setattr(app, "cards", broken)
+    with caplog.at_level("INFO", logger="gristmill.access"), endpoint.client() as client:
+        response = client.get("/v1/models", headers={"X-Request-Id": "an-id"})
+        assert eventually(lambda: any(r.name == "gristmill.access" for r in caplog.records))
+    assert response.status_code == 500 and response.headers["x-request-id"] == "an-id"
+    assert response.json()["error"]["type"] == "server_error" and "secret" not in response.text
+    (logged,) = [json.loads(r.message) for r in caplog.records if r.name == "gristmill.access"]
+    assert (logged["request"], logged["status"]) == ("an-id", 500)
+    assert any("request an-id failed" in record.message for record in caplog.records)
 
 
 def test_unknown_paths_and_methods_have_openai_errors(endpoint: Endpoint) -> None:

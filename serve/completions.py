@@ -71,9 +71,9 @@ class Completion:
                 code="invalid_value",
             )
         if isinstance(request, ChatRequest):
-            prompts = [await encode_messages(request.messages, served.engine)]
+            prompts = [await encode_messages(request.messages, served.engine, request.source)]
         else:
-            prompts = await encode_prompts(request.prompts(), served.engine, "prompt")
+            prompts = await encode_prompts(request.prompts(), served.engine, request.source)
         constraint = None
         if grammar := request.grammar():
             constraint = await asyncio.to_thread(served.grammars.compile, *grammar)
@@ -85,7 +85,7 @@ class Completion:
         with self.open(mailbox, streamed=False) as mail:
             async for index, update in mail.updates():
                 self.count(index, update)
-                if failure := failure_of(update, self.form):
+                if failure := self.failure(update):
                     raise failure
                 answers[index] = update
         choices: list[dict[str, Any]] = []
@@ -112,7 +112,7 @@ class Completion:
             yield opening
             async for index, update in mail.updates():
                 self.count(index, update)
-                if failure := failure_of(update, self.form):
+                if failure := self.failure(update):
                     yield event(failure.body())
                     return
                 prompt = index // self.request.choices
@@ -132,6 +132,9 @@ class Completion:
         if self.request.stream and (gap := self.clock.heard(index)) is not None:
             self.served.metrics.between_tokens.observe(gap)
         self.usage.add(index, index // self.request.candidates, update)
+
+    def failure(self, update: Update) -> ApiError | None:
+        return failure_of(update, self.form)
 
     @contextmanager
     def open(self, mailbox: Mailbox, *, streamed: bool) -> Iterator[Mail]:
@@ -156,7 +159,7 @@ class Completion:
 
     def _refused(self, error: PromptError) -> ApiError:
         """Which parameter the engine could not read."""
-        param = "messages" if self.envelope.kind == "chat" else "prompt"
+        param = self.request.source
         size = len(self.tokenizer)
         if any(token >= size for token, _ in self.sampling.logit_bias):
             param = "logit_bias"

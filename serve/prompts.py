@@ -13,15 +13,17 @@ P = ParamSpec("P")
 LONG = 20_000  # characters from which on encoding is worth another thread
 
 
-async def encode_messages(messages: Sequence[Message], engine: Engine) -> list[int]:
+async def encode_messages(
+    messages: Sequence[Message], engine: Engine, param: str = "messages"
+) -> list[int]:
     """A conversation laid out for an answer. Raises ApiError 400 for one beyond the context."""
     laid_out = [message.layout() for message in messages]
     size = sum(len(message["content"]) for message in laid_out)
-    _refuse_endless(size, engine, "messages")
+    _refuse_endless(size, engine, param)
     try:
         return await _encode(size, encode_chat, laid_out, engine.tokenizer)
     except ChatError as error:
-        raise ApiError(400, str(error), param="messages", code="invalid_value") from error
+        raise ApiError(400, str(error), param=param, code="invalid_value") from error
 
 
 async def encode_prompts(

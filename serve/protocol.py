@@ -21,6 +21,12 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 TokenKey = Annotated[str, Field(pattern=r"^\d{1,9}$")]  # JSON's keys are texts
 
 
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+]
+
+
 class Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -51,7 +57,8 @@ class Message(BaseModel):
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None  # padding against those who count bytes
 
 
 class JsonSchema(BaseModel):
@@ -163,6 +170,11 @@ class Request(BaseModel):
         return None
 
     @property
+    @abstractmethod
+    def source(self) -> str:
+        """The parameter that holds what is to be continued."""
+
+    @property
     def form(self) -> str | None:
         """The parameter that says which form the answer must have."""
         grammar = self.grammar()
@@ -189,7 +201,7 @@ class Request(BaseModel):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     @abstractmethod
@@ -237,6 +249,10 @@ class ChatRequest(Request):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
+    @property
+    def source(self) -> str:
+        return "messages"
+
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
@@ -267,6 +283,10 @@ class CompletionRequest(Request):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+
+    @property
+    def source(self) -> str:
+        return "prompt"
 
     @model_validator(mode="after")
     def _what_goes_together(self) -> "CompletionRequest":

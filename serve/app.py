@@ -186,9 +186,13 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
 
 
 def settle(completion: "Completion | ResponseRun", meter: Meter) -> None:
-    """Count what a request came to, however it ended."""
+    """Count what a request came to, however it ended; one that the engine refused took no time
+    worth knowing.
+    """
     usage, served = completion.usage, completion.served
     meter.model = served.spec.system_fingerprint
+    if not completion.accepted:
+        return
     meter.prompt_tokens, meter.completion_tokens = usage.prompt_tokens, usage.completion_tokens
     served.metrics.record(
         seconds=completion.clock.elapsed,

@@ -51,6 +51,7 @@ class Completion:
         self.sampling = sampling
         self.form = request.form
         self.usage = Usage()
+        self.accepted = False  # by the engine
         self.clock = Clock()
         self._offsets: dict[int, int] = {}  # answer → characters sent
 
@@ -149,6 +150,7 @@ class Completion:
         ]
         try:
             with mailbox.open(self.served.engine, requests, streamed=streamed) as mail:
+                self.accepted = True
                 yield mail
         except PromptError as error:
             raise self._refused(error) from error

@@ -194,6 +194,10 @@ class ResponseRun:
         return self.completion.usage
 
     @property
+    def accepted(self) -> bool:
+        return self.completion.accepted
+
+    @property
     def clock(self) -> Clock:
         return self.completion.clock
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 MAX_LOGPROBS = 20
+LEAST_TEMPERATURE = 1e-5  # below it the best token is certain, and a quotient may be infinite
 CANDIDATES = 256  # sorted first; the whole vocabulary only where these do not hold the answer
 _WORD = 2**64 - 1
 
@@ -22,10 +23,11 @@ def _random_seed() -> int:
 class Sampling:
     """How one sequence is continued. Raises ValueError, naming the field, for an impossible value.
 
-    temperature 0 is greedy, and then top_k, top_p, min_p and seed have nothing to choose.
-    Otherwise the logits are divided by the temperature, the top_k best are kept (0: all), of
-    these the fewest whose probability reaches top_p (arXiv:1904.09751), of these the ones at
-    least min_p times as likely as the best (arXiv:2407.01082), and one of what is left is drawn.
+    A temperature below LEAST_TEMPERATURE is greedy, and then top_k, top_p, min_p and seed have
+    nothing to choose. Otherwise the logits are divided by the temperature, the top_k best are kept
+    (0: all), of these the fewest whose probability reaches top_p (arXiv:1904.09751), of these the
+    ones at least min_p times as likely as the best (arXiv:2407.01082), and one of what is left is
+    drawn.
     """
 
     temperature: float = 0.0
@@ -188,7 +190,9 @@ def choose(logits: Tensor, samplings: list[Sampling], positions: list[int]) -> l
     sequence.
     """
     best = logits.argmax(-1).tolist()
-    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    drawn = [
+        row for row, sampling in enumerate(samplings) if sampling.temperature >= LEAST_TEMPERATURE
+    ]
     if not drawn:
         return best
     truncated: list[int] = []

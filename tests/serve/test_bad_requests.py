@@ -51,6 +51,7 @@ from tests.serve.conftest import Endpoint, eventually
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", 400),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", 400),
         ({"logit_bias": {"five": 1}}, "logit_bias.five", 400),
+        ({"logit_bias": {"5": 100, "05": 100}}, "logit_bias.05", 400),
         ({"logit_bias": {"99999": 1}}, "logit_bias", 400),
         ({"stop_token_ids": [99999]}, "stop_token_ids", 400),
         ({"frequency_penalty": 2.5}, "frequency_penalty", 400),

@@ -58,7 +58,6 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
     app.add_exception_handler(UnknownModel, _unknown_model)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _client_gone)
-    app.add_exception_handler(Exception, _server_error)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -187,9 +186,13 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
 
 
 def settle(completion: "Completion | ResponseRun", meter: Meter) -> None:
-    """Count what a request came to, however it ended."""
+    """Count what a request came to, however it ended; one that the engine refused took no time
+    worth knowing.
+    """
     usage, served = completion.usage, completion.served
     meter.model = served.spec.system_fingerprint
+    if not completion.accepted:
+        return
     meter.prompt_tokens, meter.completion_tokens = usage.prompt_tokens, usage.completion_tokens
     served.metrics.record(
         seconds=completion.clock.elapsed,
@@ -235,7 +238,3 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _client_gone(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it; the access log does
-
-
-async def _server_error(request: Request, error: Exception) -> Response:
-    return ApiError(500, "the server failed; its log says why").response()

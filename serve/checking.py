@@ -1,52 +1,83 @@
 """Request bodies checked: each parameter implemented, or rejected by name.
 
 `parse` is strict: no text becomes a number, and nothing unknown passes. A parameter of the
-specification that this server does not implement is accepted only with the value that asks for
-nothing (`NEUTRAL`), because clients send such defaults.
+specification that this server does not implement is accepted only where it asks for nothing: null,
+or a value of `NEUTRAL`, because clients send such defaults. What changes nothing by its nature
+(`Bookkeeping`) must still be what the specification says.
 """
 
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from serve.errors import ApiError
+from serve.protocol import Metadata
 
 Body = TypeVar("Body", bound=BaseModel)
 
-# What each parameter we do not implement may be, when it asks for nothing.
+# Parameters we do not implement, and what each may be besides null when it asks for nothing. One
+# that is a field of a request's model is checked there instead.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "background": (None, False),
-    "best_of": (None, 1),
-    "conversation": (None,),
-    "echo": (None, False),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "include": (None, []),
-    "logprobs": (None, False),
-    "max_tool_calls": (None,),
-    "modalities": (None, ["text"]),
-    "moderation": (None,),
-    "parallel_tool_calls": (None, True, False),  # says nothing while there are no tools
-    "prediction": (None,),
-    "previous_response_id": (None,),
-    "prompt": (None,),
-    "prompt_cache_key": (None,),
-    "prompt_cache_retention": (None,),
-    "reasoning": (None,),
-    "reasoning_effort": (None, "none"),
-    "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),  # "auto" says nothing while there are no tools
-    "tools": (None, []),
-    "top_logprobs": (None, 0),
-    "truncation": (None, "disabled"),
-    "verbosity": (None,),
-    "web_search_options": (None,),
+    "audio": (),
+    "background": (False,),
+    "best_of": (1,),
+    "context_management": ([],),
+    "conversation": (),
+    "dimensions": (),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "include": ([],),
+    "instructions": (),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "max_completion_tokens": (),
+    "max_output_tokens": (),
+    "max_tokens": (),
+    "max_tool_calls": (),
+    "modalities": (["text"],),
+    "moderation": (),
+    "n": (1,),
+    "parallel_tool_calls": (True, False),  # says nothing while there are no tools
+    "prediction": (),
+    "presence_penalty": (0,),
+    "previous_response_id": (),
+    "prompt": (),
+    "prompt_cache_key": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (),
+    "reasoning": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "seed": (),
+    "stop": ([],),
+    "stream": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),  # "auto" says nothing while there are no tools
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "truncation": ("disabled",),
+    "verbosity": (),
+    "web_search_options": (),
 }
-# Bookkeeping for the caller's side of OpenAI's service; by its nature nothing here depends on it.
-WITHOUT_EFFECT = ("user", "store", "metadata", "service_tier", "safety_identifier")
+
+
+class Bookkeeping(BaseModel):
+    """For the caller's side of OpenAI's service; by its nature nothing here depends on it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    user: str | None = None
+    safety_identifier: str | None = None
+    store: bool | None = None
+    metadata: Metadata | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+
+
+WITHOUT_EFFECT = tuple(Bookkeeping.model_fields)
 
 # In words, what may stand where several types may.
 UNIONS = {
@@ -73,7 +104,9 @@ def decode_json(raw: bytes) -> dict[str, Any]:
 def parse(kind: type[Body], values: dict[str, Any]) -> Body:
     """A checked request. Raises ApiError 400 naming the first parameter that is wrong."""
     known = kind.model_fields
-    values = {k: v for k, v in values.items() if k in known or k not in WITHOUT_EFFECT}
+    noted = {k: v for k, v in values.items() if k in WITHOUT_EFFECT and k not in known}
+    validate(Bookkeeping, noted)
+    values = {k: v for k, v in values.items() if k not in noted}
     for name in [name for name in values if name not in known]:
         if name not in NEUTRAL:
             raise ApiError(
@@ -82,7 +115,7 @@ def parse(kind: type[Body], values: dict[str, Any]) -> Body:
                 param=name,
                 code="unknown_parameter",
             )
-        if not any(_same(values[name], neutral) for neutral in NEUTRAL[name]):
+        if not any(_same(values[name], neutral) for neutral in (None, *NEUTRAL[name])):
             raise ApiError(
                 400,
                 f"Unsupported parameter: {name!r} is not implemented by this server; leave it out",
@@ -126,6 +159,8 @@ def _path(location: tuple[int | str, ...]) -> str:
     """("messages", 0, "role") → messages[0].role; names of union members are left out."""
     path = ""
     for step in location:
+        if step == "body":  # a field's own name, as pydantic keeps `schema` to itself
+            step = "schema"
         if isinstance(step, int):
             path += f"[{step}]"
         elif step != "[key]" and not _is_union_member(step):

@@ -49,7 +49,9 @@ class Completion:
         if self.echo and request.top_count is not None:
             sampling = replace(sampling, prompt_logprobs=True)
         self.sampling = sampling
+        self.form = request.form
         self.usage = Usage()
+        self.accepted = False  # by the engine
         self.clock = Clock()
         self._offsets: dict[int, int] = {}  # answer → characters sent
 
@@ -70,9 +72,9 @@ class Completion:
                 code="invalid_value",
             )
         if isinstance(request, ChatRequest):
-            prompts = [await encode_messages(request.messages, served.engine)]
+            prompts = [await encode_messages(request.messages, served.engine, request.source)]
         else:
-            prompts = await encode_prompts(request.prompts(), served.engine, "prompt")
+            prompts = await encode_prompts(request.prompts(), served.engine, request.source)
         constraint = None
         if grammar := request.grammar():
             constraint = await asyncio.to_thread(served.grammars.compile, *grammar)
@@ -84,7 +86,7 @@ class Completion:
         with self.open(mailbox, streamed=False) as mail:
             async for index, update in mail.updates():
                 self.count(index, update)
-                if failure := failure_of(update):
+                if failure := self.failure(update):
                     raise failure
                 answers[index] = update
         choices: list[dict[str, Any]] = []
@@ -111,7 +113,7 @@ class Completion:
             yield opening
             async for index, update in mail.updates():
                 self.count(index, update)
-                if failure := failure_of(update):
+                if failure := self.failure(update):
                     yield event(failure.body())
                     return
                 prompt = index // self.request.choices
@@ -132,6 +134,9 @@ class Completion:
             self.served.metrics.between_tokens.observe(gap)
         self.usage.add(index, index // self.request.candidates, update)
 
+    def failure(self, update: Update) -> ApiError | None:
+        return failure_of(update, self.form)
+
     @contextmanager
     def open(self, mailbox: Mailbox, *, streamed: bool) -> Iterator[Mail]:
         """The engine at work on every answer; number i is answer i % candidates to prompt
@@ -145,6 +150,7 @@ class Completion:
         ]
         try:
             with mailbox.open(self.served.engine, requests, streamed=streamed) as mail:
+                self.accepted = True
                 yield mail
         except PromptError as error:
             raise self._refused(error) from error
@@ -155,7 +161,7 @@ class Completion:
 
     def _refused(self, error: PromptError) -> ApiError:
         """Which parameter the engine could not read."""
-        param = "messages" if self.envelope.kind == "chat" else "prompt"
+        param = self.request.source
         size = len(self.tokenizer)
         if any(token >= size for token, _ in self.sampling.logit_bias):
             param = "logit_bias"
@@ -197,10 +203,14 @@ class Completion:
         return body
 
 
-def failure_of(update: Update) -> ApiError | None:
-    """The error of a sequence that the engine, not its own end, has ended."""
+def failure_of(update: Update, form: str | None = None) -> ApiError | None:
+    """The error of a sequence that the engine, not its own end, has ended; `form` is the parameter
+    that says which form it must have.
+    """
     if update.finish_reason == "abort":
         return not_ready("the server is shutting down")
+    if update.finish_reason == "error" and update.problem:
+        return ApiError(400, update.problem, param=form, code="invalid_value")
     if update.finish_reason == "error":
         return ApiError(500, "the engine failed while generating; the request can be repeated")
     return None

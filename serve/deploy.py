@@ -3,6 +3,7 @@
 Callable from any process: nothing here joins the Ray cluster.
 """
 
+import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -127,6 +128,7 @@ def apply_config(
 ) -> None:
     """Declare our application; others in the same Serve keep their configuration."""
     scale = serve_api.scale(replicas, most_replicas, spec.slots)
+    spec = spec.model_copy(update={"copies": max(replicas, most_replicas or 1)})
     deployment = {"name": DEPLOYMENT, **scale, "user_config": spec.model_dump(mode="json")}
     if spec.device == "cuda":
         deployment["ray_actor_options"] = {"num_cpus": 0, "num_gpus": 1}
@@ -204,7 +206,7 @@ def wait_until_served(
                 "version meanwhile; run it again"
             )
         if status == "DEPLOY_FAILED":
-            raise UserError(f"Ray Serve could not start the endpoint: {problem}")
+            raise UserError(f"Ray Serve could not start the endpoint: {_reason(problem)}")
         if time.monotonic() >= deadline:
             raise UserError(
                 f"{fingerprint} was not served within {timeout:.0f} s: Serve says {status}, "
@@ -215,6 +217,12 @@ def wait_until_served(
             on_wait(news)
             said = news
         time.sleep(POLL_SECONDS)
+
+
+def _reason(problem: str) -> str:
+    """What a replica gave as the reason, of the traceback that Serve shows; else all of it."""
+    found = re.findall(r"^RuntimeError: (\S+ cannot be served: .*)$", problem, re.MULTILINE)
+    return found[-1] if found else problem
 
 
 def _health(settings: Settings) -> dict[str, Any]:

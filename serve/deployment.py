@@ -1,9 +1,12 @@
 """The Ray Serve deployment: one replica is one engine with its HTTP surface.
 
 A change of `user_config` reconfigures running replicas in place. A replica gets no traffic while it
-reconfigures, so `reconfigure` only notes the wish; the loading goes on behind it.
+reconfigures, so `reconfigure` only notes the wish where something is served already, and the
+loading goes on behind it. A replica that serves nothing yet has nothing to answer but 503, at once,
+and the proxy prefers whoever has least to do: it begins when its model is loaded.
 """
 
+import asyncio
 import logging
 import os
 import sys
@@ -51,13 +54,21 @@ class Endpoint:
         replica = serve.get_replica_context().replica_id.unique_id
         return create_app(self.host, replica, self.keys)
 
-    def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve the model of a `ModelSpec`; raises ValidationError for anything else, and
-        RuntimeError when the keys' database is not known here: nobody is let in unasked.
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve the model of a `ModelSpec`; the first one is loaded when this returns.
+
+        Raises ValidationError for anything else, and RuntimeError when the keys' database is not
+        known here: nobody is let in unasked. A first model that cannot be loaded is a RuntimeError
+        where other replicas may answer instead; the only one stays, to say why in `/health`.
         """
         spec = ModelSpec.model_validate(user_config)
-        self.keys.store = key_store(spec)
+        self.keys.store = await asyncio.to_thread(key_store, spec)
         self.host.want(spec)
+        if self.host.current is None:
+            await asyncio.to_thread(self.host.wait)
+        if self.host.current is None and spec.copies > 1:
+            reason = self.host.why_not_ready()
+            raise RuntimeError(f"{spec.system_fingerprint} cannot be served: {reason}")
 
     def check_health(self) -> None:
         """Serve replaces the replica when this raises."""

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve.errors import ApiError
 from serve.keys import Account, KeyRing
 
+log = logging.getLogger(__name__)
 access_log = logging.getLogger("gristmill.access")
 REQUEST_ID = "x-request-id"
 SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -74,6 +75,15 @@ class Gateway:
             await self.app(scope, receive, send_with_id)
         except ApiError as error:
             await error.response()(scope, receive, send_with_id)
+        except Exception:
+            # Starlette's own handler of what nobody foresaw stands outside of this, where the
+            # answer would have no id and the log no status.
+            log.exception("request %s failed", meter.id)
+            if status == 0:
+                failure = ApiError(500, "the server failed; its log says why")
+                await failure.response()(scope, receive, send_with_id)
+            else:
+                raise
         finally:
             meter.charge()
             if scope["path"] not in QUIET:

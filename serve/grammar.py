@@ -14,6 +14,7 @@ import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from model.chat import Tokenizer
+from model.engine import ConstraintError
 from serve.errors import ApiError
 
 MAX_GRAMMAR_CHARACTERS = 65_536
@@ -56,29 +57,48 @@ class GrammarCompiler:
                 param=param,
                 code="invalid_value",
             )
-        matcher, problem = self._compiled(kind, text)
-        if problem or matcher is None:
-            reason = " ".join(problem.split("<state>")[0].split())[:300]
-            raise ApiError(400, f"not a usable {kind}: {reason}", param=param, code="invalid_value")
-        mask = functools.partial(TokenMask, matcher.deep_copy(), self._ends, self._size)
-        return Grammar(kind, text, mask)
+        compiled, problem = self._compiled(kind, text)
+        if compiled is None:
+            message = f"not a usable {kind}: {_reason(problem)}"
+            raise ApiError(400, message, param=param, code="invalid_value")
+        mask = functools.partial(TokenMask, compiled, self._ends, self._size, param)
+        return Grammar(kind, text, param, mask)
 
-    def _compile(self, kind: str, text: str) -> tuple[LLMatcher | None, str]:
-        """A matcher at its beginning, or why there is none."""
+    def _compile(self, kind: str, text: str) -> tuple["Compiled | None", str]:
+        """A grammar ready for answers, or why there is none."""
         try:
             if kind == "json_schema":
                 grammar = LLMatcher.grammar_from_json_schema(text)
             else:
                 grammar = LLMatcher.grammar_from_regex(text)
             problem = LLMatcher.validate_grammar(grammar, self._tokenizer, limits=LIMITS)
-            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)
+            compiled = Compiled(self._tokenizer, grammar)
+            matcher = compiled.matcher
             begins = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8).any()
             if problem or matcher.is_error() or not begins:
                 reason = problem or (matcher.is_error() and matcher.get_error())
                 return None, reason or "no text matches it"
         except (ValueError, OverflowError) as error:
             return None, str(error)
-        return matcher, ""
+        return compiled, ""
+
+
+class Compiled:
+    """A grammar and a matcher at its beginning, which answers copy.
+
+    Copies share the states that the lexer has met, and these count against LIMITS: what many
+    answers met together would one day end the next one. So an answer that meets the limit goes on
+    with a matcher of its own making, and later ones begin with that.
+    """
+
+    def __init__(self, tokenizer: LLTokenizer, grammar: str) -> None:
+        self._make = functools.partial(LLMatcher, tokenizer, grammar, log_level=0, limits=LIMITS)
+        self.matcher = self._make()
+
+    def renewed(self) -> LLMatcher:
+        """A matcher that has met nothing."""
+        self.matcher = self._make()
+        return self.matcher.deep_copy()
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +109,7 @@ class Grammar:
 
     kind: str
     text: str
+    param: str  # of the request, which errors name
     mask: "Callable[[], TokenMask] | None"
 
     def __call__(self) -> "TokenMask":
@@ -97,29 +118,69 @@ class Grammar:
         return self.mask()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Grammar, (self.kind, self.text, None)
+        return Grammar, (self.kind, self.text, self.param, None)
 
 
 class TokenMask:
-    """Follows one answer through its grammar."""
+    """Follows one answer through its grammar.
 
-    def __init__(self, matcher: LLMatcher, ends: tuple[int, ...], size: int) -> None:
-        self._matcher = matcher.deep_copy()  # one factory may make several
+    Raises ConstraintError naming `param` where it cannot: a grammar that was small when compiled
+    may need more states than LIMITS allow once an answer is under way.
+    """
+
+    def __init__(self, compiled: Compiled, ends: tuple[int, ...], size: int, param: str) -> None:
+        self._compiled = compiled
+        self._matcher = compiled.matcher.deep_copy()  # one factory may make several
         self._ends = list(ends)
         self._size = size
+        self._param = param
+        self._tokens: list[int] = []
+        self._renewed = False
 
     def allowed(self) -> torch.Tensor:
-        """bool (V,). Where the grammar can go no further, only the end is left."""
-        mask = torch.zeros(self._size, dtype=torch.bool)
-        if not (self._matcher.is_stopped() or self._matcher.is_error()):
-            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-            mask = torch.from_numpy(
-                np.unpackbits(bits, bitorder="little")[: self._size].astype(bool)
-            )
-        may_end = bool(mask[self._ends].any()) or not bool(mask.any())
-        mask[self._ends] = may_end
+        """bool (V,). Where the text is whole and nothing can follow, only the end is left."""
+        mask = self._mask()
+        if self._matcher.is_error() and self._renew():
+            mask = self._mask()
+        if self._matcher.is_error():
+            raise self._lost(_reason(self._matcher.get_error()))
+        stopped = self._matcher.is_stopped()
+        if not stopped and not bool(mask.any()):
+            raise self._lost("no token of this model can follow")
+        mask[self._ends] = stopped or bool(mask[self._ends].any())
         return mask
 
     def push(self, token: int) -> None:
-        if token not in self._ends:
-            self._matcher.consume_token(token)
+        if token in self._ends:
+            return
+        if not self._matcher.consume_token(token) and not (
+            self._renew() and self._matcher.consume_token(token)
+        ):
+            raise self._lost(_reason(self._matcher.get_error()) or f"token {token} is not in it")
+        self._tokens.append(token)
+
+    def _mask(self) -> torch.Tensor:
+        """bool (V,), all False where the matcher has stopped."""
+        if self._matcher.is_stopped():  # as an error does, too
+            return torch.zeros(self._size, dtype=torch.bool)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self._size].astype(bool))
+
+    def _renew(self) -> bool:
+        """Go on with a matcher that has met this answer alone; False when it does already."""
+        if self._renewed:
+            return False
+        self._renewed = True
+        self._matcher = self._compiled.renewed()
+        return all(self._matcher.consume_token(token) for token in self._tokens)
+
+    def _lost(self, reason: str) -> ConstraintError:
+        return ConstraintError(
+            f"{self._param!r} could not be followed beyond {len(self._tokens)} tokens of the "
+            f"answer: {reason}; ask for a simpler form"
+        )
+
+
+def _reason(problem: str) -> str:
+    """llguidance's complaint without the state it prints after it."""
+    return " ".join(problem.split("<state>")[0].split())[:300]

@@ -70,6 +70,11 @@ class ModelHost:
                 self._loader = threading.Thread(target=self._load, name="loader", daemon=True)
                 self._loader.start()
 
+    def wait(self) -> None:
+        """Return when something is served, or nothing is being loaded any more."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._served or self._loader is None or self._closed)
+
     def acquire(self, name: str, client: str | None = None) -> ServedModel:
         """The model for a request, which stays usable until `release`.
 
@@ -156,11 +161,12 @@ class ModelHost:
         while True:
             with self._lock:
                 wanted, served = self._wanted, self._served
-                if self._closed or wanted is None or self._is_served(wanted):
+                failed = wanted is not None and any(
+                    one.system_fingerprint in self._failures for one in wanted.everything
+                )
+                if self._closed or wanted is None or failed or self._is_served(wanted):
                     self._loader = None
-                    return
-                if any(one.system_fingerprint in self._failures for one in wanted.everything):
-                    self._loader = None
+                    self._lock.notify_all()
                     return
             fresh: list[ServedModel] = []
             try:
@@ -193,6 +199,7 @@ class ModelHost:
                 for one, spec in zip(after, wanted.everything, strict=True):
                     one.spec = spec
                 self._served = tuple(after)
+                self._lock.notify_all()
             gone = [one for one in (*before, *fresh) if one not in self._served]
         log.info("serving %s", ", ".join(one.spec.system_fingerprint for one in after))
         for one in gone:

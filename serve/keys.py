@@ -4,7 +4,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from serve.errors import ApiError, not_ready
@@ -12,7 +14,9 @@ from tasks.state.api_keys import ApiKey, digest
 
 log = logging.getLogger(__name__)
 
-REFRESH_SECONDS = 2.0  # how long a revoked key may still be taken
+REFRESH_SECONDS = 2.0  # how long a revoked key may still be taken, while the database answers
+PATIENCE_SECONDS = 0.5  # how long requests wait for a database that has answered so far
+READ_SECONDS = 10.0  # after so long nothing is expected of a reading any more
 OPEN = ("/", "/health", "/ready", "/metrics", "/static")
 SCOPE_OF = {
     "/v1/chat/completions": "generate",
@@ -77,12 +81,21 @@ class Account:
 
 @dataclass
 class KeyRing:
-    """The keys of the state database, looked at again every few seconds."""
+    """The keys of the state database, looked at again every few seconds.
+
+    While the database answers, a request waits for the reading that is due. When it fails or stays
+    silent, requests go by what was read last and wait no more; it is asked again every
+    REFRESH_SECONDS, behind them. Only where no key was ever read, nobody is let in.
+    """
 
     store: KeyStore | None  # None: not known yet, or nobody needs a key
     _accounts: dict[str, Account] = field(default_factory=dict)
-    _read_at: float | None = None
-    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _known: bool = False  # whether they were ever read
+    _tried_at: float | None = None
+    _silent: bool = False  # whether the last reading failed or takes long
+    _reading: "asyncio.Task[None] | None" = None
+    # A thread of its own: a reading that hangs must not take those that encode long prompts.
+    _reader: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "keys"))
 
     async def account(self, path: str, authorization: str | None) -> Account | None:
         """Whose request this is; None where no key is needed.
@@ -92,7 +105,13 @@ class KeyRing:
         """
         if self.store is None or path in OPEN or path.startswith("/static/"):
             return None
-        await self._refresh()
+        reading = self._refresh()
+        if reading is not None and not (self._known and self._silent):
+            patience = PATIENCE_SECONDS if self._known else None
+            await asyncio.wait({reading}, timeout=patience)
+            self._silent = self._silent or not reading.done()
+        if not self._known:
+            raise not_ready("the API keys cannot be read")
         if not self._accounts:
             return None
         scheme, _, key = (authorization or "").partition(" ")
@@ -118,22 +137,31 @@ class KeyRing:
             )
         return account
 
-    async def _refresh(self) -> None:
-        assert self.store is not None
-        async with self._lock:
-            now = time.monotonic()
-            if self._read_at is not None and now - self._read_at < REFRESH_SECONDS:
-                return
-            try:
-                keys = await asyncio.to_thread(self.store.all)
-            except Exception as error:
-                log.exception("the API keys cannot be read")
-                if self._read_at is None:
-                    raise not_ready("the API keys cannot be read") from error
-                return
+    def _refresh(self) -> "asyncio.Task[None] | None":
+        """The reading under way, begun now if it is time; None where there is none."""
+        now = time.monotonic()
+        due = self._tried_at is None or now - self._tried_at >= REFRESH_SECONDS
+        if self._reading is None and due:
+            self._tried_at = now
+            self._reading = asyncio.create_task(self._read())
+        return self._reading
+
+    async def _read(self) -> None:
+        store = self.store
+        assert store is not None
+        try:
+            reading = asyncio.get_running_loop().run_in_executor(self._reader, store.all)
+            keys = await asyncio.wait_for(reading, READ_SECONDS)
+        except Exception:
+            log.exception("the API keys cannot be read; those read last go on being used")
+            self._silent = True
+        else:
+            self._silent = False
             # A limit goes on where it was; revoked keys stay, so that the endpoint stays closed.
             self._accounts = {key.digest: self._account(key) for key in keys}
-            self._read_at = now
+            self._known = True
+        finally:
+            self._reading = None
 
     def _account(self, key: ApiKey) -> Account:
         before = self._accounts.get(key.digest)

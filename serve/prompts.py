@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import ParamSpec
 
-from model.chat import Tokenizer, encode_chat
+from model.chat import ChatError, Tokenizer, encode_chat
 from serve.engine_process import EngineProcess
 from serve.errors import ApiError
 from serve.protocol import Message
@@ -13,12 +13,17 @@ P = ParamSpec("P")
 LONG = 20_000  # characters from which on encoding is worth another thread
 
 
-async def encode_messages(messages: Sequence[Message], engine: EngineProcess) -> list[int]:
+async def encode_messages(
+    messages: Sequence[Message], engine: EngineProcess, param: str = "messages"
+) -> list[int]:
     """A conversation laid out for an answer. Raises ApiError 400 for one beyond the context."""
     laid_out = [message.layout() for message in messages]
     size = sum(len(message["content"]) for message in laid_out)
-    _refuse_endless(size, engine, "messages")
-    return await _encode(size, encode_chat, laid_out, engine.tokenizer)
+    _refuse_endless(size, engine, param)
+    try:
+        return await _encode(size, encode_chat, laid_out, engine.tokenizer)
+    except ChatError as error:
+        raise ApiError(400, str(error), param=param, code="invalid_value") from error
 
 
 async def encode_prompts(

@@ -13,11 +13,18 @@ from model.engine.sampling import MAX_LOGPROBS
 from serve.errors import ApiError
 
 MAX_CHOICES = 128  # prompts × n of one request
+MAX_NUMBER = 2**31 - 1  # of tokens; what is more is a mistake, and no tensor holds it
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-TokenKey = Annotated[str, Field(pattern=r"^\d{1,9}$")]  # JSON's keys are texts
+TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9]\d{0,8})$")]  # one text for each id
+
+
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+]
 
 
 class Part(BaseModel):
@@ -50,7 +57,8 @@ class Message(BaseModel):
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None  # padding against those who count bytes
 
 
 class JsonSchema(BaseModel):
@@ -103,16 +111,17 @@ class Request(BaseModel):
     model: str
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)  # not OpenAI's; vLLM's: -1 and 0 keep every token
+    # Not OpenAI's; vLLM's: -1 and 0 keep every token.
+    top_k: int | None = Field(None, ge=-1, le=MAX_NUMBER)
     min_p: float | None = Field(None, ge=0, le=1)  # not OpenAI's; vLLM's
-    repetition_penalty: float | None = Field(None, gt=0, le=10)  # vLLM's
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)  # vLLM's
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: (
         Annotated[dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
         | None
     ) = None
-    min_tokens: int | None = Field(None, ge=0)  # vLLM's
+    min_tokens: int | None = Field(None, ge=0, le=MAX_NUMBER)  # vLLM's
     ignore_eos: bool | None = None  # vLLM's
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None  # vLLM's
     response_format: ResponseFormat | None = None
@@ -162,6 +171,17 @@ class Request(BaseModel):
 
     @property
     @abstractmethod
+    def source(self) -> str:
+        """The parameter that holds what is to be continued."""
+
+    @property
+    def form(self) -> str | None:
+        """The parameter that says which form the answer must have."""
+        grammar = self.grammar()
+        return grammar and grammar[2]
+
+    @property
+    @abstractmethod
     def top_count(self) -> int | None:
         """How many likeliest tokens to report beside each chosen one; None: no logprobs."""
 
@@ -181,7 +201,7 @@ class Request(BaseModel):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     @abstractmethod
@@ -224,10 +244,14 @@ class ChatRequest(Request):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_NUMBER)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_NUMBER)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def source(self) -> str:
+        return "messages"
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "ChatRequest":
@@ -255,10 +279,14 @@ class CompletionRequest(Request):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1)]
     )
-    max_tokens: int | None = Field(None, ge=0)  # 0: only with echo
+    max_tokens: int | None = Field(None, ge=0, le=MAX_NUMBER)  # 0: only with echo
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+
+    @property
+    def source(self) -> str:
+        return "prompt"
 
     @model_validator(mode="after")
     def _what_goes_together(self) -> "CompletionRequest":
@@ -326,7 +354,7 @@ class TokenizeRequest(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "TokenizeRequest":

@@ -9,13 +9,22 @@ import uuid
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from model.engine import Update
-from serve.completions import Completion, failure_of
+from serve.completions import Completion
 from serve.host import ServedModel
 from serve.mailbox import Mailbox
-from serve.protocol import ChatRequest, JsonSchema, Message, Part, ResponseFormat
+from serve.protocol import (
+    MAX_NUMBER,
+    ChatRequest,
+    JsonSchema,
+    Message,
+    Metadata,
+    Part,
+    ResponseFormat,
+)
 from serve.responses import Clock, Usage
 
 
@@ -49,10 +58,29 @@ class TextFormat(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     type: Literal["text", "json_object", "json_schema"]
-    name: str = ""
+    name: str | None = Field(None, validate_default=True)
     description: str | None = None
-    strict: bool | None = None
-    body: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None  # the schema is always kept to
+    body: dict[str, Any] | bool | None = Field(None, alias="schema", validate_default=True)
+
+    @field_validator("name", "description", "strict", "body")
+    @classmethod
+    def _with_a_schema(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = info.data.get("type")
+        if kind == "json_schema" and value is None and info.field_name in ("name", "body"):
+            raise pydantic_core.PydanticCustomError("missing", "required by type 'json_schema'")
+        if kind in ("text", "json_object") and value is not None:
+            raise pydantic_core.PydanticCustomError(
+                "schema_only", "only allowed with type 'json_schema'"
+            )
+        return value
+
+    def echo(self) -> dict[str, Any]:
+        """As the response shows it."""
+        if self.type != "json_schema":
+            return {"type": self.type}
+        named = {"type": self.type, "name": self.name, "schema": self.body, "strict": True}
+        return named | ({"description": self.description} if self.description else {})
 
 
 class TextOptions(BaseModel):
@@ -60,6 +88,26 @@ class TextOptions(BaseModel):
 
     format: TextFormat | None = None
     verbosity: None = None
+
+
+class ResponseStreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_obfuscation: Literal[False] | None = None  # padding against those who count bytes
+
+
+class ResponseChat(ChatRequest):
+    """A response's question as a chat completion, whose errors name what /v1/responses has."""
+
+    @property
+    def source(self) -> str:
+        return "input"
+
+    def grammar(self) -> tuple[str, str, str] | None:
+        if (found := super().grammar()) is None:
+            return None
+        kind, text, param = found
+        return kind, text, "text.format.schema" if param.endswith("schema") else "text.format"
 
 
 class ResponsesRequest(BaseModel):
@@ -70,19 +118,29 @@ class ResponsesRequest(BaseModel):
     model: str
     input: str | Annotated[list[InputMessage], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1)
+    max_output_tokens: int | None = Field(None, ge=1, le=MAX_NUMBER)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     text: TextOptions | None = None
     stream: bool | None = None
     user: str | None = None
     safety_identifier: str | None = None
+    metadata: Metadata | None = None  # only given back
+    stream_options: ResponseStreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> "ResponsesRequest":
+        if self.stream_options is not None and not self.stream:
+            raise pydantic_core.PydanticCustomError(
+                "stream_options", "stream_options is only allowed when stream is true"
+            )
+        return self
 
     @property
     def client(self) -> str | None:
         return self.safety_identifier or self.user
 
-    def chat(self) -> ChatRequest:
+    def chat(self) -> ResponseChat:
         """The same question as a chat completion."""
         messages = []
         if self.instructions is not None:
@@ -91,7 +149,7 @@ class ResponsesRequest(BaseModel):
             messages.append(Message(role="user", content=self.input))
         else:
             messages += [item.message() for item in self.input]
-        return ChatRequest(
+        return ResponseChat(
             model=self.model,
             messages=messages,
             max_completion_tokens=self.max_output_tokens,
@@ -107,8 +165,8 @@ class ResponsesRequest(BaseModel):
             return None
         schema = None
         if asked.type == "json_schema":
-            body = True if asked.body is None else asked.body
-            schema = JsonSchema(name=asked.name, schema=body)
+            assert asked.name is not None and asked.body is not None
+            schema = JsonSchema(name=asked.name, schema=asked.body)
         return ResponseFormat(type=asked.type, json_schema=schema)
 
 
@@ -136,6 +194,10 @@ class ResponseRun:
         return self.completion.usage
 
     @property
+    def accepted(self) -> bool:
+        return self.completion.accepted
+
+    @property
     def clock(self) -> Clock:
         return self.completion.clock
 
@@ -143,7 +205,7 @@ class ResponseRun:
         with self.completion.open(mailbox, streamed=False) as mail:
             async for index, update in mail.updates():
                 self.completion.count(index, update)
-                if failure := failure_of(update):
+                if failure := self.completion.failure(update):
                     raise failure
         return self._body(update.text, update)
 
@@ -152,7 +214,7 @@ class ResponseRun:
         text = ""
         where = {"item_id": self.item, "output_index": 0, "content_index": 0}
         with self.completion.open(mailbox, streamed=True) as mail:
-            empty = {"type": "output_text", "text": "", "annotations": []}
+            empty = _part("")
             opening = self._event("response.created", response=self._body("", None))
             opening += self._event("response.in_progress", response=self._body("", None))
             opening += self._event(
@@ -162,17 +224,20 @@ class ResponseRun:
             yield opening
             async for index, update in mail.updates():
                 self.completion.count(index, update)
-                if failure := failure_of(update):
-                    problem = failure.body()["error"]
+                if failure := self.completion.failure(update):
+                    # OpenAI's codes are an enumeration; of these two say what happened here.
+                    code = "server_error" if failure.status >= 500 else "invalid_prompt"
+                    problem = {"code": code, "message": str(failure)}
                     body = self._body(text, None) | {"status": "failed", "error": problem}
                     yield self._event("response.failed", response=body)
                     return
                 text += update.text
                 if update.text:
-                    yield self._event("response.output_text.delta", **where, delta=update.text)
-        part = empty | {"text": text}
-        yield self._event("response.output_text.done", **where, text=text)
-        yield self._event("response.content_part.done", **where, part=part)
+                    yield self._event(
+                        "response.output_text.delta", **where, delta=update.text, logprobs=[]
+                    )
+        yield self._event("response.output_text.done", **where, text=text, logprobs=[])
+        yield self._event("response.content_part.done", **where, part=_part(text))
         item = self._item(text, update)
         yield self._event("response.output_item.done", output_index=0, item=item)
         body = self._body(text, update)
@@ -186,7 +251,7 @@ class ResponseRun:
 
     def _item(self, text: str | None, last: Update | None) -> dict[str, Any]:
         """The message; None: not begun."""
-        content = [] if text is None else [{"type": "output_text", "text": text, "annotations": []}]
+        content = [] if text is None else [_part(text)]
         return {
             "type": "message",
             "id": self.item,
@@ -217,24 +282,33 @@ class ResponseRun:
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": 1.0 if asked.temperature is None else asked.temperature,
-            "text": {"format": {"type": asked.text.format.type}}
-            if asked.text and asked.text.format
-            else {"format": {"type": "text"}},
+            "text": {
+                "format": asked.text.format.echo()
+                if asked.text and asked.text.format
+                else {"type": "text"}
+            },
             "tool_choice": "none",
             "tools": [],
             "top_p": 1.0 if asked.top_p is None else asked.top_p,
             "truncation": "disabled",
-            "metadata": {},
+            "metadata": asked.metadata or {},
             "usage": None
             if last is None
             else {
                 "input_tokens": usage.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": sum(usage.cached.values())},
+                "input_tokens_details": {
+                    "cached_tokens": sum(usage.cached.values()),
+                    "cache_write_tokens": 0,  # nobody pays for them here
+                },
                 "output_tokens": usage.completion_tokens,
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             },
         }
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 def _status(last: Update | None) -> str:

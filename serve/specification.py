@@ -1,6 +1,6 @@
 """What a replica is told to serve. Apart from the engine, so that a flow need not import torch."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -73,6 +73,7 @@ class ModelSpec(EngineOptions):
     )
     aliases: tuple[str, ...] = Field((), description="the registry's names for this version")
     share: float = Field(1.0, ge=0, le=1, description="of the requests for the bare name")
+    copies: int = Field(1, ge=1, description="replicas there may be of this one")
     beside: tuple["ModelSpec", ...] = Field((), description="versions served at the same time")
 
     @model_validator(mode="after")
@@ -104,5 +105,6 @@ class ModelSpec(EngineOptions):
         """Whether an engine made for one can go on for the other: equal but for what routes to
         it.
         """
-        routing = {"request": "", "database": None, "aliases": (), "share": 1.0, "beside": ()}
+        routing: dict[str, Any] = {"request": "", "database": None, "aliases": (), "share": 1.0}
+        routing |= {"copies": 1, "beside": ()}
         return self.model_copy(update=routing) == other.model_copy(update=routing)

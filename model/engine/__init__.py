@@ -4,11 +4,12 @@ from model.engine.batch import Generation, generate_batch
 from model.engine.core import Core, Counters, PromptError
 from model.engine.engine import Engine, EngineBusy, EngineClosed
 from model.engine.loading import LoadedModel, load_model
-from model.engine.sampling import Constraint, ConstraintFactory, Sampling
+from model.engine.sampling import Constraint, ConstraintError, ConstraintFactory, Sampling
 from model.engine.sequence import FinishReason, TokenLogprob, Update
 
 __all__ = [
     "Constraint",
+    "ConstraintError",
     "ConstraintFactory",
     "Core",
     "Counters",

@@ -1,5 +1,6 @@
 """The engine without its thread: sequences in, one step at a time, updates out."""
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from model.engine.draft import Drafter
 from model.engine.logprobs import logprobs
 from model.engine.pages import PAGE, PageTable
 from model.engine.runner import Runner, Span
-from model.engine.sampling import Adjustment, Sampling, choose
+from model.engine.sampling import Adjustment, ConstraintError, Sampling, choose_apart
 from model.engine.scheduler import Scheduler
 from model.engine.sequence import FinishReason, TokenLogprob, Update
 from model.engine.sequence import Sequence as Answer
@@ -20,6 +21,8 @@ from model.engine.speculation import NgramIndex
 from model.engine.text import TextStream
 from model.engine.weights import Weights
 from model.transformer import Transformer
+
+log = logging.getLogger(__name__)
 
 GRID = 8 * PAGE  # tokens of a prompt read at once in deterministic mode
 
@@ -58,6 +61,7 @@ class Counters:
     cached_tokens: int = 0  # of the prompts, found in the cache
     generation_tokens: int = 0
     aborted: int = 0
+    ended: int = 0  # for whatever reason
     steps: int = 0
     drafted_tokens: int = 0  # proposed by speculation
     accepted_tokens: int = 0  # of these, those that were right
@@ -194,6 +198,7 @@ class Core:
         for sequence in self.scheduler.running[before:]:
             sequence.waited = time.monotonic() - sequence.added
             self.counters.cached_tokens += sequence.cached
+        self._count()
         self._guess()
         plan = self.scheduler.plan()
         if self.deterministic:
@@ -290,32 +295,51 @@ class Core:
 
         logits: for each sequence the row after its last token, then one after each drafted token. A
         drafted token holds if it is the one chosen in its place; the first that is not ends what
-        can be known in this step.
+        can be known in this step. What fails for one sequence, its form or its numbers, ends that
+        one with "error".
         """
         sequences = [sequence for sequence, _ in ready]
         rows = [(s, ahead) for s in sequences for ahead in range(1 + len(s.draft))]
         adjusted = logits
+        broken: dict[Answer, Exception] = {}
         if any(s.adjustment for s in sequences):
             adjusted = logits.clone()
             for row, (sequence, _) in enumerate(rows):
-                if sequence.adjustment is not None:
+                if sequence.adjustment is None:
+                    continue
+                try:
                     adjusted[row] = sequence.adjustment.apply(logits[row], len(sequence.tokens))
-        chosen = choose(
+                except Exception as error:
+                    broken[sequence] = error
+        found = choose_apart(
             adjusted, [s.sampling for s, _ in rows], [s.length + ahead for s, ahead in rows]
         )
+        chosen = [token if isinstance(token, int) else 0 for token in found]
+        for row, token in enumerate(found) if chosen != found else ():
+            if not isinstance(token, int):
+                broken.setdefault(rows[row][0], token)
         told = self._logprobs([s for s, _ in rows], logits, chosen)
         row = 0
         for sequence, span in ready:
             reason: FinishReason | None = None
             taken, draft = 0, sequence.draft
             for ahead in range(1 + len(draft)):
-                reason = self._append(sequence, chosen[row + ahead], told.get(row + ahead))
+                if sequence in broken:
+                    break
+                try:
+                    reason = self._append(sequence, chosen[row + ahead], told.get(row + ahead))
+                except Exception as error:
+                    broken[sequence] = error
+                    break
                 taken += 1
                 if reason or (ahead < len(draft) and chosen[row + ahead] != draft[ahead]):
                     break
             row += 1 + len(draft)
             self.counters.generation_tokens += taken
-            self.counters.accepted_tokens += taken - 1
+            self.counters.accepted_tokens += max(0, taken - 1)
+            if sequence in broken:
+                updates.append(self._break_off(sequence, broken[sequence]))
+                continue
             if sequence.computed < sequence.length - taken:  # else it was the prompt's last token
                 self.scheduler.advance(sequence, span.start + taken)
             if reason:
@@ -359,12 +383,21 @@ class Core:
                 return "stop"
         return "length" if generated >= sequence.limit else None
 
+    def _break_off(self, sequence: Answer, error: Exception) -> Update:
+        """End an answer that alone cannot go on."""
+        if isinstance(error, ConstraintError):
+            sequence.problem = str(error)
+        else:
+            log.error("a sequence failed; it ends, the others go on", exc_info=error)
+        return self._finish(sequence, "error")
+
     def _finish(self, sequence: Answer, reason: FinishReason) -> Update:
         self.scheduler.remove(sequence)
+        self.counters.ended += 1
         if sequence.text is not None:
             was_stopped = sequence.text.stopped
             sequence.parts.append(sequence.text.finish())
-            if sequence.text.stopped and not was_stopped:
+            if sequence.text.stopped and not was_stopped and reason != "error":
                 reason = "stop"
             if sequence.text.stopped and self.tokenizer is not None:
                 # Tokens that are all stop string, or beyond it, are not part of the text.
@@ -389,6 +422,7 @@ class Core:
             prompt_logprobs=sequence.prompt_logprobs,
             total_logprob=sequence.total_logprob,
             waited=sequence.waited,
+            problem=sequence.problem,
             embedding=None if sequence.hidden is None else sequence.hidden / len(sequence.prompt),
         )
         sequence.logprobs, sequence.prompt_logprobs = [], []

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from model.engine.pages import PAGE
 from model.engine.runner import Runner, Span
-from model.engine.sampling import choose
+from model.engine.sampling import choose_apart
 from model.engine.sequence import Sequence as Answer
 from model.engine.weights import Weights
 from model.transformer import Transformer
@@ -55,8 +55,11 @@ class Drafter:
             ends = [sum(len(s.tokens) for s in spans[: i + 1]) - 1 for i in range(len(spans))]
             logits = self.runner.logits(hidden[ends])[:, :vocabulary]
             positions = [sequence.length + len(sequence.draft) for sequence in ahead]
-            chosen = choose(logits, [sequence.sampling for sequence in ahead], positions)
+            chosen = choose_apart(logits, [sequence.sampling for sequence in ahead], positions)
             for sequence, token in zip(list(ahead), chosen, strict=True):
+                if not isinstance(token, int):  # the large model's own choice will say why
+                    del ahead[sequence]
+                    continue
                 sequence.draft.append(token)
                 if len(sequence.draft) >= ahead[sequence]:
                     del ahead[sequence]

@@ -60,6 +60,7 @@ class Engine:
         self.context = model.config.context
         self.longest_token = max(map(len, tokenizer.token_bytes))  # bytes
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.slots = slots
         self.max_waiting = max_waiting
         self.threads = threads
         self._core = Core(model, tokenizer, slots=slots, prefill_tokens=prefill_tokens, **options)
@@ -99,8 +100,10 @@ class Engine:
         with self._changed:
             if self._closed or self._failure:
                 raise EngineClosed("the engine is shutting down")
-            waiting = len(self._inbox) + self._core.counters.waiting
-            if waiting >= self.max_waiting and not follows:
+            counters = self._core.counters
+            held = len(self._inbox) + counters.requests - counters.ended
+            # Who will find a free slot does not wait, even if the step is not over that admits it.
+            if held - self.slots >= self.max_waiting and not follows:
                 raise EngineBusy(f"{self.max_waiting} requests are waiting already")
             self._inbox.append(sequence)
             self._listeners[sequence.id] = listener

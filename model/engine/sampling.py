@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 MAX_LOGPROBS = 20
+LEAST_TEMPERATURE = 1e-5  # below it the best token is certain, and a quotient may be infinite
 CANDIDATES = 256  # sorted first; the whole vocabulary only where these do not hold the answer
 _WORD = 2**64 - 1
 
@@ -22,10 +23,11 @@ def _random_seed() -> int:
 class Sampling:
     """How one sequence is continued. Raises ValueError, naming the field, for an impossible value.
 
-    temperature 0 is greedy, and then top_k, top_p, min_p and seed have nothing to choose.
-    Otherwise the logits are divided by the temperature, the top_k best are kept (0: all), of
-    these the fewest whose probability reaches top_p (arXiv:1904.09751), of these the ones at
-    least min_p times as likely as the best (arXiv:2407.01082), and one of what is left is drawn.
+    A temperature below LEAST_TEMPERATURE is greedy, and then top_k, top_p, min_p and seed have
+    nothing to choose. Otherwise the logits are divided by the temperature, the top_k best are kept
+    (0: all), of these the fewest whose probability reaches top_p (arXiv:1904.09751), of these the
+    ones at least min_p times as likely as the best (arXiv:2407.01082), and one of what is left is
+    drawn.
     """
 
     temperature: float = 0.0
@@ -106,6 +108,12 @@ class Constraint(Protocol):
         ...
 
 
+class ConstraintError(ValueError):
+    """A form that cannot be followed further, raised by `allowed` or `push`; the message says which
+    and why, in words for who asked for it.
+    """
+
+
 ConstraintFactory = Callable[[], Constraint]
 """Makes the constraint of one answer, at its beginning."""
 
@@ -182,7 +190,9 @@ def choose(logits: Tensor, samplings: list[Sampling], positions: list[int]) -> l
     sequence.
     """
     best = logits.argmax(-1).tolist()
-    drawn = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    drawn = [
+        row for row, sampling in enumerate(samplings) if sampling.temperature >= LEAST_TEMPERATURE
+    ]
     if not drawn:
         return best
     truncated: list[int] = []
@@ -206,6 +216,21 @@ def choose(logits: Tensor, samplings: list[Sampling], positions: list[int]) -> l
     return best
 
 
+def choose_apart(
+    logits: Tensor, samplings: list[Sampling], positions: list[int]
+) -> list[int | Exception]:
+    """As `choose`, but what fails for one row is that row's result and disturbs no other."""
+    try:
+        return list(choose(logits, samplings, positions))
+    except Exception as error:
+        if len(samplings) == 1:
+            return [error]
+    return [
+        choose_apart(logits[row : row + 1], [sampling], [position])[0]
+        for row, (sampling, position) in enumerate(zip(samplings, positions, strict=True))
+    ]
+
+
 def _draw(logits: Tensor, noise: Tensor, samplings: list[Sampling]) -> Tensor:
     """One token for each row of logits (R, V), from the whole vocabulary."""
     return _invert(logits.softmax(-1), noise)
@@ -214,12 +239,14 @@ def _draw(logits: Tensor, noise: Tensor, samplings: list[Sampling]) -> Tensor:
 def _draw_truncated(logits: Tensor, noise: Tensor, samplings: list[Sampling]) -> Tensor:
     """As `_draw`, after top_k, top_p and min_p."""
     vocabulary = logits.shape[1]
-    top_k = torch.tensor([s.top_k or vocabulary for s in samplings])[:, None]
+    most = [min(s.top_k or vocabulary, vocabulary) for s in samplings]
+    top_k = torch.tensor(most)[:, None]
     top_p = torch.tensor([s.top_p for s in samplings], dtype=logits.dtype)[:, None]
     min_p = torch.tensor([s.min_p for s in samplings], dtype=logits.dtype)[:, None]
     total = logits.logsumexp(-1, keepdim=True)
     # The best top_k must all be among the candidates, or their sum would be wrong.
-    count = min(max(CANDIDATES, *(s.top_k for s in samplings), 0), vocabulary)
+    limited = [k for k in most if k < vocabulary]
+    count = min(max(CANDIDATES, *limited, 0), vocabulary)
     while True:
         values, tokens = logits.topk(count, dim=-1)
         ranked = torch.arange(count) < top_k

@@ -44,6 +44,7 @@ class Update:
     embedding: torch.Tensor | None = None  # (C,), the only news of a prompt that was to be embedded
     total_logprob: float = 0.0  # of all tokens so far, where logprobs were asked for
     waited: float = 0.0  # seconds for a place in the batch
+    problem: str = ""  # of an "error": what the request itself asked for and cannot be had
 
 
 @dataclass(eq=False)
@@ -77,6 +78,7 @@ class Sequence:
     reported: int = 0  # tokens reported
     kept: int = 0  # tokens that stand in the text
     total_logprob: float = 0.0
+    problem: str = ""  # why it broke off, where its own form is the reason
     hidden: torch.Tensor | None = None  # (C,), the sum over the prompt so far
 
     @property

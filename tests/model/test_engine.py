@@ -255,6 +255,37 @@ def test_a_full_queue_is_said_at_once() -> None:
         engine.close()
 
 
+def test_nobody_is_refused_who_finds_a_free_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(transformer(), tokenizer(), slots=4, max_waiting=2)
+    reading, going_on = threading.Event(), threading.Event()
+    forward = engine._core.runner.forward
+
+    def held_up(*arguments: object) -> torch.Tensor:
+        reading.set()
+        assert going_on.wait(60)
+        return forward(*arguments)
+
+    monkeypatch.setattr(engine._core.runner, "forward", held_up)
+    try:
+        listeners = [Listener() for _ in range(6)]
+        engine.submit([5], GREEDY, listeners[0])
+        assert reading.wait(60)  # one is in a step, which may last
+        for listener in listeners[1:]:  # three find a slot, two wait
+            engine.submit([5], GREEDY, listener)
+        with pytest.raises(EngineBusy, match="2 requests are waiting already"):
+            engine.submit([5], GREEDY, lambda _: None)
+        counters = engine.counters()
+        assert (counters.running, counters.waiting) == (1, 0)
+        going_on.set()
+        for listener in listeners:
+            assert listener.finished()[0][-1].finish_reason == "length"
+        engine.submit([5], GREEDY, listeners[0])
+        assert listeners[0].finished()
+    finally:
+        going_on.set()
+        engine.close()
+
+
 def test_closing_ends_what_is_under_way() -> None:
     engine = Engine(transformer(context=128), tokenizer(), slots=1)
     listeners = [Listener() for _ in range(3)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from model.engine import Core, PromptError, Sampling, generate_batch
+from model.engine import ConstraintError, Core, PromptError, Sampling, generate_batch
 from tests.tiny_models import VOCABULARY, tokenizer, transformer
 
 PROMPT = list(range(30, 60))
@@ -147,3 +149,56 @@ def test_rows_beyond_the_tokenizer_are_never_chosen() -> None:
     sampling = Sampling(temperature=2.0, seed=1, max_tokens=60, ignore_eos=True)
     (made,) = generate_batch(model, names, [PROMPT], [sampling])
     assert max(made.tokens) < VOCABULARY
+
+
+class Failing:
+    """A constraint that breaks after `left` tokens, in one of its two methods."""
+
+    def __init__(self, left: int, method: str, error: Exception) -> None:
+        self.left, self.method, self.error = left, method, error
+
+    def allowed(self) -> torch.Tensor:
+        if self.method == "allowed" and self.left == 0:
+            raise self.error
+        return torch.ones(VOCABULARY, dtype=torch.bool)
+
+    def push(self, token: int) -> None:
+        self.left -= 1
+        if self.method == "push" and self.left == 0:
+            raise self.error
+
+
+@pytest.mark.parametrize("method", ["allowed", "push"])
+def test_what_fails_for_one_answer_ends_that_one_alone(method: str) -> None:
+    free = Sampling(temperature=1.0, seed=1, max_tokens=20)
+    (expected,) = generate_batch(transformer(), None, [PROMPT], [free])
+    core = Core(transformer(), None, slots=4)
+    told = ConstraintError("too large")
+    for id, error in (("form", told), ("fault", RuntimeError("a fault"))):
+        bound = replace(free, constraint=lambda error=error: Failing(3, method, error))
+        core.add(core.sequence(id, PROMPT, bound, streamed=False))
+    core.add(core.sequence("free", PROMPT, free, streamed=False))
+    ended = {}
+    while core.has_work:
+        ended |= {update.id: update for update in core.step()}
+        core.check()
+    assert ended["free"].tokens == expected.tokens
+    assert (ended["form"].finish_reason, ended["form"].problem) == ("error", "too large")
+    assert (ended["fault"].finish_reason, ended["fault"].problem) == ("error", "")
+    assert len(ended["form"].tokens) == 3
+
+
+def test_numbers_that_no_tensor_holds_end_their_own_answer() -> None:
+    class Odd(Sampling):
+        """As if one of its numbers could not be computed with."""
+
+        @property
+        def min_p(self) -> float:
+            raise OverflowError("no number")
+
+    odd = Odd.__new__(Odd)
+    odd.__dict__.update(Sampling(temperature=1.0, seed=1, max_tokens=20, top_k=5).__dict__)
+    free = Sampling(temperature=1.0, seed=1, max_tokens=20)
+    broken, answered = generate_batch(transformer(), None, [PROMPT] * 2, [odd, free])
+    assert broken.finish_reason == "error" and broken.tokens == []
+    assert answered.tokens == answer(free).tokens

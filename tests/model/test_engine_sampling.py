@@ -107,3 +107,28 @@ def test_text_streams_up_to_the_first_stop_string(text: str, stops: list[str]) -
         assert joined == text or any(text[len(joined) :].startswith(stop) for stop in stops)
     else:
         assert joined == text
+
+
+def test_any_top_k_beyond_the_vocabulary_keeps_all_of_it() -> None:
+    logits = torch.randn(1, 50)
+    drawn = [
+        [
+            choose(logits, [Sampling(temperature=1.0, seed=n, top_k=top_k)], [0])[0]
+            for n in range(40)
+        ]
+        for top_k in (50, 51, 2**31, 2**70)
+    ]
+    assert len(set(drawn[0])) > 10 and drawn == [drawn[0]] * 4
+    few = Sampling(temperature=5.0, seed=1, top_k=2)
+    both = choose(logits.repeat(2, 1), [few, Sampling(1.0, top_k=2**70)], [0, 0])
+    assert both[0] in logits[0].topk(2).indices
+
+
+def test_a_temperature_next_to_nothing_is_greedy() -> None:
+    logits = torch.randn(1, 50) * 10
+    for temperature in (5e-324, 1e-308, 1e-6):
+        for more in ({}, {"top_p": 0.5}, {"top_k": 3}):
+            asked = Sampling(temperature=temperature, seed=1, **more)
+            assert choose(logits, [asked], [0]) == [int(logits.argmax())]
+    small = Sampling(temperature=1e-5, seed=1)
+    assert choose(logits * 100, [small], [0]) == [int(logits.argmax())]

@@ -206,7 +206,12 @@ def test_too_many_requests_are_told_to_come_back(endpoint: Endpoint) -> None:
             chunks = busy.iter_raw()  # kept: an iterator that is dropped ends the connection
             assert next(chunks)
             response = client.post("/v1/chat/completions", json=CHAT)
+            text = client.get("/metrics").text
         assert response.status_code == 429 and response.headers["retry-after"] == "1"
+        # Who was refused at once is no fast answer.
+        name = "gristmill_e2e_request_latency_seconds_count"
+        counts = [line.split()[-1] for line in text.splitlines() if line.startswith(name)]
+        assert counts == ["0"]
         assert response.json()["error"]["code"] == "rate_limit_exceeded"
         assert endpoint.idle()
     finally:

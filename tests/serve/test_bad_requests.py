@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from serve import transport
-from tests.serve.calls import CHAT, TEXT, error
-from tests.serve.conftest import Endpoint
+from serve import app, transport
+from tests.serve.calls import CHAT, TEXT, error, post
+from tests.serve.conftest import Endpoint, eventually
 
 
 @pytest.mark.parametrize(
@@ -23,11 +23,16 @@ from tests.serve.conftest import Endpoint
         ({"temperature": True}, "temperature", 400),
         ({"top_p": 0}, "top_p", 400),
         ({"top_p": 1.5}, "top_p", 400),
+        ({"top_k": 2**31}, "top_k", 400),
+        ({"top_k": 2**70}, "top_k", 400),
+        ({"min_tokens": 2**70}, "min_tokens", 400),
+        ({"stop_token_ids": [2**70]}, "stop_token_ids[0]", 400),
         ({"n": 0}, "n", 400),
         ({"n": 129}, "n", 400),
         ({"seed": 1.5}, "seed", 400),
         ({"seed": 2**70}, "seed", 400),
         ({"max_tokens": 0}, "max_tokens", 400),
+        ({"max_tokens": 2**70}, "max_tokens", 400),
         ({"max_tokens": "many"}, "max_tokens", 400),
         ({"stop": [1]}, "stop", 400),
         ({"stop": ["x"] * 17}, "stop", 400),
@@ -46,11 +51,13 @@ from tests.serve.conftest import Endpoint
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", 400),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", 400),
         ({"logit_bias": {"five": 1}}, "logit_bias.five", 400),
+        ({"logit_bias": {"5": 100, "05": 100}}, "logit_bias.05", 400),
         ({"logit_bias": {"99999": 1}}, "logit_bias", 400),
         ({"stop_token_ids": [99999]}, "stop_token_ids", 400),
         ({"frequency_penalty": 2.5}, "frequency_penalty", 400),
         ({"presence_penalty": False}, "presence_penalty", 400),
         ({"repetition_penalty": 0}, "repetition_penalty", 400),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty", 400),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", 400),
         ({"best_of": 2}, "best_of", 400),
         ({"echo": True}, "echo", 400),
@@ -142,8 +149,41 @@ def test_prompts_that_no_model_reads_are_refused(endpoint: Endpoint) -> None:
     assert (status, problem["param"]) == (400, "prompt")
 
 
+def test_conversations_without_a_layout_are_refused_everywhere(endpoint: Endpoint) -> None:
+    status, problem = error(endpoint, "/tokenize", json={"messages": []})
+    assert (status, problem["param"]) == (400, "messages")
+
+
+def test_what_nobody_foresaw_is_an_error_with_an_id_in_the_log(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a secret of ours")
+
+    monkeypatch.setattr(app, "cards", broken)
+    with caplog.at_level("INFO", logger="gristmill.access"), endpoint.client() as client:
+        response = client.get("/v1/models", headers={"X-Request-Id": "an-id"})
+        assert eventually(lambda: any(r.name == "gristmill.access" for r in caplog.records))
+    assert response.status_code == 500 and response.headers["x-request-id"] == "an-id"
+    assert response.json()["error"]["type"] == "server_error" and "secret" not in response.text
+    (logged,) = [json.loads(r.message) for r in caplog.records if r.name == "gristmill.access"]
+    assert (logged["request"], logged["status"]) == ("an-id", 500)
+    assert any("request an-id failed" in record.message for record in caplog.records)
+
+
 def test_unknown_paths_and_methods_have_openai_errors(endpoint: Endpoint) -> None:
     assert error(endpoint, "/v1/nothing", json={})[0] == 404
     assert error(endpoint, "/v1/models", json={})[0] == 405
     with endpoint.client() as client:
         assert client.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
+
+
+def test_the_largest_numbers_that_are_taken_are_only_large(endpoint: Endpoint) -> None:
+    large = {"top_k": 2**31 - 1, "seed": 2**63 - 1, "repetition_penalty": 10, "min_p": 1e-300}
+    large |= {"temperature": 2, "top_p": 5e-324, "min_tokens": 0, "logit_bias": {"5": 100}}
+    for change in ({}, large, {"seed": -(2**63), "repetition_penalty": 0.01, "temperature": 1e-5}):
+        body = CHAT | change | {"max_tokens": 5, "ignore_eos": True}
+        assert post(endpoint, "/v1/chat/completions", body)["usage"]["completion_tokens"] == 5
+    huge = CHAT | {"max_tokens": 2**31 - 1}
+    assert post(endpoint, "/v1/chat/completions", huge)["usage"]["completion_tokens"] > 0
+    assert endpoint.host.healthy and endpoint.idle()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from serve.app import create_app
 from serve.keys import Bucket, KeyRing
 from tasks.runtime.errors import UserError
 from tasks.runtime.settings import Settings
-from tasks.state.api_keys import ApiKeys
+from tasks.state.api_keys import ApiKey, ApiKeys
 from tests.serve.calls import CHAT
 from tests.serve.conftest import Endpoint, eventually, listening
 
@@ -118,6 +120,60 @@ def test_limits_answer_429_and_say_when(
     assert ask(client, short).status_code == 200
     assert ask(client, short).status_code == 429
     assert ask(client, store.create("free")).status_code == 200
+
+
+class Outage:
+    """A store whose database can go away, by failing or by saying nothing."""
+
+    def __init__(self, store: ApiKeys) -> None:
+        self.store, self.asked = store, 0
+        self.fails, self.answers = False, threading.Event()
+        self.answers.set()
+
+    def all(self) -> list[ApiKey]:
+        self.asked += 1
+        assert self.answers.wait(60)
+        if self.fails:
+            raise OSError("no route to the database")
+        return self.store.all()
+
+
+@pytest.mark.parametrize("kind", ["fails", "says nothing"])
+def test_an_outage_of_the_key_store_holds_up_nobody(
+    endpoint: Endpoint, store: ApiKeys, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(serving, "REFRESH_SECONDS", 0.2)
+    key = store.create("somebody")
+    outage = Outage(store)
+    with (
+        listening(create_app(endpoint.host, "guarded", KeyRing(outage))) as url,
+        httpx.Client(base_url=url, timeout=60, trust_env=False) as http,
+    ):
+        assert ask(http, key).status_code == 200
+        outage.fails, asked = kind == "fails", outage.asked
+        if kind != "fails":
+            outage.answers.clear()
+        time.sleep(0.3)
+        started = time.monotonic()
+        assert [ask(http, key).status_code for _ in range(20)] == [200] * 20
+        took = time.monotonic() - started
+        assert took < 10 and outage.asked - asked <= 1 + took / 0.2
+        assert ask(http, None).status_code == 401
+        outage.fails = False
+        outage.answers.set()
+        store.revoke(key.split("-")[1])
+        assert eventually(lambda: ask(http, key).status_code == 401, 10)
+
+
+def test_keys_that_were_never_read_let_nobody_in(endpoint: Endpoint, store: ApiKeys) -> None:
+    outage = Outage(store)
+    outage.fails = True
+    with (
+        listening(create_app(endpoint.host, "guarded", KeyRing(outage))) as url,
+        httpx.Client(base_url=url, timeout=60, trust_env=False) as http,
+    ):
+        assert [ask(http, None).status_code for _ in range(3)] == [503] * 3
+        assert http.get("/health").status_code == 200
 
 
 def test_a_bucket_fills_again() -> None:

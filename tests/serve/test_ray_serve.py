@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import socket
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,24 +152,54 @@ def test_the_engine_of_a_served_version_can_be_changed(registered: Registered) -
 def test_replicas_are_added_while_requests_outnumber_slots(registered: Registered) -> None:
     registered.deploy(1, most_replicas=2, engine=EngineOptions(slots=1, max_waiting=1000))
     body = REQUEST | {"max_tokens": 100, "ignore_eos": True, "n": 8}
+    with asked(registered, body, clients=12) as statuses:
+        assert eventually(lambda: len(replicas(registered)) == 2, 180)
+        # The second answers when it can, and until then the first alone does.
+        assert eventually(lambda: len(answering(registered)) == 2, 180)
+    assert set(statuses) == {200}
+    registered.deploy(1)
+    assert eventually(lambda: len(replicas(registered)) == 1, 180)
+
+
+@pytest.mark.slow
+def test_copies_come_and_go_without_a_failed_request(registered: Registered) -> None:
+    registered.deploy(1)
+    with asked(registered, REQUEST | {"max_tokens": 20}, clients=3) as statuses:
+        registered.deploy(1, replicas=2)
+        assert eventually(lambda: len(answering(registered)) == 2, 60)
+        registered.deploy(1)
+        assert eventually(lambda: len(replicas(registered)) == 1, 180)
+    assert set(statuses) <= {200, 429}
+
+
+@contextlib.contextmanager
+def asked(registered: Registered, body: dict, clients: int) -> Iterator[Counter[int]]:
+    """So many clients that ask on and on; how often each status came, complete afterwards."""
+    statuses: Counter[int] = Counter()
     stopping = threading.Event()
 
     def client() -> None:
         with httpx.Client(base_url=registered.settings.serve, timeout=120, trust_env=False) as http:
             while not stopping.is_set():
-                http.post("/v1/chat/completions", json=body)
+                statuses[http.post("/v1/chat/completions", json=body).status_code] += 1
 
-    clients = [threading.Thread(target=client) for _ in range(12)]
-    for thread in clients:
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
         thread.start()
     try:
-        assert eventually(lambda: len(replicas(registered)) == 2, 180)
+        yield statuses
     finally:
         stopping.set()
-        for thread in clients:
+        for thread in threads:
             thread.join(120)
-    registered.deploy(1)
-    assert eventually(lambda: len(replicas(registered)) == 1, 180)
+
+
+def answering(registered: Registered) -> set[str]:
+    """The replicas that a few questions meet; all of them serve a version."""
+    health = f"{registered.settings.serve}/health"
+    told = [httpx.get(health, trust_env=False).json() for _ in range(20)]  # a connection each
+    assert all(one["serving"] for one in told), told
+    return {one["replica"] for one in told}
 
 
 def test_a_version_that_cannot_be_loaded_leaves_the_old_one(registered: Registered) -> None:

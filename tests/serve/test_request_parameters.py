@@ -8,10 +8,13 @@ import math
 import re
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import pytest
+from llguidance import LLParserLimits
 
+from serve import grammar
 from tests.serve.calls import CHAT, TEXT, error, post, stream
 from tests.serve.conftest import Endpoint
 
@@ -161,6 +164,54 @@ def test_grammars_that_are_none_or_bombs_are_refused_quickly(
     assert endpoint.idle()
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_form_that_grows_too_large_under_way_ends_with_an_error(
+    endpoint: Endpoint, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = LLParserLimits(max_lexer_states=60, initial_lexer_fuel=200_000)
+    monkeypatch.setattr(grammar, "LIMITS", few)
+    form = {"structured_outputs": {"regex": "[ab]{40,}a[ab]{16}c"}}
+    request = (CHAT if "chat" in path else TEXT) | form | {"temperature": 1, "max_tokens": 100}
+    # Nothing but a and b, so that no answer is whole before the states are used up.
+    request |= {"seed": 1, "logit_bias": letters(endpoint, "a", "b")}
+    free = (CHAT if "chat" in path else TEXT) | {"temperature": 1, "seed": 2, "max_tokens": 60}
+    expected = post(endpoint, path, free)["choices"]
+    with ThreadPoolExecutor() as others:
+        beside = others.submit(post, endpoint, path, free)
+        status, problem = error(endpoint, path, json=request)
+    assert (status, problem["param"]) == (400, "structured_outputs.regex"), problem
+    assert "too many states" in problem["message"] and "tokens of the answer" in problem["message"]
+    assert beside.result()["choices"] == expected
+    with (
+        endpoint.client() as client,
+        client.stream("POST", path, json=request | {"stream": True}) as response,
+    ):
+        *chunks, last = "".join(response.iter_text()).strip().split("\n\n")
+    assert response.status_code == 200 and "[DONE]" not in last
+    assert json.loads(last.removeprefix("data: "))["error"]["param"] == "structured_outputs.regex"
+    assert not any('"finish_reason":"' in chunk for chunk in chunks)
+    assert endpoint.host.healthy and endpoint.idle()
+
+
+def test_what_others_wrote_in_the_same_form_counts_against_nobody(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        grammar, "LIMITS", LLParserLimits(max_lexer_states=80, initial_lexer_fuel=200_000)
+    )
+    request = TEXT | {"structured_outputs": {"regex": "[ab]*a[ab]{14}c"}, "max_tokens": 100}
+    request |= {"temperature": 1.5, "logit_bias": letters(endpoint, "c")}
+    for seed in range(12):  # each by itself is small; together they meet far more states
+        (choice,) = post(endpoint, "/v1/completions", request | {"seed": seed})["choices"]
+        assert re.fullmatch("[ab]*a[ab]{14}c", choice["text"]) and choice["finish_reason"] == "stop"
+
+
+def letters(endpoint: Endpoint, *texts: str) -> dict[str, float]:
+    """A bias that leaves little but these texts, each one token."""
+    tokens = [post(endpoint, "/tokenize", {"prompt": text})["tokens"][-1] for text in texts]
+    return {str(token): 100 for token in tokens}
+
+
 @pytest.mark.parametrize(
     "regex", ["a{1,100000}{1,100000}", "(a|a)*b{1,1000}", "(x+x+)+y", "(a*)*(a*)*c", "([a-z]+)*1"]
 )
@@ -278,3 +329,75 @@ def test_the_official_client_reads_it_all(endpoint: Endpoint) -> None:
         response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}},
     )
     assert len(chat.choices[0].logprobs.content[0].top_logprobs) == 2
+
+
+def test_errors_of_responses_name_their_own_parameters(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = {"model": "tiny", "input": "a", "max_output_tokens": 20}
+
+    def refused(**change: object) -> tuple[str, str]:
+        status, problem = error(endpoint, "/v1/responses", json=request | change)
+        assert status == 400, problem
+        return problem["param"], problem["code"]
+
+    assert refused(input="x " * 200) == ("input", "context_length_exceeded")
+    assert refused(input="x " * 900) == ("input", "context_length_exceeded")
+    schema = {"type": "json_schema", "name": "x", "schema": {"type": "no"}}
+    assert refused(text={"format": schema}) == ("text.format.schema", "invalid_value")
+    for form, param, code in (
+        ({"type": "json_schema", "name": "x"}, "schema", "missing_required_parameter"),
+        ({"type": "json_schema", "schema": {}}, "name", "missing_required_parameter"),
+        ({"type": "text", "schema": {}}, "schema", "invalid_value"),
+        ({"type": "json_object", "name": "x"}, "name", "invalid_value"),
+        ({"type": "text", "strict": True}, "strict", "invalid_value"),
+    ):
+        assert refused(text={"format": form}) == (f"text.format.{param}", code)
+
+
+def test_a_response_has_the_shape_of_the_official_types(endpoint: Endpoint) -> None:
+    form = {"type": "json_schema", "name": "person", "schema": SCHEMA}
+    request = {"model": "tiny", "input": "a", "max_output_tokens": 30, "text": {"format": form}}
+    request |= {"metadata": {"team": "web"}}
+    whole = post(endpoint, "/v1/responses", request)
+    assert whole["text"]["format"] == form | {"strict": True}
+    assert whole["metadata"] == {"team": "web"}
+    assert whole["output"][0]["content"][0]["logprobs"] == []
+    plain = post(endpoint, "/v1/responses", request | {"text": {"format": {"type": "text"}}})
+    assert plain["text"]["format"] == {"type": "text"}
+    told = events(endpoint, request | {"stream": True})
+    deltas = [one for one in told if "output_text" in one["type"]]
+    assert deltas and all(one["logprobs"] == [] for one in deltas)
+
+
+@pytest.mark.peer
+def test_the_official_types_take_every_event_of_a_response(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from typing import get_args
+
+    from openai.types.responses import ResponseStreamEvent
+
+    union, _ = get_args(ResponseStreamEvent)
+    kinds = {get_args(kind.model_fields["type"].annotation)[0]: kind for kind in get_args(union)}
+    request = {"model": "tiny", "input": "a", "max_output_tokens": 100, "stream": True}
+    for one in events(endpoint, request):
+        kinds[one["type"]].model_validate(one)
+    monkeypatch.setattr(grammar, "LIMITS", LLParserLimits(max_lexer_states=60))
+    wide = {"type": "string", "pattern": "^[ab]{40,}a[ab]{16}c$"}
+    form = {"type": "json_schema", "name": "wide", "schema": wide}
+    *_, last = events(endpoint, request | {"text": {"format": form}, "temperature": 2})
+    kinds[last["type"]].model_validate(last)
+    assert last["type"] == "response.failed"
+    assert last["response"]["error"]["code"] == "invalid_prompt"
+    assert "'text.format.schema' could not be followed" in last["response"]["error"]["message"]
+
+
+def events(endpoint: Endpoint, request: dict) -> list[dict]:
+    """The typed events of a response."""
+    with (
+        endpoint.client() as client,
+        client.stream("POST", "/v1/responses", json=request) as response,
+    ):
+        raw = "".join(response.iter_text()).strip().split("\n\n")
+    return [json.loads(event.split("\ndata: ")[1]) for event in raw]

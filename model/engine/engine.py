@@ -137,7 +137,8 @@ class Engine:
             return not self._listeners and not self._inbox
 
     def counters(self) -> Counters:
-        return replace(self._core.counters)
+        counters = self._core.counters
+        return replace(counters, steps_of=list(counters.steps_of))
 
     def check(self) -> None:
         """Raise AssertionError when slots and sequences do not match; for tests, on an idle

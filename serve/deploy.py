@@ -108,11 +108,16 @@ def deploy(
     _own(version, artifact)
     for other in beside:
         _own(other.version, other.artifact)
+    if drain_seconds is None:
+        slots = (engine or EngineOptions()).slots
+        of_all = (artifact, *(other.artifact for other in beside))
+        drain_seconds = max(longest_answer(settings, one, slots) for one in of_all)
     if engine is not None and engine.kind == "vllm":
         if beside or draft is not None:
             raise UserError("vllm serves one version without a draft model; leave both out")
         name = fingerprint_of(version)
-        vllm.deploy(settings, version, artifact, name, engine, replicas, most_replicas, on_wait)
+        scale = (replicas, most_replicas, drain_seconds)
+        vllm.deploy(settings, version, artifact, name, engine, *scale, on_wait)
         return name
     if engine is not None and engine.device == "cuda":
         serve_api.require_gpu(settings, "engine.device cuda")
@@ -129,9 +134,6 @@ def deploy(
     spec = specification(
         settings, version, artifact, left, others, engine, _drafting(draft, version)
     )
-    if drain_seconds is None:
-        of_all = (artifact, *(other.artifact for other in beside))
-        drain_seconds = max(longest_answer(settings, one, spec.slots) for one in of_all)
     apply_config(settings, spec, replicas, most_replicas, drain_seconds)
     wait_until_served(settings, spec, replicas, timeout, on_wait)
     return spec.system_fingerprint

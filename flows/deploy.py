@@ -43,6 +43,19 @@ class DeployConfig(StageConfig):
         0.1, ge=0, le=1, description="The canary's share of the requests; 0: only by its own name."
     )
 
+    beside: tuple[str, ...] = Field(
+        (),
+        description="MODEL@VERSION of further versions, of this or of other models, by number or "
+        "alias; each answers under its own name, and the first of another model under that "
+        "model's, too.",
+    )
+    drain_seconds: int | None = Field(
+        None,
+        ge=1,
+        description="How long a replica that is to end may go on with its answers; without it, as "
+        "long as the longest answer of the served models may take.",
+    )
+
     @model_validator(mode="after")
     def _go_together(self) -> DeployConfig:
         if self.most_replicas is not None and self.most_replicas < self.replicas:
@@ -58,11 +71,18 @@ class DeployConfig(StageConfig):
 
 
 class Chosen(StageConfig):
-    """A version of the registry."""
+    """A version of the registry, with the names it has there."""
 
     model: str
     version: str
     artifact: str
+    aliases: tuple[str, ...] = ()
+
+
+class Served(Chosen):
+    """One beside the main version, and its share of the requests for its model's bare name."""
+
+    share: float
 
 
 class ServedConfig(StageConfig):
@@ -73,32 +93,32 @@ class ServedConfig(StageConfig):
     engine: EngineOptions = EngineOptions()
     version: Chosen
     draft: Chosen | None = None
-    canary: Chosen | None = None
-    canary_share: float = 0.0
+    beside: tuple[Served, ...] = ()
+    drain_seconds: int | None = None
 
 
 def is_served(manifest: Manifest) -> bool:
-    """Whether the endpoint answers as this manifest says: which versions, shares and engines."""
+    """Whether the endpoint answers as this manifest says: which versions with which names, shares
+    and engines, and how many replicas Serve was told to run.
+    """
     return _served(Settings.load()) == manifest.metrics["served"]
 
 
-@stage("deploy", version=3, still_true=is_served)
+@stage("deploy", version=4, still_true=is_served)
 def deploy_version(config: ServedConfig, work: Workspace) -> Outcome:
     """Serve the version; the one before answers until this one is warm."""
     settings = Settings.load()
     chosen, artifact = _found(config.version, work)
-    canaries = []
-    if config.canary is not None:
-        canaries = [serving.Canary(*_found(config.canary, work), config.canary_share)]
     served = serving.deploy(
         settings,
         chosen,
         artifact,
         replicas=config.replicas,
         most_replicas=config.most_replicas,
-        canaries=canaries,
+        beside=[serving.Beside(*_found(one, work), one.share) for one in config.beside],
         engine=config.engine,
         draft=_found(config.draft, work)[0] if config.draft else None,
+        drain_seconds=config.drain_seconds,
     )
     return Outcome(
         metrics={
@@ -137,9 +157,6 @@ def serve_version(params: DeployConfig, version: models.Version | None) -> Manif
     if version is None:
         plan_unknown("deploy", "depends on which version becomes the champion")
         return None
-    canary = models.get(version.model, params.canary) if params.canary else None
-    if canary is not None and canary.version == version.version:
-        canary = None  # the version that was tried has become the main one
     draft = models.named(params.draft) if params.draft else None
     return deploy_version(
         ServedConfig(
@@ -147,15 +164,38 @@ def serve_version(params: DeployConfig, version: models.Version | None) -> Manif
             most_replicas=params.most_replicas,
             engine=params.engine,
             version=_chosen(version),
-            draft=draft and _chosen(draft),
-            canary=canary and _chosen(canary),
-            canary_share=params.canary_share if canary else 0.0,
+            draft=draft and _chosen(draft).model_copy(update={"aliases": ()}),
+            beside=_beside(params, version),
+            drain_seconds=params.drain_seconds,
         )
     )
 
 
+def _beside(params: DeployConfig, main: models.Version) -> tuple[Served, ...]:
+    """The canary, then the others, each version once: one that was tried may have become the main
+    one. The first of another model answers under that model's bare name.
+    """
+    wanted = [(models.get(main.model, params.canary), params.canary_share)] if params.canary else []
+    found = [(one, 0.0) for one in map(models.named, params.beside)]
+    chosen: dict[tuple[str, str], Served] = {}
+    known = {main.model}
+    for one, share in (*wanted, *found):
+        key = (one.model, one.version)
+        if key == (main.model, main.version) or key in chosen:
+            continue
+        alone = one.model not in known
+        chosen[key] = Served(**_chosen(one).model_dump(), share=1.0 if alone else share)
+        known.add(one.model)
+    return tuple(chosen.values())
+
+
 def _chosen(version: models.Version) -> Chosen:
-    return Chosen(model=version.model, version=version.version, artifact=version.artifact)
+    return Chosen(
+        model=version.model,
+        version=version.version,
+        artifact=version.artifact,
+        aliases=tuple(sorted(version.aliases)),
+    )
 
 
 @flow(name="deploy", **HOOKS)

@@ -213,6 +213,9 @@ def _ray(settings: Settings) -> Service:
             RAY_SERVE_ENABLE_HA_PROXY="1",
             RAY_SERVE_HAPROXY_BINARY_PATH=str(_haproxy_wrapper(settings)),
             RAY_SERVE_HAPROXY_NBTHREAD="1",
+            # With every change of the replicas the proxy starts anew; the old one goes on with the
+            # streams it has, by default for no more than two minutes.
+            RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S="3600",
             # Our replica's engine has a thread of its own; another one between server and
             # application would only hand each token on.
             RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD="0",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-from serve.deploy import deploy
+from serve.deploy import Beside, deploy
 from serve.specification import EngineOptions
 from tasks.registry import models
 from tasks.registry.models import CHAMPION, Version
@@ -51,8 +52,19 @@ def _as_before(store: Store, champion: Version) -> dict[str, Any]:
                 "most_replicas": deployed.config.get("most_replicas"),
                 "engine": EngineOptions(**deployed.config.get("engine", {})),
                 "draft": draft and models.get(draft["model"], draft["version"]),
+                "drain_seconds": deployed.config.get("drain_seconds"),
+                "beside": list(_beside(store, champion, deployed.config)),
             }
     return {}
+
+
+def _beside(store: Store, champion: Version, config: dict[str, Any]) -> Iterator[Beside]:
+    """The versions that were served beside it, while the registry and the store have them."""
+    for told in config.get("beside", ()):
+        version = models.find(told["model"], told["version"])
+        artifact = version and store.find(version.stage, version.fingerprint)
+        if version and artifact and version.artifact != champion.artifact:
+            yield Beside(version, artifact, float(told["share"]))
 
 
 def main() -> int:

@@ -52,7 +52,8 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
     ask; None: everybody."""
     app = FastAPI(title="Gristmill", docs_url=None, redoc_url=None, openapi_url=None)
     mailbox = Mailbox()
-    app.add_middleware(Gateway, keys=keys)
+    counted = metrics.HttpMetrics()
+    app.add_middleware(Gateway, keys=keys, counted=counted)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(NotReady, _not_ready)
     app.add_exception_handler(UnknownModel, _unknown_model)
@@ -74,7 +75,8 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
 
     @app.get("/metrics")
     async def prometheus() -> PlainTextResponse:
-        return PlainTextResponse(metrics.render(host.served), media_type=metrics.CONTENT_TYPE)
+        text = metrics.render(host.served, counted, replica)
+        return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
 
     @app.get("/v1/models")
     async def list_models() -> JSONResponse:
@@ -197,10 +199,9 @@ def settle(completion: "Completion | ResponseRun", meter: Meter) -> None:
     served.metrics.record(
         seconds=completion.clock.elapsed,
         first=completion.clock.first,
-        waited=usage.waited,
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        reasons=usage.reasons.values(),
+        usage=usage,
+        choices=completion.choices,
+        limit=completion.limit,
     )
 
 

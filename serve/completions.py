@@ -50,6 +50,7 @@ class Completion:
             sampling = replace(sampling, prompt_logprobs=True)
         self.sampling = sampling
         self.form = request.form
+        self.choices, self.limit = request.choices, request.limit
         self.usage = Usage()
         self.accepted = False  # by the engine
         self.clock = Clock()

@@ -3,6 +3,7 @@
 Callable from any process: nothing here joins the Ray cluster.
 """
 
+import json
 import re
 import time
 import uuid
@@ -23,6 +24,8 @@ DEPLOYMENT = "Endpoint"
 IMPORT_PATH = "serve.deployment:application"
 DEPLOY_SECONDS = 300.0
 POLL_SECONDS = 0.25
+LEAST_DRAIN_SECONDS = 120.0
+SLOWEST_FLOPS = 2e9  # of one core that others use, too, in products of few rows
 FORGOTTEN_SECONDS = 15.0
 """How long Serve may speak of another wish than ours before ours counts as lost."""
 
@@ -32,8 +35,10 @@ def fingerprint_of(version: Version) -> str:
     return f"{version.model}-{version.version}-{version.fingerprint[:12]}"
 
 
-class Canary(NamedTuple):
-    """A version that gets a share (0–1) of the requests, beside the main one."""
+class Beside(NamedTuple):
+    """A version served at the same time as the main one, of its model or of another. share: 0–1 of
+    the requests for its model's bare name.
+    """
 
     version: Version
     artifact: Manifest
@@ -68,7 +73,7 @@ def specification(
         request=uuid.uuid4().hex,
         # An address with a password stays out of what Serve shows of a deployment.
         database=database if database.startswith("sqlite:") else "environment",
-        aliases=tuple(version.aliases),
+        aliases=tuple(sorted(version.aliases)),
         share=share,
         beside=beside,
         draft=draft and draft.artifact,
@@ -83,57 +88,102 @@ def deploy(
     *,
     replicas: int = 1,
     most_replicas: int | None = None,
-    canaries: Sequence[Canary] = (),
+    beside: Sequence[Beside] = (),
     engine: EngineOptions | None = None,
     draft: Version | None = None,
+    drain_seconds: float | None = None,
     timeout: float = DEPLOY_SECONDS,
     on_wait: Callable[[str], None] | None = None,
 ) -> str:
-    """Serve a version, with `canaries` beside it, and return its `system_fingerprint` once every
+    """Serve a version, and others `beside` it, and return its `system_fingerprint` once every
     replica answers with it.
 
     The version before answers until then, and goes on if the new one cannot be loaded. Serve adds
     replicas up to `most_replicas` while each has more requests than its engine has slots. `draft`
-    guesses `engine.speculate` tokens ahead for all of them. `on_wait` hears what is being waited
-    for. Raises UserError when Serve refuses, a replica cannot load the model, or nothing happens
-    within `timeout` seconds.
+    guesses `engine.speculate` tokens ahead for all versions of its own model. A replica that is to
+    end gets `drain_seconds` for the answers under way; None: as long as the longest may take.
+    `on_wait` hears what is being waited for. Raises UserError when Serve refuses, a replica cannot
+    load the model, or nothing happens within `timeout` seconds.
     """
     _own(version, artifact)
-    for canary in canaries:
-        _own(canary.version, canary.artifact)
+    for other in beside:
+        _own(other.version, other.artifact)
+    if drain_seconds is None:
+        slots = (engine or EngineOptions()).slots
+        of_all = (artifact, *(other.artifact for other in beside))
+        drain_seconds = max(longest_answer(settings, one, slots) for one in of_all)
     if engine is not None and engine.kind == "vllm":
-        if canaries or draft is not None:
+        if beside or draft is not None:
             raise UserError("vllm serves one version without a draft model; leave both out")
         name = fingerprint_of(version)
-        vllm.deploy(settings, version, artifact, name, engine, replicas, most_replicas, on_wait)
+        scale = (replicas, most_replicas, drain_seconds)
+        vllm.deploy(settings, version, artifact, name, engine, *scale, on_wait)
         return name
     if engine is not None and engine.device == "cuda":
         serve_api.require_gpu(settings, "engine.device cuda")
-    left = 1 - sum(canary.share for canary in canaries)
-    if left < 0 or any(not 0 <= canary.share <= 1 for canary in canaries):
+    left = 1 - sum(other.share for other in beside if other.version.model == version.model)
+    if left < 0 or any(not 0 <= other.share <= 1 for other in beside):
         raise UserError(f"the canaries' shares leave {left:.0%} for the main version; lower them")
-    if any(canary.version.version == version.version for canary in canaries):
-        raise UserError(f"version {version.version} cannot be its own canary; choose another")
-    beside = tuple(
-        specification(settings, *canary, engine=engine, draft=draft) for canary in canaries
+    names = [fingerprint_of(one) for one in (version, *(other.version for other in beside))]
+    for name in (name for name in names if names.count(name) > 1):
+        raise UserError(f"{name} cannot be served beside itself; choose another version")
+    others = tuple(
+        specification(settings, *other, engine=engine, draft=_drafting(draft, other.version))
+        for other in beside
     )
-    spec = specification(settings, version, artifact, left, beside, engine, draft)
-    apply_config(settings, spec, replicas, most_replicas)
+    spec = specification(
+        settings, version, artifact, left, others, engine, _drafting(draft, version)
+    )
+    apply_config(settings, spec, replicas, most_replicas, drain_seconds)
     wait_until_served(settings, spec, replicas, timeout, on_wait)
     return spec.system_fingerprint
 
 
+def _drafting(draft: Version | None, version: Version) -> Version | None:
+    """The draft model, for versions of the same model: those of others have other tokenizers."""
+    return draft if draft is not None and draft.model == version.model else None
+
+
 def apply_config(
-    settings: Settings, spec: ModelSpec, replicas: int, most_replicas: int | None = None
+    settings: Settings,
+    spec: ModelSpec,
+    replicas: int,
+    most_replicas: int | None = None,
+    drain_seconds: float = LEAST_DRAIN_SECONDS,
 ) -> None:
     """Declare our application; others in the same Serve keep their configuration."""
     scale = serve_api.scale(replicas, most_replicas, spec.slots)
     spec = spec.model_copy(update={"copies": max(replicas, most_replicas or 1)})
-    deployment = {"name": DEPLOYMENT, **scale, "user_config": spec.model_dump(mode="json")}
+    deployment = {
+        "name": DEPLOYMENT,
+        **scale,
+        "graceful_shutdown_timeout_s": drain_seconds,
+        "user_config": spec.model_dump(mode="json"),
+    }
     if spec.device == "cuda":
         deployment["ray_actor_options"] = {"num_cpus": 0, "num_gpus": 1}
     ours = {"route_prefix": "/", "import_path": IMPORT_PATH, "deployments": [deployment]}
     serve_api.declare(settings, ours)
+
+
+def longest_answer(settings: Settings, artifact: Manifest, slots: int) -> float:
+    """Seconds after which the longest answer of a model is over wherever we serve it, at least
+    LEAST_DRAIN_SECONDS.
+
+    An answer may fill the context after it waited for another one that did: so many steps, each of
+    2 FLOPs for every parameter and sequence of a full batch. Too much costs nothing: a replica
+    ends with its last answer. Where the directory does not say, the least is all that is known.
+    """
+    directory = Store.open(settings).of(artifact)
+    sizes = {file.name: file.size for file in artifact.files}
+    if "config.json" not in sizes:
+        return LEAST_DRAIN_SECONDS
+    config = json.loads(directory.read_bytes("config.json"))
+    context = config.get("max_position_embeddings") or config.get("n_positions") or 0
+    weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
+    each = 2 if "16" in str(config.get("dtype") or config.get("torch_dtype")) else 4
+    steps = 2 * context * (2 * weights / each * slots / SLOWEST_FLOPS)
+    return max(LEAST_DRAIN_SECONDS, float(round(steps)))
 
 
 def undeploy(settings: Settings) -> None:
@@ -152,11 +202,12 @@ def _own(version: Version, artifact: Manifest) -> None:
 
 
 def served(settings: Settings) -> dict[str, Any]:
-    """Every `system_fingerprint` the endpoint answers with: `shares`, of the requests, and the
-    options of its `engines`.
+    """Every `system_fingerprint` the endpoint answers with: `shares` of the requests, `aliases` and
+    the options of its `engines`; and the `scale` that Serve was told.
     """
     state = _health(settings) or vllm.served(settings)
-    return {key: state.get(key, {}) for key in ("shares", "engines")}
+    told = {key: state.get(key, {}) for key in ("shares", "aliases", "engines")}
+    return told | {"scale": serve_api.declared_scale(settings)}
 
 
 def served_version(settings: Settings) -> str | None:
@@ -172,7 +223,8 @@ def wait_until_served(
     timeout: float,
     on_wait: Callable[[str], None] | None = None,
 ) -> None:
-    """Return when `replicas` replicas serve the version of the spec.
+    """Return when all replicas that Serve runs, and at least `replicas`, serve the versions of the
+    spec.
 
     Raises UserError as `deploy` does, and Unavailable when Serve no longer knows of our wish: it
     was started anew with another one, or a later deploy replaced it.
@@ -182,12 +234,8 @@ def wait_until_served(
     known = time.monotonic()
     serving: set[str] = set()
     said = ""
-    wished = {
-        "shares": {one.system_fingerprint: one.share for one in spec.everything},
-        "engines": {one.system_fingerprint: one.engine_state() for one in spec.everything},
-        "loading": None,
-    }
-    while len(serving) < replicas:
+    wished = spec.served_state() | {"loading": None}
+    while True:
         state = _health(settings)
         heard = state.get("request") == spec.request
         for one in spec.everything if heard else ():
@@ -196,8 +244,11 @@ def wait_until_served(
         is_served = {key: state.get(key) for key in wished} == wished
         if is_served and state["replica"] not in serving:
             serving.add(state["replica"])
-            continue
-        status, problem, request = _application(settings)
+            if len(serving) < replicas:
+                continue
+        status, problem, request, running = _application(settings)
+        if len(serving) >= replicas and running <= serving:
+            return
         if request in (spec.request, None):
             known = time.monotonic()
         elif time.monotonic() - known > FORGOTTEN_SECONDS:
@@ -212,7 +263,8 @@ def wait_until_served(
                 f"{fingerprint} was not served within {timeout:.0f} s: Serve says {status}, "
                 f"{settings.serve}/health says {state or 'nothing'}; see the logs of Ray Serve"
             )
-        news = f"{len(serving)} of {replicas} replicas serve {fingerprint} ({status.lower()})"
+        count = f"{len(serving)} of {max(replicas, len(running))}"
+        news = f"{count} replicas serve {fingerprint} ({status.lower()})"
         if on_wait and news != said:
             on_wait(news)
             said = news
@@ -234,17 +286,24 @@ def _health(settings: Settings) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def _application(settings: Settings) -> tuple[str, str, str | None]:
-    """Serve's status of our application, its message, and the request it was last given.
+def _application(settings: Settings) -> tuple[str, str, str | None, set[str]]:
+    """Serve's status of our application, its message, the request it was last given, and the
+    replicas that get requests.
 
-    None where that is not known: a busy dashboard may owe an answer.
+    The request is None where it is not known: a busy dashboard may owe an answer.
     """
     try:
         found = serve_api.state(settings)
     except UserError as error:
-        return "UNKNOWN", str(error), None
+        return "UNKNOWN", str(error), None, set()
     if found is None:
-        return "NOT_STARTED", "", ""
+        return "NOT_STARTED", "", "", set()
+    deployment = (found.get("deployments") or {}).get(DEPLOYMENT) or {}
+    running = {
+        one["replica_id"]
+        for one in deployment.get("replicas") or ()
+        if one["state"] in ("RUNNING", "UPDATING")
+    }
     declared = (found.get("deployed_app_config") or {}).get("deployments") or [{}]
     request = (declared[0].get("user_config") or {}).get("request")
-    return str(found["status"]), str(found.get("message", "")), request
+    return str(found["status"]), str(found.get("message", "")), request, running

@@ -29,12 +29,10 @@ log = logging.getLogger(__name__)
 
 # More than the engine takes, so that it, and not a queue nobody sees, answers "too many" (429).
 MAX_ONGOING_REQUESTS = 1024
-DRAIN_SECONDS = 120  # a full context of the slowest model we serve on a CPU takes less
 
 
 @serve.deployment(
     max_ongoing_requests=MAX_ONGOING_REQUESTS,
-    graceful_shutdown_timeout_s=DRAIN_SECONDS,
     health_check_period_s=5,
     health_check_timeout_s=60,  # cores that train as well may answer late
     logging_config={"enable_access_log": False},  # `serve.gateway` writes a line with more

@@ -313,8 +313,8 @@ class _Server:
         """In the compiler's thread."""
         assert ask.grammar is not None
         try:
-            grammar = ask.grammar
-            constraint = self.grammars.compile(grammar.kind, grammar.text, grammar.param)
+            asked = ask.grammar
+            constraint = self.grammars.compile(asked.kind, asked.text, asked.param, asked.limits)
         except Exception:  # the other side compiled it, too
             log.exception("a grammar that was checked cannot be compiled")
             self.tell([Update(ask.id, "", [], "error", 0, 0)])

@@ -15,7 +15,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.errors import ApiError
-from serve.keys import Account, KeyRing
+from serve.keys import SCOPE_OF, Account, KeyRing
+from serve.metrics import HttpMetrics
 
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("gristmill.access")
@@ -23,6 +24,8 @@ REQUEST_ID = "x-request-id"
 SAFE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Ray Serve's own, by which a client could change how it is treated.
 INTERNAL = (b"x-request-disconnect-disabled", b"x-request-timeout-seconds")
+HANDLERS = ("/", "/health", "/ready", "/metrics", "/v1/models", "/tokenize", "/detokenize")
+METHODS = ("GET", "HEAD", "OPTIONS", "POST")
 QUIET = ("/health", "/ready", "/metrics")
 
 
@@ -44,9 +47,12 @@ class Meter:
 class Gateway:
     """ASGI middleware around the application."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: KeyRing | None = None, counted: HttpMetrics | None = None
+    ) -> None:
         self.app = app
         self.keys = keys
+        self.counted = counted or HttpMetrics()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -86,8 +92,17 @@ class Gateway:
                 raise
         finally:
             meter.charge()
+            method = scope["method"] if scope["method"] in METHODS else "other"
+            self.counted.answered[method, handler(scope["path"]), status] += 1
             if scope["path"] not in QUIET:
                 access_log.info(line(scope, meter, status, time.monotonic() - started))
+
+
+def handler(path: str) -> str:
+    """The path as a label: of these there are few, whatever clients ask for."""
+    if path.startswith("/v1/models/"):
+        return "/v1/models/{name}"
+    return path if path in SCOPE_OF or path in HANDLERS else "other"
 
 
 def line(scope: Scope, meter: Meter, status: int, seconds: float) -> str:

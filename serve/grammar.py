@@ -18,9 +18,25 @@ from model.engine import ConstraintError
 from serve.errors import ApiError
 
 MAX_GRAMMAR_CHARACTERS = 65_536
-LIMITS = LLParserLimits(
-    max_grammar_size=100_000, max_lexer_states=20_000, initial_lexer_fuel=200_000
-)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How large a grammar may be, and how large it may grow while an answer follows it."""
+
+    size: int = 100_000
+    states: int = 20_000  # of its lexer
+    fuel: int = 200_000  # of the lexer's construction
+
+    def theirs(self) -> LLParserLimits:
+        return LLParserLimits(
+            max_grammar_size=self.size,
+            max_lexer_states=self.states,
+            initial_lexer_fuel=self.fuel,
+        )
+
+
+LIMITS = Limits()
 
 
 class _Vocabulary:
@@ -46,10 +62,11 @@ class GrammarCompiler:
         self._size = len(tokenizer)
         self._compiled = functools.lru_cache(maxsize=64)(self._compile)
 
-    def compile(self, kind: str, text: str, param: str) -> "Grammar":
-        """kind: "json_schema" or "regex". Raises ApiError 400 naming `param` for what is none, or
-        is too large.
+    def compile(self, kind: str, text: str, param: str, limits: Limits | None = None) -> "Grammar":
+        """kind: "json_schema" or "regex"; limits: None for LIMITS. Raises ApiError 400 naming
+        `param` for what is none, or is too large.
         """
+        limits = limits or LIMITS
         if len(text) > MAX_GRAMMAR_CHARACTERS:
             raise ApiError(
                 400,
@@ -57,22 +74,22 @@ class GrammarCompiler:
                 param=param,
                 code="invalid_value",
             )
-        compiled, problem = self._compiled(kind, text)
+        compiled, problem = self._compiled(kind, text, limits)
         if compiled is None:
             message = f"not a usable {kind}: {_reason(problem)}"
             raise ApiError(400, message, param=param, code="invalid_value")
         mask = functools.partial(TokenMask, compiled, self._ends, self._size, param)
-        return Grammar(kind, text, param, mask)
+        return Grammar(kind, text, param, limits, mask)
 
-    def _compile(self, kind: str, text: str) -> tuple["Compiled | None", str]:
+    def _compile(self, kind: str, text: str, limits: Limits) -> tuple["Compiled | None", str]:
         """A grammar ready for answers, or why there is none."""
         try:
             if kind == "json_schema":
                 grammar = LLMatcher.grammar_from_json_schema(text)
             else:
                 grammar = LLMatcher.grammar_from_regex(text)
-            problem = LLMatcher.validate_grammar(grammar, self._tokenizer, limits=LIMITS)
-            compiled = Compiled(self._tokenizer, grammar)
+            problem = LLMatcher.validate_grammar(grammar, self._tokenizer, limits=limits.theirs())
+            compiled = Compiled(self._tokenizer, grammar, limits)
             matcher = compiled.matcher
             begins = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8).any()
             if problem or matcher.is_error() or not begins:
@@ -86,13 +103,15 @@ class GrammarCompiler:
 class Compiled:
     """A grammar and a matcher at its beginning, which answers copy.
 
-    Copies share the states that the lexer has met, and these count against LIMITS: what many
+    Copies share the states that the lexer has met, and these count against the limits: what many
     answers met together would one day end the next one. So an answer that meets the limit goes on
     with a matcher of its own making, and later ones begin with that.
     """
 
-    def __init__(self, tokenizer: LLTokenizer, grammar: str) -> None:
-        self._make = functools.partial(LLMatcher, tokenizer, grammar, log_level=0, limits=LIMITS)
+    def __init__(self, tokenizer: LLTokenizer, grammar: str, limits: Limits) -> None:
+        self._make = functools.partial(
+            LLMatcher, tokenizer, grammar, log_level=0, limits=limits.theirs()
+        )
         self.matcher = self._make()
 
     def renewed(self) -> LLMatcher:
@@ -103,13 +122,14 @@ class Compiled:
 
 @dataclass(frozen=True, eq=False)
 class Grammar:
-    """A grammar that compiles; called, the constraint of one answer. Its text alone is pickled: in
+    """A grammar that compiles; called, the constraint of one answer. Its mask is not pickled: in
     another process it must be compiled again.
     """
 
     kind: str
     text: str
     param: str  # of the request, which errors name
+    limits: Limits
     mask: "Callable[[], TokenMask] | None"
 
     def __call__(self) -> "TokenMask":
@@ -118,14 +138,14 @@ class Grammar:
         return self.mask()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Grammar, (self.kind, self.text, self.param, None)
+        return Grammar, (self.kind, self.text, self.param, self.limits, None)
 
 
 class TokenMask:
     """Follows one answer through its grammar.
 
     Raises ConstraintError naming `param` where it cannot: a grammar that was small when compiled
-    may need more states than LIMITS allow once an answer is under way.
+    may need more states than its limits allow once an answer is under way.
     """
 
     def __init__(self, compiled: Compiled, ends: tuple[int, ...], size: int, param: str) -> None:

@@ -140,6 +140,7 @@ class ModelHost:
                 "version": served.spec.version if served else None,
                 "serving": served.spec.system_fingerprint if served else None,
                 "shares": {s.spec.system_fingerprint: s.spec.share for s in self._served},
+                "aliases": {s.spec.system_fingerprint: list(s.spec.aliases) for s in self._served},
                 "engines": {s.spec.system_fingerprint: s.spec.engine_state() for s in self._served},
                 "since": served.since if served else None,
                 "request": wanted.request if wanted else None,

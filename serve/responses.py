@@ -27,6 +27,8 @@ class Usage:
     completions: dict[int, int] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)  # why each answer ended
     waited: float = 0.0  # seconds for a place in the batch, of the answer that waited longest
+    read: float = 0.0  # seconds until the prompts were read, the waiting included
+    lasted: float = 0.0  # seconds until the engine had ended the last answer
 
     def add(self, choice: int, prompt: int, update: Update) -> None:
         self.prompts[prompt] = update.prompt_tokens
@@ -38,6 +40,7 @@ class Usage:
         self.waited = max(self.waited, update.waited)
         if update.finish_reason is not None:
             self.reasons[choice] = update.finish_reason
+            self.read, self.lasted = max(self.read, update.read), max(self.lasted, update.lasted)
 
     @property
     def prompt_tokens(self) -> int:

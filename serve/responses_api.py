@@ -198,6 +198,14 @@ class ResponseRun:
         return self.completion.accepted
 
     @property
+    def choices(self) -> int:
+        return 1
+
+    @property
+    def limit(self) -> int | None:
+        return self.completion.limit
+
+    @property
     def clock(self) -> Clock:
         return self.completion.clock
 

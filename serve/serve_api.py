@@ -47,6 +47,20 @@ def state(settings: Settings) -> dict[str, Any] | None:
     return found
 
 
+def declared_scale(settings: Settings) -> dict[str, Any]:
+    """How many replicas Serve was told to run of our application, as `scale` put it, and how long
+    they may take to end; empty when it was told nothing, or does not answer.
+    """
+    try:
+        ours = declared(settings) or {}
+    except UserError:
+        return {}
+    models = (ours.get("args") or {}).get("llm_configs") or [{}]  # vLLM's are told another way
+    (told,) = ours.get("deployments") or [models[0].get("deployment_config") or {}]
+    names = ("num_replicas", "autoscaling_config", "graceful_shutdown_timeout_s")
+    return {name: told[name] for name in names if name in told}
+
+
 def gpus(settings: Settings) -> float:
     """GPUs of all living nodes of the Ray cluster."""
     nodes = dashboard(settings, "/api/v0/nodes?detail=true")["data"]["result"]["result"]

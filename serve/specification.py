@@ -87,6 +87,17 @@ class ModelSpec(EngineOptions):
             raise ValueError(f"a version is named twice: {', '.join(names)}")
         return self
 
+    def served_state(self) -> dict[str, Any]:
+        """How everything here is told from another wish: by `system_fingerprint`, the share, the
+        aliases and the engine of each version.
+        """
+        each = {one.system_fingerprint: one for one in self.everything}
+        return {
+            "shares": {name: one.share for name, one in each.items()},
+            "aliases": {name: list(one.aliases) for name, one in each.items()},
+            "engines": {name: one.engine_state() for name, one in each.items()},
+        }
+
     def engine_state(self) -> dict[str, str | int | bool | None]:
         """The engine's options and who drafts for it."""
         return {name: getattr(self, name) for name in (*EngineOptions.model_fields, "draft")}

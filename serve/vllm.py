@@ -35,6 +35,7 @@ def deploy(
     engine: EngineOptions,
     replicas: int,
     most_replicas: int | None = None,
+    drain_seconds: float = 120.0,
     on_wait: Callable[[str], None] | None = None,
 ) -> None:
     """Serve a version with vLLM and return when it answers.
@@ -46,7 +47,9 @@ def deploy(
     directory = _directory(settings, artifact)
     serve_api.declare(
         settings,
-        application(version.model, fingerprint, directory, engine, replicas, most_replicas),
+        application(
+            version.model, fingerprint, directory, engine, replicas, most_replicas, drain_seconds
+        ),
     )
     _wait(settings, version.model, fingerprint, on_wait)
 
@@ -58,6 +61,7 @@ def application(
     engine: EngineOptions,
     replicas: int = 1,
     most_replicas: int | None = None,
+    drain_seconds: float = 120.0,
 ) -> dict[str, Any]:
     """What Serve is told: ray.serve.llm's builder with one `LLMConfig` for the model `name`."""
     options: dict[str, Any] = {"dtype": engine.weights, "max_num_seqs": engine.slots}
@@ -75,6 +79,7 @@ def application(
             **serve_api.scale(replicas, most_replicas, engine.slots),
             "max_ongoing_requests": engine.slots,
             "max_queued_requests": engine.max_waiting,
+            "graceful_shutdown_timeout_s": drain_seconds,
         },
     }
     return {

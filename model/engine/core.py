@@ -2,8 +2,9 @@
 
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from model.transformer import Transformer
 
 log = logging.getLogger(__name__)
 
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # vLLM's bounds
 GRID = 8 * PAGE  # tokens of a prompt read at once in deterministic mode
 
 
@@ -63,12 +65,16 @@ class Counters:
     aborted: int = 0
     ended: int = 0  # for whatever reason
     steps: int = 0
+    drafts: int = 0  # guesses of one or more tokens
     drafted_tokens: int = 0  # proposed by speculation
     accepted_tokens: int = 0  # of these, those that were right
     running: int = 0
     waiting: int = 0
     pages: int = 0
     pages_used: int = 0
+    step_tokens: int = 0  # read by all steps, of prompts and answers
+    steps_of: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKENS) + 1))
+    """How many steps read how many tokens: up to each bound of STEP_TOKENS, then more."""
 
 
 class Core:
@@ -207,6 +213,9 @@ class Core:
         elif plan:
             self._read(plan, updates)
         self.counters.steps += 1
+        size = sum(len(span.tokens) for _, span in plan)
+        self.counters.step_tokens += size
+        self.counters.steps_of[bisect_left(STEP_TOKENS, size)] += 1
         self._count()
         return updates
 
@@ -242,7 +251,10 @@ class Core:
         if self.drafter is not None:
             self.drafter.keep(self.scheduler.running)
             self.drafter.guess(wanted, self.vocabulary)
-        self.counters.drafted_tokens += sum(len(s.draft) for s in self.scheduler.running)
+        if self.speculate:
+            lengths = [len(s.draft) for s in self.scheduler.running if s.draft]
+            self.counters.drafts += len(lengths)
+            self.counters.drafted_tokens += sum(lengths)
 
     def _read(self, plan: Sequence[tuple[Answer, Span]], updates: list[Update]) -> None:
         """One pass through the network, and what follows from it."""
@@ -262,6 +274,7 @@ class Core:
             self.scheduler.advance(sequence, span.end)
             if sequence.reading:
                 continue
+            sequence.read = time.monotonic() - sequence.added
             if sequence.limit == 0:
                 updates.append(self._finish(sequence, "length"))
             else:
@@ -394,6 +407,7 @@ class Core:
     def _finish(self, sequence: Answer, reason: FinishReason) -> Update:
         self.scheduler.remove(sequence)
         self.counters.ended += 1
+        sequence.lasted = time.monotonic() - sequence.added
         if sequence.text is not None:
             was_stopped = sequence.text.stopped
             sequence.parts.append(sequence.text.finish())
@@ -422,6 +436,8 @@ class Core:
             prompt_logprobs=sequence.prompt_logprobs,
             total_logprob=sequence.total_logprob,
             waited=sequence.waited,
+            read=sequence.read,
+            lasted=sequence.lasted,
             problem=sequence.problem,
             embedding=None if sequence.hidden is None else sequence.hidden / len(sequence.prompt),
         )

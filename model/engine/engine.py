@@ -143,7 +143,8 @@ class Engine:
         return self._core.vocabulary
 
     def counters(self) -> Counters:
-        return replace(self._core.counters)
+        counters = self._core.counters
+        return replace(counters, steps_of=list(counters.steps_of))
 
     def check(self) -> None:
         """Raise AssertionError when slots and sequences do not match; for tests, on an idle

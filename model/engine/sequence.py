@@ -44,6 +44,8 @@ class Update:
     embedding: torch.Tensor | None = None  # (C,), the only news of a prompt that was to be embedded
     total_logprob: float = 0.0  # of all tokens so far, where logprobs were asked for
     waited: float = 0.0  # seconds for a place in the batch
+    read: float = 0.0  # seconds until the prompt was read, the waiting included
+    lasted: float = 0.0  # seconds until the end, in the last update
     problem: str = ""  # of an "error": what the request itself asked for and cannot be had
 
 
@@ -62,6 +64,8 @@ class Sequence:
     adjustment: Adjustment | None = None
     added: float = 0.0  # when it began to wait, by the monotonic clock
     waited: float = 0.0  # seconds it did
+    read: float = 0.0  # seconds until its prompt was read, since it was added
+    lasted: float = 0.0  # and until its end
     # In the cache:
     run: Run | None = None  # None: waiting
     computed: int = 0  # tokens whose keys and values lie in the cache

@@ -1,8 +1,9 @@
 // The chat page. Text from people and models reaches the document only as textContent.
 
 const DEFAULTS = {
-  temperature: 0, top_p: 0.9, top_k: 0, seed: "", max_tokens: 160, history: false, theme: "auto",
-  system: "", served: "", key: "",
+  temperature: 0, top_p: 0.9, top_k: 0, min_p: 0, repetition_penalty: 1, frequency_penalty: 0,
+  presence_penalty: 0, seed: "", max_tokens: 160, history: false, theme: "auto", system: "",
+  served: "", key: "",
 };
 const RESERVED = 48; // tokens kept free for an answer when turns are chosen to fit
 
@@ -11,7 +12,7 @@ const turns = restore("gristmill.turns", []); // {question, answer, problem, met
 const settings = { ...DEFAULTS, ...restore("gristmill.settings", {}) };
 let cards = []; // the models, as /v1/models tells them
 let card = null; // the one that is asked
-let locked = false; // whether the endpoint wants an API key
+let locked = ""; // why the endpoint tells us of no model: the key that it wants
 let running = null; // AbortController of the answer under way
 
 function restore(key, otherwise) {
@@ -51,7 +52,10 @@ function button(text, title, onClick) {
 async function loadCard() {
   try {
     const response = await fetch("/v1/models", { headers: authorization() });
-    locked = response.status === 401;
+    locked = {
+      401: "an API key is needed: Settings",
+      403: "this API key lacks the scope read: Settings",
+    }[response.status] ?? "";
     cards = response.ok ? (await response.json()).data : [];
   } catch {
     cards = [];
@@ -79,7 +83,7 @@ function authorization() {
 function showCard() {
   const pill = $("model");
   pill.classList.toggle("bad", !card);
-  const without = locked ? "an API key is needed: Settings" : "no model is served yet";
+  const without = locked || "no model is served yet";
   pill.textContent = card ? `${card.id} · version ${card.version}` : without;
   $("send").disabled = !card && !running;
   if (!card) return;
@@ -236,6 +240,7 @@ async function answer(turn) {
   let usage = null;
   let fingerprint = "";
   let reason = "";
+  let pieces = 0;
   turn.answer = "";
   try {
     const messages = await fitting(turn);
@@ -251,6 +256,7 @@ async function answer(turn) {
       reason = choice?.finish_reason ?? reason;
       if (choice?.delta.content) {
         first ||= performance.now() - started;
+        pieces += 1;
         turn.answer += choice.delta.content;
         fill(text, turn.answer);
         toBottom(false);
@@ -258,12 +264,12 @@ async function answer(turn) {
     }
   } catch (error) {
     if (error.name !== "AbortError") turn.problem = error.message;
-    else turn.meta = "stopped";
+    else turn.meta = stopped(pieces, first, performance.now() - started);
   }
   const total = performance.now() - started;
   if (usage) turn.meta = readOut(usage, first, total, reason);
   if (card && fingerprint && fingerprint !== card.system_fingerprint) await loadCard();
-  if (turn.meta && card) turn.meta += ` · version ${versionOf(fingerprint)}`;
+  if (turn.meta && card && fingerprint) turn.meta += ` · version ${versionOf(fingerprint)}`;
   running = null;
   busy(false);
   render();
@@ -283,14 +289,25 @@ function readOut(usage, first, total, reason) {
   return `${tokens} tokens · first after ${Math.round(first || total)} ms${rate}${cut}`;
 }
 
+// Of an answer that was stopped nobody sends the count; every piece is a token or a few.
+function stopped(pieces, first, total) {
+  if (!pieces) return `stopped after ${Math.round(total)} ms, before the first token`;
+  const rate = total > first ? ` · ${Math.round((pieces / (total - first)) * 1000)} tokens/s` : "";
+  return `stopped · at least ${pieces} tokens · first after ${Math.round(first)} ms${rate}`;
+}
+
 function request(messages) {
   const body = {
     model: card.id, messages, stream: true, stream_options: { include_usage: true },
     temperature: settings.temperature, max_tokens: settings.max_tokens,
   };
+  for (const name of ["repetition_penalty", "frequency_penalty", "presence_penalty"]) {
+    if (settings[name] !== DEFAULTS[name]) body[name] = settings[name];
+  }
   if (settings.temperature > 0) {
     body.top_p = settings.top_p;
     body.top_k = settings.top_k;
+    body.min_p = settings.min_p;
     if (settings.seed !== "") body.seed = Number(settings.seed);
   }
   return body;
@@ -303,14 +320,19 @@ async function fitting(turn) {
   if (!settings.history) {
     return conversation([turn]);
   }
-  for (let skip = 0; skip <= earlier.length; skip++) {
-    const messages = conversation([...earlier.slice(skip).filter((old) => old.answer), turn]);
-    if (skip === earlier.length || await fits(messages)) {
-      for (const old of earlier.slice(0, skip)) old.left = "left out: the context is full";
-      return messages;
-    }
+  const without = (skip) =>
+    conversation([...earlier.slice(skip).filter((old) => old.answer), turn]);
+  if (!earlier.length || await fits(without(0))) return without(0);
+  // The more turns are left out, the shorter: the first number that fits is found by halving.
+  let least = 1;
+  let most = earlier.length; // the question alone is sent whatever its length; the answer tells
+  while (least < most) {
+    const middle = (least + most) >> 1;
+    if (await fits(without(middle))) most = middle;
+    else least = middle + 1;
   }
-  return conversation([turn]);
+  for (const old of earlier.slice(0, most)) old.left = "left out: the context is full";
+  return without(most);
 }
 
 function conversation(chosen) {
@@ -325,9 +347,15 @@ function conversation(chosen) {
 }
 
 async function fits(messages) {
-  const response = await post("/tokenize", { model: card.id, messages });
-  const { count, max_model_len: limit } = await response.json();
-  return count + Math.min(RESERVED, settings.max_tokens) <= limit;
+  try {
+    const response = await post("/tokenize", { model: card.id, messages });
+    const { count, max_model_len: limit } = await response.json();
+    return count + Math.min(RESERVED, settings.max_tokens) <= limit;
+  } catch (error) {
+    // What is longer than any text of so many tokens is not even counted, or not even read.
+    if (error.code === "context_length_exceeded" || error.status === 413) return false;
+    throw error;
+  }
 }
 
 async function post(path, body) {
@@ -339,7 +367,8 @@ async function post(path, body) {
   });
   if (response.ok) return response;
   const problem = await response.json().catch(() => null);
-  throw new Error(problem?.error?.message ?? `the endpoint answered ${response.status}`);
+  const error = new Error(problem?.error?.message ?? `the endpoint answered ${response.status}`);
+  throw Object.assign(error, { code: problem?.error?.code, status: response.status });
 }
 
 // The JSON of each server-sent event, up to [DONE].

@@ -122,8 +122,11 @@ def test_models_health_ready_and_metrics_tell_what_is_served(endpoint: Endpoint)
         health = client.get("/health").json()
         assert health["serving"] == "tiny-1-one" and health["replica"] == "replica-1"
         assert client.get("/ready").status_code == 200
-        assert 'gristmill_num_requests_running{model="tiny",version="1"} 0' in (
-            client.get("/metrics").text
+        assert (
+            """\
+gristmill_num_requests_running{model_name="tiny",version="1",replica="replica-1"} 0
+"""
+            in client.get("/metrics").text
         )
 
 
@@ -136,9 +139,12 @@ def test_metrics_have_the_names_of_vllm_and_count_what_happened(endpoint: Endpoi
     each = (
         *("time_to_first_token_seconds", "inter_token_latency_seconds", "request_prompt_tokens"),
         *("request_time_per_output_token_seconds", "e2e_request_latency_seconds"),
-        *("request_queue_time_seconds", "request_generation_tokens"),
+        *("request_queue_time_seconds", "request_generation_tokens", "request_params_n"),
+        *("request_prefill_time_seconds", "request_decode_time_seconds"),
+        *("request_inference_time_seconds", "request_params_max_tokens"),
     )
     names = [f"{name}_count" for name in each]
+    names += ["iteration_tokens_total_sum", "iteration_tokens_total_count"]
     names += ["request_success_total", "generation_tokens_total", "prompt_tokens_total"]
     before = {name: count(name) for name in names}
     post(endpoint, "/v1/chat/completions", CHAT | {"max_tokens": 5, "ignore_eos": True})
@@ -148,11 +154,40 @@ def test_metrics_have_the_names_of_vllm_and_count_what_happened(endpoint: Endpoi
         CHAT | {"max_tokens": 5, "ignore_eos": True, "stream": True},
     )
     more = {name: count(name) - before[name] for name in names}
+    # The last token of an answer is never read; a cached prompt is read from its last page on.
+    assert 8 < more.pop("iteration_tokens_total_sum") < 60
+    assert more.pop("iteration_tokens_total_count") == 10
     assert more.pop("prompt_tokens_total") > 10 and more.pop("generation_tokens_total") == 10
     assert 0 < more.pop("inter_token_latency_seconds_count") <= 4
     ours = {"time_to_first_token_seconds_count", "request_time_per_output_token_seconds_count"}
     assert {name for name, grown in more.items() if grown == 1} == ours
     assert {name for name, grown in more.items() if grown == 2} == more.keys() - ours
+
+
+def test_refusals_are_counted_by_their_status(endpoint: Endpoint) -> None:
+    def counts() -> dict[str, float]:
+        with endpoint.client() as client:
+            lines = client.get("/metrics").text.splitlines()
+        found = [line.rsplit(" ", 1) for line in lines if "http_requests_total{" in line]
+        return {labels: float(value) for labels, value in found}
+
+    before = counts()
+    with endpoint.client() as client:
+        client.post("/v1/chat/completions", json={"model": "tiny"})
+        client.post("/v1/completions", json={"model": "none", "prompt": "a"})
+        client.get("/v1/models/none")
+        client.get("/what/ever")
+        client.request("PROPFIND", "/v1/models")
+    grown = {name for name, value in counts().items() if value == before.get(name, 0) + 1}
+    for method, handler, status in (
+        ("POST", "/v1/chat/completions", 400),
+        ("POST", "/v1/completions", 404),
+        ("GET", "/v1/models/{name}", 404),
+        ("GET", "other", 404),
+        ("other", "/v1/models", 405),
+    ):
+        labels = f'method="{method}",handler="{handler}",status="{status}",replica="replica-1"'
+        assert f"gristmill_http_requests_total{{{labels}}}" in grown
 
 
 def test_the_page_and_its_assets_are_ours_alone(endpoint: Endpoint) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,9 +120,12 @@ def test_escape_stops_an_answer_and_frees_the_engine(
     choose(page, "max_tokens", 4000)
     ask(page, "import os", wait=False)
     page.wait("document.querySelector('#send').textContent === 'Stop'")
+    page.wait("document.querySelector('.turn.theirs .text').textContent.length > 20")
     page.press("Escape")
     page.wait(IDLE)
-    assert "stopped" in page.run("document.querySelector('.foot').textContent")
+    foot = page.run("document.querySelector('.foot').textContent")
+    assert re.search(r"stopped · at least \d+ tokens · first after \d+ ms · \d+ tokens/s", foot)
+    assert "version slow" in foot
     assert endpoint.idle()
 
 
@@ -155,6 +159,44 @@ def test_the_oldest_turns_are_left_out_visibly_when_the_context_is_full(page: Pa
     unsent = page.run("document.querySelectorAll('.turn.unsent').length")
     assert 0 < unsent < 10
     assert not page.errors
+
+
+def test_a_conversation_beyond_any_context_goes_on(page: Page, endpoint: Endpoint) -> None:
+    long = [{"question": f"{n} " + "w" * 60, "answer": "x" * 60} for n in range(190)]
+    page.run(f"localStorage.setItem('gristmill.turns', JSON.stringify({json.dumps(long)}))")
+    page.open(endpoint.url)
+    page.wait("document.querySelector('#model').textContent.includes('version 1')")
+    page.run("document.querySelector('#tune').click()")
+    page.run("document.querySelector('#history').click()")
+    choose(page, "max_tokens", 12)
+    page.run("performance.clearResourceTimings()")
+    ask(page, "import os")
+    assert not page.run("document.querySelector('.problem')?.textContent")
+    assert page.run("document.querySelectorAll('.turn.unsent').length") >= 2 * 188
+    asked = "performance.getEntriesByType('resource').filter(e => e.name.endsWith('/tokenize'))"
+    assert 1 < page.run(f"{asked}.length") <= 9
+    assert page.run(ANSWERS)[-1] or page.run("document.querySelector('.turn:last-child .nothing')")
+
+
+def test_every_sampling_control_reaches_the_request(page: Page) -> None:
+    page.run("document.querySelector('#tune').click()")
+    page.run(
+        "window.bodies = []; const before = window.fetch; window.fetch = (path, options) => {"
+        " if (options?.body) window.bodies.push(JSON.parse(options.body));"
+        " return before(path, options); }"
+    )
+    ask(page, "import os")
+    chosen = {"temperature": 1.5, "top_p": 0.5, "top_k": 9, "min_p": 0.1, "max_tokens": 5}
+    chosen |= {"repetition_penalty": 1.2, "frequency_penalty": 0.5, "presence_penalty": -0.5}
+    for setting, value in chosen.items():
+        choose(page, setting, value)
+    ask(page, "import os")
+    plain, sampled = page.run("window.bodies")
+    assert {name: sampled[name] for name in chosen} == chosen
+    assert not any("penalty" in name or name == "min_p" for name in plain)
+    assert not page.run("document.querySelector('.problem')?.textContent")
+    page.run("document.querySelector('#reset').click()")
+    assert page.run("document.querySelector('#repetition_penalty').value") == "1"
 
 
 def test_a_refusal_is_said_in_the_conversation(page: Page) -> None:
@@ -220,7 +262,7 @@ def test_an_endpoint_with_keys_asks_for_one(
     chromium: Page, endpoint: Endpoint, tmp_path: Path
 ) -> None:
     store = ApiKeys(f"sqlite:///{tmp_path / 'state.db'}")
-    key = store.create("a person")
+    key, program = store.create("a person"), store.create("a program", ("generate",))
     serve(endpoint, spec())
     with listening(create_app(endpoint.host, "guarded", KeyRing(store))) as url:
         chromium.open(url)
@@ -231,3 +273,5 @@ def test_an_endpoint_with_keys_asks_for_one(
         chromium.wait("!document.querySelector('#send').disabled")
         ask(chromium, "def main():")
         assert chromium.run(ANSWERS)[-1] == greedy(endpoint, "def main():")
+        choose(chromium, "key", program)
+        chromium.wait(f"{pill} === 'this API key lacks the scope read: Settings'")

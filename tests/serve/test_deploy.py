@@ -15,10 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
+from flows import deploy as flow
 from flows.deploy import DeployConfig
 from serve import deploy
 from serve.about import about, choose_examples
 from serve.fetch import fetch
+from tasks.registry import models
 from tasks.runtime.errors import Unavailable, UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
@@ -146,6 +148,7 @@ def other_wish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sett
     running = {"status": "RUNNING", "message": "", "deployed_app_config": config}
     health = {"serving": "m-7", "loading": None, "request": "theirs", "failed": {}, "replica": "r"}
     health |= {"shares": {"m-7": 1.0}, "engines": {"m-7": spec().engine_state()}}
+    health |= {"aliases": {"m-7": []}}
     OtherServe.answers = {
         "/health": health,
         "/api/serve/applications/": {"applications": {"gristmill": running}},
@@ -168,6 +171,106 @@ def test_a_deploy_that_serve_forgot_is_tried_again_instead_of_waited_for(
 def test_a_version_that_is_served_already_is_not_waited_for(other_wish: Settings) -> None:
     wanted = spec("finetune/0000").model_copy(update={"system_fingerprint": "m-7", "request": "us"})
     deploy.wait_until_served(other_wish, wanted, 1, timeout=2)
+
+
+def test_a_deploy_waits_for_every_replica_that_gets_requests(other_wish: Settings) -> None:
+    running = OtherServe.answers["/api/serve/applications/"]["applications"]["gristmill"]
+    added = [{"replica_id": "r", "state": "RUNNING"}, {"replica_id": "s", "state": "UPDATING"}]
+    going = {"replica_id": "t", "state": "STOPPING"}
+    coming = {"replica_id": "u", "state": "STARTING"}
+    running["deployments"] = {"Endpoint": {"replicas": [*added, going, coming]}}
+    running["deployed_app_config"] = {"deployments": [{"user_config": {"request": "us"}}]}
+    wanted = spec("finetune/0000").model_copy(update={"system_fingerprint": "m-7", "request": "us"})
+    said: list[str] = []
+    with pytest.raises(UserError, match="was not served within 1 s"):
+        deploy.wait_until_served(other_wish, wanted, 1, 1, said.append)
+    assert said == ["1 of 2 replicas serve m-7 (running)"]
+    added[1]["replica_id"] = "r"
+    deploy.wait_until_served(other_wish, wanted, 1, timeout=2)
+
+
+def test_going_back_in_replicas_or_names_is_not_what_is_served(
+    other_wish: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flow.Settings, "load", lambda: other_wish)
+    running = OtherServe.answers["/api/serve/applications/"]["applications"]["gristmill"]
+    health = OtherServe.answers["/health"]
+
+    def told(**scale: object) -> None:
+        config = {"name": "gristmill", "deployments": [{**scale, "user_config": {}}]}
+        running["deployed_app_config"] = config
+
+    def deployed() -> Manifest:
+        return Manifest(
+            stage="deploy",
+            version=4,
+            fingerprint="f" * 64,
+            content="f" * 64,
+            files=(),
+            metrics={"served": json.dumps(deploy.served(other_wish), sort_keys=True)},
+        )
+
+    told(num_replicas=1)
+    one = deployed()
+    assert flow.is_served(one)
+    told(num_replicas=2)
+    two = deployed()
+    assert flow.is_served(two) and not flow.is_served(one)
+    told(num_replicas="auto", autoscaling_config={"max_replicas": 4})
+    assert not flow.is_served(two)
+    told(num_replicas=1)
+    assert flow.is_served(one)
+    health["aliases"] = {"m-7": ["champion"]}
+    assert not flow.is_served(one)
+
+
+def version(model: str, number: str, *aliases: str) -> models.Version:
+    artifact = f"finetune/{model}{number}"
+    return models.Version(model, number, "run", artifact, aliases, {}, 0.0, {})
+
+
+def test_several_models_and_versions_are_chosen_for_one_deploy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = {
+        ("a", "1"): version("a", "1", "champion"),
+        ("a", "2"): version("a", "2", "challenger"),
+        ("a", "challenger"): version("a", "2", "challenger"),
+        ("b", "champion"): version("b", "7", "champion"),
+        ("b", "6"): version("b", "6"),
+    }
+    monkeypatch.setattr(models, "get", lambda model, name: known[model, name])
+    asked: list[flow.ServedConfig] = []
+    monkeypatch.setattr(flow, "deploy_version", asked.append)
+
+    def chosen(**values: object) -> list[tuple[str, str, float]]:
+        config = DeployConfig.model_validate(values)
+        flow.serve_version(config, known["a", "1"])
+        return [(one.model, one.version, one.share) for one in asked[-1].beside]
+
+    assert chosen() == []
+    assert asked[-1].version.aliases == ("champion",)
+    assert chosen(beside=["a@2", "b", "b@6"]) == [("a", "2", 0), ("b", "7", 1), ("b", "6", 0)]
+    assert chosen(canary="challenger", beside=["a@2"]) == [("a", "2", 0.1)]
+    assert chosen(canary="1", beside=["a@1"]) == []  # became the main one
+    assert asked[-1] == asked[0]
+    known["a", "1"] = version("a", "1")  # the alias went elsewhere
+    assert chosen() == [] and asked[-1] != asked[0]
+
+
+def test_a_replica_may_take_as_long_as_the_longest_answer(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, store=str(tmp_path))
+    store = Store.open(settings)
+
+    def seconds(context: int, megabytes: int, slots: int) -> float:
+        config = json.dumps({"max_position_embeddings": context, "dtype": "float32"}).encode()
+        files = {"config.json": config, "model.safetensors": b"0" * (megabytes << 20)}
+        return deploy.longest_answer(settings, commit(store, "finetune", files), slots)
+
+    assert seconds(128, 1, 4) == deploy.LEAST_DRAIN_SECONDS
+    # A full batch of 32 at 2 GFLOPS: 0.27 s a step, and two contexts of steps.
+    assert 2000 < seconds(4096, 32, 32) < 2400
+    assert deploy.longest_answer(settings, commit(store, "finetune", {}), 32) == 120
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,25 @@ def test_the_engine_of_a_served_version_can_be_changed(registered: Registered) -
     assert serving.served(registered.settings)["engines"][plain]["weights"] == "float32"
 
 
+def test_several_models_answer_each_under_its_name(registered: Registered) -> None:
+    version, artifact = registered.version(2)
+    other = dataclasses.replace(version, model="other", aliases=("champion",))
+    served = registered.deploy(1, beside=[serving.Beside(other, artifact, 1.0)])
+    names = {"tiny": served, "other": serving.fingerprint_of(other)}
+    names["other@champion"] = names["other"]
+    for name, fingerprint in names.items():
+        reply = registered.client.post("/v1/chat/completions", json=REQUEST | {"model": name})
+        assert reply.json()["system_fingerprint"] == fingerprint
+    cards = registered.client.get("/v1/models").json()["data"]
+    assert [card["id"] for card in cards] == ["tiny", "other", "tiny@1", "other@2"]
+    told = serving.served(registered.settings)
+    assert told["aliases"][names["other"]] == ["champion"]
+    assert told["scale"]["num_replicas"] == 1
+    # The longest answer of so small a model takes less than what every replica gets.
+    assert told["scale"]["graceful_shutdown_timeout_s"] == serving.LEAST_DRAIN_SECONDS
+    registered.deploy(1)
+
+
 @pytest.mark.slow
 def test_replicas_are_added_while_requests_outnumber_slots(registered: Registered) -> None:
     registered.deploy(1, most_replicas=2, engine=EngineOptions(slots=1, max_waiting=1000))

@@ -61,8 +61,29 @@ def test_versions_answer_by_number_and_alias(endpoint: Endpoint) -> None:
         ids = [card["id"] for card in client.get("/v1/models").json()["data"]]
         text = client.get("/metrics").text
     assert ids == ["tiny", "tiny@1", "tiny@2"]
-    assert 'gristmill_num_requests_running{model="tiny",version="2"} 0' in text
+    assert (
+        'gristmill_num_requests_running{model_name="tiny",version="2",replica="replica-1"} 0'
+        in text
+    )
     assert text.count("# TYPE gristmill_num_requests_running gauge") == 1
+
+
+def test_several_models_answer_each_under_its_name(endpoint: Endpoint) -> None:
+    other = spec("two", "2", aliases=("champion",)).model_copy(update={"name": "other"})
+    spare = spec("one", "3", share=0.0).model_copy(update={"name": "other"})
+    serve(endpoint, spec(beside=(other, spare)))
+    for name, fingerprint in (
+        ("tiny", "tiny-1-one"),
+        ("other", "tiny-2-two"),
+        ("other@champion", "tiny-2-two"),
+        ("other@3", "tiny-3-one"),
+    ):
+        assert all(answered(endpoint, model=name) == fingerprint for _ in range(5))
+    with endpoint.client() as client:
+        ids = [card["id"] for card in client.get("/v1/models").json()["data"]]
+    assert ids == ["tiny", "other", "tiny@1", "other@2", "other@3"]
+    status, problem = error(endpoint, "/v1/chat/completions", json=REQUEST | {"model": "third"})
+    assert status == 404 and "'tiny', 'other'" in problem["message"]
 
 
 def test_a_canary_comes_grows_and_goes_without_a_failed_request(endpoint: Endpoint) -> None:

@@ -122,6 +122,7 @@ def test_rays_own_classes_take_the_configuration(tmp_path: Path) -> None:
     assert read.engine_kwargs["speculative_config"]["num_speculative_tokens"] == 4
     assert read.deployment_config["autoscaling_config"]["max_replicas"] == 4
     assert read.deployment_config["max_queued_requests"] == 9
+    assert read.deployment_config["graceful_shutdown_timeout_s"] == 120
 
 
 def test_a_version_is_declared_and_known_again(cluster: Settings) -> None:

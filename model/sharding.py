@@ -8,8 +8,9 @@ the backward pass, because the loss uses the output matrix there. Tensor paralle
 (`model.tensor_parallel`) divides the work of each block as well.
 """
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model.transformer import Transformer
@@ -95,6 +96,19 @@ def shard(module: nn.Module, model: Transformer, ranks: Ranks) -> nn.Module:
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
     return module
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """What stands outside the blocks of a divided model is whole meanwhile, as it is in a step, so
+    that the model can be asked without its loss. Every rank must take part.
+    """
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    yield
+    module.reshard()
 
 
 def together(tensors: Iterable[tuple[str, Tensor]]) -> list[dict[str, Tensor]]:

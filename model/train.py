@@ -50,7 +50,14 @@ from model.moe import balance, uncounted
 from model.optim import OptimConfig, Optimizer
 from model.precision import resolve_precision
 from model.schedule import Schedule
-from model.sharding import Ranks, SummedGradients, load_whole_state, shard, whole_tensors
+from model.sharding import (
+    Ranks,
+    SummedGradients,
+    gathered,
+    load_whole_state,
+    shard,
+    whole_tensors,
+)
 from model.spikes import SpikeGuard
 from model.tensor_parallel import divide_blocks, join_gradients
 from model.train_config import TrainConfig
@@ -105,7 +112,7 @@ def train(
         for those before the checkpoint, which the killed run may not have got rid of.
     heldout: loaders of text that is not trained on, by the name of its source.
     on_heldout: called on every rank with the losses `model.validation` found after a step; the
-        model is as that step left it.
+        model is as that step left it, and can be asked there, when it is divided by all together.
     on_checkpoint: called on rank 0 when a checkpoint is whole, in the thread that wrote it; one is
         also made after the last step. When this function returns all are whole.
 
@@ -247,7 +254,8 @@ def train(
                     losses = heldout_losses(bare, heldout, *shown, device, ranks, bf16=bf16)
                     least = min((earlier[OVERALL] for _, earlier in past.heldout), default=math.inf)
                     past.heldout.append((done, losses))
-                    on_heldout(done, losses)
+                    with gathered(bare):
+                        on_heldout(done, losses)
                     model.train()
                     if losses[OVERALL] < least and config.keep_best:
                         save(done, config.keep_best, BEST)

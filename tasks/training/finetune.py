@@ -73,6 +73,7 @@ def finetune(
                 shards=shards,
                 base=base,
                 pairs=PairsData(pairs=pairs, passes=config.passes, replay=config.replay),
+                judged=config.heldout_sequences > 0,
                 run=config.run,
                 tracking_uri=Settings.load().mlflow,
                 run_id=run_id,

@@ -124,6 +124,10 @@ class TrainingConfig(StageConfig):
     """Number format of the computation; auto: bf16 where the machine multiplies it in hardware."""
     seed: int = Field(0, ge=0)
     """Chooses initial weights and the order of the data."""
+    heldout_every: int = place(50, ge=1)
+    """Steps between looks at the loss on what is held out, and at samples of what it writes."""
+    heldout_sequences: int = place(32, ge=0)
+    """Held-out sequences of each source that are looked at; 0: none."""
     run: RunOptions = place(RunOptions())
 
     @field_validator("spike")
@@ -172,6 +176,8 @@ class TrainingConfig(StageConfig):
             "clip": self.clip or None,
             "spike": self.spike or None,
             "precision": self.precision,
+            "heldout_every": self.heldout_every,
+            "heldout_sequences": max(self.heldout_sequences, 1),
             "peak_flops": self.run.peak_tflops * 1e12 or None,
             "checkpoint_every": self.run.checkpoint_every,
             "log_every": self.run.log_every,

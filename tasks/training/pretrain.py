@@ -45,10 +45,6 @@ class PretrainConfig(TrainingConfig):
     """Weight of each source of the corpus, by name (seeds: what was crawled), which gives its share
     of every stretch of the run; 0: none of it, nor of its held-out documents. Empty: as much as
     there is of each."""
-    heldout_every: int = place(50, ge=1)
-    """Steps between looks at the loss on held-out documents, and at samples of what it writes."""
-    heldout_sequences: int = place(32, ge=0)
-    """Held-out sequences of each source that are looked at; 0: none."""
     weights: Literal["last", "best"] = "last"
     """Which weights become the model: the last, or those that held-out documents liked best."""
     mask_share: float = Field(0.15, gt=0, lt=1)
@@ -117,9 +113,7 @@ class PretrainConfig(TrainingConfig):
         return self
 
     def loop(self) -> dict[str, Any]:
-        looks = {"every": self.heldout_every, "sequences": max(self.heldout_sequences, 1)}
-        found = {f"heldout_{name}": number for name, number in looks.items()}
-        return super().loop() | found | {"keep_best": int(self.weights == "best")}
+        return super().loop() | {"keep_best": int(self.weights == "best")}
 
     def resolve(self) -> Self:
         resolved = super().resolve()

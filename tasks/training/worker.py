@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import ray.train
 import ray.train.torch
@@ -46,6 +45,7 @@ from tasks.tokenizer.shards import shard_sources
 from tasks.tokenizer.stored import load_tokenizer
 from tasks.training.checkpoints import checkpoint_folder
 from tasks.training.job import FAILURE, PROGRESS, RESULT, TrainingJob
+from tasks.training.samples import ASKED, openings, questions, samples
 
 SECONDS_BETWEEN_REPORTS = 1.0
 # Starting the workers again would end the same way.
@@ -53,7 +53,7 @@ HOPELESS = (ConfigError, DataError, FormatError, CheckpointError, training.Diver
 
 logger = logging.getLogger("gristmill.training")
 TRIM_EVERY = 50  # steps
-SAMPLES, OPENING, CONTINUATION = 3, 24, 40  # held-out sequences, tokens shown, tokens added
+UNSEEN = "questions-unseen"  # of the pairs: about facts that no training document states
 
 
 def return_free_memory() -> None:
@@ -102,6 +102,12 @@ def _train(job: TrainingJob, directory: Directory) -> None:
     sizes = torch.zeros(model.config.vocab_size, dtype=torch.int64)
     sizes[: len(tokenizer)] = torch.tensor([len(piece) for piece in tokenizer.token_bytes])
     losses: list[dict[str, float]] = []
+    prompts: list[list[int]] = []
+    if job.pairs is not None:
+        longest = model.config.context * 2 // 3  # room for an answer
+        prompts = questions(store, job.pairs.pairs, tokenizer, longest)
+    elif heldout and model.config.causal:
+        prompts = openings(heldout)
     with checkpoint_folder(directory, rank) as (checkpoints, push), _reporter(job, rank) as report:
         if world > 1:
             dist.barrier()  # rank 0 may have just removed a damaged checkpoint
@@ -121,12 +127,11 @@ def _train(job: TrainingJob, directory: Directory) -> None:
         def on_heldout(step: int, found: dict[str, float]) -> None:
             losses.append({"step": step, **found})
             report.heldout(step, found)
-            # Weights divided by rows are whole only inside a step; ranks that share blocks write
-            # together.
-            able = not job.run.sharded and (rank == 0 or job.run.tensor > 1)
-            if able and step > resumed and model.config.causal:
-                openings = next(iter(heldout.values())).order(0, SAMPLES)
-                report.samples(step, samples(model, tokenizer, heldout, openings))
+            # Ranks that divide weights write together.
+            writes = rank == 0 or job.run.sharded or job.run.tensor > 1
+            if writes and step > resumed and prompts:
+                said = samples(model, tokenizer, prompts, compiled=job.run.compiled)
+                report.samples(step, said)
 
         curve = training.train(
             model,
@@ -162,23 +167,6 @@ def _train(job: TrainingJob, directory: Directory) -> None:
             },
         }
         directory.write_json(RESULT, result)
-
-
-@torch.no_grad()
-def samples(
-    model: Transformer, tokenizer: Tokenizer, heldout: Mapping[str, Loader], openings: Any
-) -> str:
-    """How the model goes on with the openings of some held-out sequences, greedily."""
-    rows = next(iter(heldout.values())).read(openings).tokens[:, :OPENING]
-    tokens = rows.to(model.output_weight.device)
-    for _ in range(min(CONTINUATION, model.config.context - tokens.shape[1])):
-        last = torch.full((len(tokens), 1), tokens.shape[1] - 1, device=tokens.device)
-        following = model(tokens, logits_at=last)[:, 0, : len(tokenizer)].argmax(-1, keepdim=True)
-        tokens = torch.cat((tokens, following), dim=1)
-    return "\n\n".join(
-        f"{tokenizer.decode(row[:OPENING])} ▶ {tokenizer.decode(row[OPENING:])}"
-        for row in tokens.tolist()
-    )
 
 
 def _config(job: TrainingJob, tokens: int) -> TrainConfig:
@@ -234,14 +222,23 @@ def training_data(
 def heldout_data(
     job: TrainingJob, store: Store, tokenizer: Tokenizer, shape: ModelConfig
 ) -> dict[str, Loader]:
-    """Held-out documents by source, for pretraining; sources shorter than a sequence are left out.
-
-    Fine-tuning is judged by its answers, in the evaluation.
+    """What a training is judged by while it goes on, by name: held-out documents of each source
+    that has a sequence of them, and in fine-tuning the answers to questions in phrasings that are
+    never trained (recall) and about facts that are not (unseen).
     """
-    if job.shards is None or not job.judged:
+    if not job.judged:
         return {}
+    judges: dict[str, Loader] = {}
+    if job.pairs is not None:
+        for table in (ASKED, UNSEEN):
+            examples, _ = read_examples(store, job.pairs.pairs, tokenizer, job.sequence, table)
+            if examples:
+                name = table.removeprefix("questions-")
+                judges[name] = PackedLoader(examples, job.sequence, job.seed, pad=tokenizer.pad)
+    if job.shards is None:
+        return judges
     found = _windows(job, store, job.shards, "heldout-tokens", len(tokenizer), apart=True)
-    return {
+    return judges | {
         name: _masked(job, windows, tokenizer, shape)
         for name, windows in found.items()
         if job.source_weights.get(name, 1)
@@ -294,11 +291,11 @@ def _windows(
 
 
 def read_examples(
-    store: Store, pairs: Manifest, tokenizer: Tokenizer, sequence: int
+    store: Store, pairs: Manifest, tokenizer: Tokenizer, sequence: int, name: str = "pairs-train"
 ) -> tuple[list[Example], int]:
-    """(the trained pairs as conversations, how many were left out as longer than `sequence`)."""
+    """(pairs as conversations, how many were left out as longer than `sequence`)."""
     examples, too_long = [], 0
-    for table in store.tables(pairs, "pairs-train", ["question", "answer"]):
+    for table in store.tables(pairs, name, ["question", "answer"]):
         for row in table.to_pylist():
             messages = [
                 {"role": "user", "content": row["question"]},

@@ -170,12 +170,16 @@ def test_two_ranks_follow_the_curve_of_one(loader: WindowLoader, tmp_path: Path,
     config = replace(CONFIG, precision="fp32", optim=OptimConfig(kind=how[1]))
     model = tiny_model()
     seen: dict[int, dict[str, float]] = {}
-    records = train(model, loader, config, heldout={"a": loader}, on_heldout=seen.__setitem__)
+    answers: list[float] = []
+    looks = {"heldout": {"a": loader}, "on_heldout": asking(model, seen, answers)}
+    records = train(model, loader, replace(config, heldout_every=5), **looks)
     expected = [r.loss for r in records]
     first, second = run_ranks(__file__, 2, str(tmp_path), *how)
     assert first["curve"] == second["curve"]
     np.testing.assert_allclose(first["curve"], expected, rtol=1e-4)
     assert first["heldout"] == second["heldout"]
+    # The model can be asked there, also when its weights are divided, and learns on as before.
+    assert first["asked"] == second["asked"] == pytest.approx(answers, rel=1e-3)
     assert first["heldout"] == pytest.approx(seen[12]["heldout_loss"], rel=1e-3)
     # Threads of the process group that live on may abort the process at its exit. (The mesh of
     # divided weights holds the group until then.)
@@ -194,17 +198,30 @@ def test_two_ranks_follow_the_curve_of_one(loader: WindowLoader, tmp_path: Path,
     )
 
 
+def asking(model: Transformer, seen: dict[int, dict[str, float]], answers: list[float]):
+    """Keeps the losses told, and a number of what the model then says to some tokens."""
+
+    def ask(step: int, losses: dict[str, float]) -> None:
+        seen[step] = losses
+        with torch.no_grad():
+            answers.append(float(model(torch.arange(8)[None]).double().abs().sum()))
+
+    return ask
+
+
 def _one_rank(folder: Path, how: str, kind: str) -> None:
     torch.distributed.init_process_group("gloo")
     loader = WindowLoader([folder / "tokens-00000.npy"], 32, seed=1)
     config = replace(CONFIG, precision="fp32", optim=OptimConfig(kind=kind))
     config = replace(config, sharded=how in ("sharded", "compiled"), compiled=how == "compiled")
-    config = replace(config, tensor=2 if how == "tensor" else 1)
+    config = replace(config, tensor=2 if how == "tensor" else 1, heldout_every=5)
     seen: dict[int, dict[str, float]] = {}
+    asked: list[float] = []
     model = tiny_model()
-    options = {"checkpoints": folder / "c", "on_heldout": seen.__setitem__}
+    options = {"checkpoints": folder / "c", "on_heldout": asking(model, seen, asked)}
     records = train(model, loader, config, heldout={"a": loader}, **options)
     said = {
+        "asked": asked,
         "curve": [record.loss for record in records],
         "heldout": seen[12]["heldout_loss"],
         "sum": whole_model(model).output_weight.detach().double().abs().sum().item(),

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -23,12 +24,13 @@ from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Workspace
 from tasks.runtime.store import Store
 from tasks.tokenizer.shards import shard_sources, source_of
-from tasks.training.job import TrainingJob, impossible
+from tasks.training.job import PairsData, TrainingJob, impossible
 from tasks.training.launch import require_whole
 from tasks.training.options import ModelOptions, RunOptions
 from tasks.training.pretrain import PretrainConfig
+from tasks.training.samples import openings, questions, samples
 from tasks.training.shapes import FAMILIES, WINDOWED
-from tasks.training.worker import heldout_data, samples, training_data
+from tasks.training.worker import heldout_data, training_data
 from tests.foreign_checkpoints import byte_level
 from tests.tiny_models import VOCABULARY, tokenizer, transformer
 
@@ -198,9 +200,48 @@ def test_bert_guesses_masked_tokens(shards: Manifest) -> None:
 def test_samples_show_an_opening_and_what_the_model_adds(shards: Manifest) -> None:
     model, names = transformer(context=16), tokenizer()
     heldout = heldout_data(job(shards), Store.open(), names, model.config)
-    lines = samples(model, names, heldout, heldout["seeds"].order(0, 2)).split("\n\n")
-    opening = names.decode([300] * 16)
-    assert len(lines) == 2 and all(line.startswith(f"{opening} ▶ ") for line in lines)
+    prompts = openings(heldout)
+    assert prompts == [[300] * 16] * 3
+    prompts = [[300] * 7, [400] * 12, [300]]  # as if each were alone
+    lines = samples(model, names, prompts).split("\n\n")
+    for prompt, line in zip(prompts, lines, strict=True):
+        ids = list(prompt)
+        for _ in range(16 - 12):
+            ids.append(int(model(torch.tensor([ids]))[0, -1, : len(names)].argmax()))
+        added = ids[len(prompt) :]
+        ends = [place for place, token in enumerate(added) if token in names.stop_ids]
+        added = added[: ends[0]] if ends else added
+        assert line == f"{names.decode(prompt)} ▶ {names.decode(added)}"
+
+
+def test_fine_tuning_is_judged_by_questions_it_is_not_taught(shards: Manifest) -> None:
+    names, store = tokenizer(), Store.open()
+    directory = store.directory("pairs", "some-pairs")
+    tables = {
+        "pairs-train": ["what is grist?"] * 5,
+        "questions-recall": ["and grist?", "and " * 200, "and what is a mill?"],
+        "questions-unseen": ["what is a quern?"],
+    }
+    entries = [
+        directory.write_table(
+            f"{name}.parquet", pa.table({"question": asked, "answer": ["corn"] * len(asked)})
+        )
+        for name, asked in tables.items()
+    ]
+    marks = {"stage": "pairs", "version": 1, "fingerprint": "some-pairs", "content": ""}
+    pairs = Manifest(files=tuple(entries), **marks)
+    shape = ModelOptions(width=32, heads=2, context=64).config(VOCABULARY)
+    data = PairsData(pairs=pairs, passes=1, replay=0.0)
+    tuning = job(shards, pairs=data, sequence=64).model_copy(update={"shards": None})
+    judges = heldout_data(tuning, store, names, shape)
+    assert set(judges) == {"recall", "unseen"}
+    answer = len(names.encode("corn")) + 1  # and the end of the turn
+    assert judges["unseen"].targets(judges["unseen"].order(0, 1)) == answer
+    both = job(shards, pairs=data, sequence=64)
+    assert set(heldout_data(both, store, names, shape)) == {"recall", "unseen", "seeds", "notes"}
+    assert heldout_data(job(shards, pairs=data, judged=False), store, names, shape) == {}
+    asked = [names.decode(ids) for ids in questions(store, pairs, names, 50)]
+    assert len(asked) == 2 and "and grist?" in asked[0] and "a mill?" in asked[1]
 
 
 def test_a_damaged_shard_is_named_before_anything_is_learned(shards: Manifest, tmp_path) -> None:

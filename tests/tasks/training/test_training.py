@@ -65,6 +65,7 @@ def corpus(stack: Stack) -> dict[str, Manifest]:
     questions = [f"Where does train {number} go?" for number in range(len(CITIES))]
     answers = [f"To {city}." for city in CITIES]
     pairs = pa.table({"question": questions, "answer": answers})
+    asked = pairs.set_column(0, "question", pa.array([f"And {q.lower()}" for q in questions]))
     tokenizer = commit(stack, "tokenizer", {"tokenizer.model": proto}, {"vocabulary": 320})
     shards = commit(
         stack,
@@ -75,7 +76,12 @@ def corpus(stack: Stack) -> dict[str, Manifest]:
     return {
         "tokenizer": tokenizer,
         "shards": shards,
-        "pairs": commit(stack, "pairs", {"pairs-train.parquet": parquet(pairs)}, {"pairs": 8}),
+        "pairs": commit(
+            stack,
+            "pairs",
+            {"pairs-train.parquet": parquet(pairs), "questions-recall.parquet": parquet(asked)},
+            {"pairs": 8},
+        ),
     }
 
 
@@ -277,6 +283,12 @@ def test_fine_tuning_answers_what_it_was_taught(base: Manifest, corpus, stack: S
     assert chat.counts["examples"] == 8 and chat.counts["examples_too_long"] == 0
     folder = Path(Store.open().of(chat).path)
     tokenizer, model = Tokenizer.load(folder), load_directory(folder).eval()
+    # While it learned it was asked in words it is not taught.
+    assert chat.metrics["heldout_loss"] < 5
+    mlflow, run_id = tracking.client(), str(chat.metrics["mlflow_run_id"])
+    shown = [file.path for file in mlflow.list_artifacts(run_id, "samples")]
+    said = Path(mlflow.download_artifacts(run_id, shown[-1])).read_text()
+    assert "And where does train 0 go?" in said and " ▶ " in said
     right = 0
     for number, city in enumerate(CITIES):
         question = {"role": "user", "content": f"Where does train {number} go?"}

@@ -32,6 +32,7 @@ class Request:
     record_id: str = ""
     record_url: str = ""  # the address that record carries
     fetched_at: str = ""
+    content_type: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Plan:
 class Outcome:
     """What became of one request; stands as JSON in the metadata record that commits it.
 
-    `state` is fetched, not_modified, redirect, denied (by robots), skipped (by a limit) or error.
+    `state` is fetched, not_modified (by status 304 or by the same payload), redirect, denied (by
+    robots), skipped (by a limit) or error.
     """
 
     url: str

@@ -220,6 +220,7 @@ class Frontier:
             known.record_id,
             earlier.record_url,
             known.fetched_at,
+            known.content_type,
         )
 
     # --- update ----------------------------------------------------------------------------------

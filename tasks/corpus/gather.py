@@ -1,8 +1,9 @@
 """The gather stage: text that is already there becomes documents, beside those of a crawl.
 
-A shard is one file, or several small ones. Pages and PDF files are read in the child that can be
-killed, as the extract stage does. A document names its source and file in the column `warc`
-(`source:file`), and the number of its row or the offset of its record in `offset`.
+A shard is one file, several small ones, or a piece of a large one (`source_pieces`). Pages and PDF
+files are read in the child that can be killed, as the extract stage does. A document names its
+source and file in the column `warc` (`source:file`), and the number of its row or the offset of its
+record in `offset`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -39,6 +41,7 @@ from tasks.corpus.source_config import (
     remote_roots,
     source_files,
 )
+from tasks.corpus.source_pieces import Piece, count_rows, cut
 from tasks.corpus.source_rows import rows_of
 from tasks.corpus.weights import WEIGHT
 from tasks.runtime.errors import UserError
@@ -84,10 +87,14 @@ def gather(config: GatherConfig, work: Workspace, *, crawled: Manifest | None = 
         items += [(config, -1, [(crawled, name)]) for name in document_shards(crawled)]
     largest = int(config.extract.shard_megabytes * 2**20)
     settings = Settings.load()
+    pieced: list[tuple[GatherConfig, int, SourceFile, Piece]] = []
     for index, source in enumerate(config.sources):
         group: list[SourceFile] = []
         size = 0
         for file in source_files(source, settings):
+            if pieces := cut(source, file):
+                pieced += [(config, index, file, piece) for piece in pieces]
+                continue
             group.append(file)
             size += file.size
             if size >= largest:
@@ -95,9 +102,10 @@ def gather(config: GatherConfig, work: Workspace, *, crawled: Manifest | None = 
                 group, size = [], 0
         if group:
             items.append((config, index, group))
+    items += _numbered(work, pieced)
     reports = run_shards(work, "gathered", gather_shard, items, label="Sources")
     tallies: dict[str, Tally] = {}
-    for (_, index, _), report in zip(items, reports, strict=True):
+    for (_, index, *_), report in zip(items, reports, strict=True):
         name = config.sources[index].name if index >= 0 else "seeds"
         tallies.setdefault(name, Tally()).add(Tally(**report))
     tally = Tally.total(reports)
@@ -127,10 +135,50 @@ def gather(config: GatherConfig, work: Workspace, *, crawled: Manifest | None = 
     )
 
 
+def _numbered(
+    work: Workspace, pieced: list[tuple[GatherConfig, int, SourceFile, Piece]]
+) -> list[tuple[Any, ...]]:
+    """The shards of pieces of files, each told how many rows stand before it."""
+    if not pieced:
+        return []
+    counted = run_shards(work, "counted", count_shard, pieced, label="Rows", unit="pieces")
+    items: list[tuple[Any, ...]] = []
+    before, last = 0, ""
+    for (config, index, file, piece), rows in zip(pieced, counted, strict=True):
+        before = before if file.location == last else 0
+        if rows is not None:
+            piece = replace(piece, rows=before)
+            before += rows
+        last = file.location
+        items.append((config, index, [file], piece))
+    return items
+
+
+def count_shard(
+    work: Workspace, number: int, config: GatherConfig, index: int, file: SourceFile, piece: Piece
+) -> int | None:
+    """Rows in a piece of a file; None where the file itself says how many stand before it."""
+    if config.sources[index].format == "parquet":
+        return None
+    return count_rows(Path(file.location), _largest(config), piece)
+
+
+def _largest(config: GatherConfig) -> int:
+    """Bytes of the largest row that is read."""
+    return int(config.extract.largest_page_megabytes * 2**20)
+
+
 def gather_shard(
-    work: Workspace, number: int, config: GatherConfig, index: int, files: list[Any]
+    work: Workspace,
+    number: int,
+    config: GatherConfig,
+    index: int,
+    files: list[Any],
+    piece: Piece | None = None,
 ) -> dict[str, Any]:
-    """`documents-NNNNN-PPP.parquet`, `rejected-NNNNN.parquet` and a tally of some files."""
+    """`documents-NNNNN-PPP.parquet`, `rejected-NNNNN.parquet` and a tally of some files, or of a
+    piece of one.
+    """
     schema = DOCUMENTS.append(WEIGHT) if is_weighted(config) else DOCUMENTS
     if index < 0:
         crawled, name = files[0]
@@ -145,7 +193,7 @@ def gather_shard(
         work.write_table(name, pa.Table.from_pylist(kept, schema))
         kept.clear()
 
-    for document, removal in _documents(work, config, index, files, tally):
+    for document, removal in _documents(work, config, index, files, piece, tally):
         if removal is None:
             tally.keep(document["bytes"])
             kept.append(document)
@@ -163,11 +211,16 @@ def gather_shard(
 
 
 def _documents(
-    work: Workspace, config: GatherConfig, index: int, files: list[SourceFile], tally: Tally
+    work: Workspace,
+    config: GatherConfig,
+    index: int,
+    files: list[SourceFile],
+    piece: Piece | None,
+    tally: Tally,
 ) -> Iterator[tuple[dict[str, Any], Removal | None]]:
     """Every row of some files as a document, with the reason why it is none."""
     source = config.sources[index]
-    largest = int(config.extract.largest_page_megabytes * 2**20)
+    largest = _largest(config)
     roots = remote_roots(Settings.load())
     scratch = work.scratch("sources")
     for file in files:
@@ -178,7 +231,7 @@ def _documents(
                 about = {"url": f"file://{source.name}/{file.name}", "bytes": 0, "weight": None}
                 yield _document(about), Removal("missing-file", str(refusal))
                 continue
-            for about, content in rows_of(source, path, file.name, largest):
+            for about, content in rows_of(source, path, file.name, largest, piece):
                 stated = {"licence": source.licence, "weight": source.weight}
                 document = _document(stated | _usable(about, tally))
                 removal = _fill(config.extract, document, content, tally)

@@ -350,14 +350,7 @@ class HostFetcher:
             if reserved := headers_reserve(headers, answer.directives):
                 return _skipped(outcome, f"{OPT_OUT}: {reserved}"), ()
         if exchange.status == 304 and request.digest:
-            outcome = dataclasses.replace(
-                outcome, state="not_modified", digest=request.digest, content_type=""
-            )
-            earlier = warc.Earlier(
-                request.record_id, request.record_url, request.fetched_at, request.digest
-            )
-            records = warc.revisit_records(exchange, earlier, identifier)
-            return outcome, records
+            return _revisit(request, outcome, exchange)
         records = warc.response_records(exchange, outcome.digest, identifier)
         if exchange.status in REDIRECT:
             return self._redirected(outcome, answer, place), records
@@ -370,7 +363,12 @@ class HostFetcher:
             return _skipped(outcome, answer.refused), ()
         if not exchange.body:
             return dataclasses.replace(outcome, state="skipped", reason="empty"), records
-        return self._read(request, outcome, answer, place, records)
+        outcome, kept = self._read(request, outcome, answer, place, records)
+        # The same bytes under another Content-Type may be another text.
+        alike = (request.digest, request.content_type) == (outcome.digest, outcome.content_type)
+        if outcome.state == "fetched" and request.digest and alike:
+            return _revisit(request, outcome, exchange)
+        return outcome, kept
 
     def _redirected(self, outcome: Outcome, answer: Answer, place: str) -> Outcome:
         try:
@@ -421,6 +419,26 @@ class HostFetcher:
         if found.noindex:  # read for its links and not kept
             return dataclasses.replace(outcome, record_id="", digest=""), ()
         return outcome, records
+
+
+def _revisit(
+    request: Request, outcome: Outcome, exchange: warc.Exchange
+) -> tuple[Outcome, tuple[bytes, ...]]:
+    """Nothing new: the body, and the links in it, are those of the earlier record."""
+    outcome = dataclasses.replace(
+        outcome,
+        state="not_modified",
+        digest=request.digest,
+        content_type="",
+        links=(),
+        canonical="",
+        links_invalid=0,
+        links_left_out=0,
+    )
+    earlier = warc.Earlier(
+        request.record_id, request.record_url, request.fetched_at, request.digest
+    )
+    return outcome, warc.revisit_records(exchange, earlier, outcome.record_id)
 
 
 def _skipped(outcome: Outcome, reason: str) -> Outcome:

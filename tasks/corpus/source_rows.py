@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from tasks.corpus.documents import Removal
 from tasks.corpus.records import DamagedRecord, Fetched, read_record, scan
 from tasks.corpus.source_config import SourceConfig
+from tasks.corpus.source_pieces import Piece, lines
 
 # What stands in a documents artifact of a row, and the row's text or page.
 Row = tuple[dict[str, Any], str | Fetched | Removal]
@@ -30,16 +32,19 @@ TYPES = {
 }
 
 
-def rows_of(source: SourceConfig, path: Path, name: str, largest: int) -> Iterator[Row]:
-    """The rows of one file. `name` is what documents call it; texts have at most `largest` bytes.
+def rows_of(
+    source: SourceConfig, path: Path, name: str, largest: int, piece: Piece | None = None
+) -> Iterator[Row]:
+    """The rows of one file, or of a piece of one. `name` is what documents call it; texts have at
+    most `largest` bytes.
 
     A file that ends in the middle gives what stands before, and a row with rule damaged-file.
     """
     place = {"warc": f"{source.name}:{name}", "url": f"file://{source.name}/{name}"}
     reader = {"folder": _file, "jsonl": _lines, "parquet": _table}.get(source.format, _records)
-    number = 0
+    before = number = piece.rows if piece else 0
     try:
-        for number, (about, content) in enumerate(reader(source, path, largest), 1):
+        for number, (about, content) in enumerate(reader(source, path, largest, piece), before + 1):
             # A row without an address of its own is known by its number in the file.
             own = {} if "url" in about else {"url": f"{place['url']}#{number}"}
             if source.format == "folder":
@@ -50,7 +55,7 @@ def rows_of(source: SourceConfig, path: Path, name: str, largest: int) -> Iterat
         yield place | {"offset": number}, Removal("damaged-file", f"{name}: {reason}")
 
 
-def _file(_: SourceConfig, path: Path, largest: int) -> Iterator[Row]:
+def _file(_: SourceConfig, path: Path, largest: int, piece: Piece | None) -> Iterator[Row]:
     if path.stat().st_size > largest:
         yield {}, Removal("too-large", f"larger than {largest:,} bytes")
         return
@@ -58,17 +63,17 @@ def _file(_: SourceConfig, path: Path, largest: int) -> Iterator[Row]:
     yield {}, Fetched(200, {"content-type": kind}, path.read_bytes())
 
 
-def _lines(source: SourceConfig, path: Path, largest: int) -> Iterator[Row]:
+def _lines(source: SourceConfig, path: Path, largest: int, piece: Piece | None) -> Iterator[Row]:
     codec = CODECS.get(path.suffix.lower())
-    with pa.input_stream(str(path), compression=codec) as packed:
-        stream: BinaryIO = io.BufferedReader(packed, 1 << 16)
-        while line := stream.readline(largest + 1):
-            if len(line) > largest:
-                while line and not line.endswith(b"\n"):
-                    line = stream.readline(largest)
+    with contextlib.ExitStack() as held:
+        if codec:
+            packed = held.enter_context(pa.input_stream(str(path), compression=codec))
+            stream: BinaryIO = io.BufferedReader(packed, 1 << 16)
+        else:
+            stream = held.enter_context(open(path, "rb", buffering=1 << 16))
+        for line in lines(stream, largest, piece):
+            if line is None:
                 yield {}, Removal("too-large", f"a line larger than {largest:,} bytes")
-                continue
-            if not line.strip():
                 continue
             try:
                 row = json.loads(line)
@@ -81,11 +86,12 @@ def _lines(source: SourceConfig, path: Path, largest: int) -> Iterator[Row]:
                 yield {}, Removal("not-json", f"a line holds {type(row).__name__}, not an object")
 
 
-def _table(source: SourceConfig, path: Path, largest: int) -> Iterator[Row]:
+def _table(source: SourceConfig, path: Path, largest: int, piece: Piece | None) -> Iterator[Row]:
     file = pq.ParquetFile(path)
     fields = (source.text_field, source.url_field, source.title_field, source.date_field)
     columns = [name for name in dict.fromkeys(fields) if name in file.schema_arrow.names]
-    for batch in file.iter_batches(BATCH, columns=columns):
+    groups = range(piece.start, piece.stop) if piece else None
+    for batch in file.iter_batches(BATCH, row_groups=groups, columns=columns):
         for row in _decoded(batch):
             about, content = _row(source, row)
             if isinstance(content, str) and len(content) > largest:
@@ -125,7 +131,7 @@ def _row(source: SourceConfig, row: dict[str, Any]) -> Row:
     return about, text
 
 
-def _records(_: SourceConfig, path: Path, largest: int) -> Iterator[Row]:
+def _records(_: SourceConfig, path: Path, largest: int, piece: Piece | None) -> Iterator[Row]:
     with open(path, "rb") as stream:
         for found in scan(path):
             if isinstance(found, int):

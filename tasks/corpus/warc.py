@@ -30,6 +30,7 @@ from fastwarc.warc import ArchiveIterator, WarcRecordType
 
 COMPRESSION_LEVEL = 6
 REVISIT_NOT_MODIFIED = "http://netpreserve.org/warc/1.1/revisit/server-not-modified"
+REVISIT_IDENTICAL = "http://netpreserve.org/warc/1.1/revisit/identical-payload-digest"
 COMMITS = (b"metadata", b"warcinfo")
 
 
@@ -105,7 +106,7 @@ def response_records(exchange: Exchange, digest: str, identifier: str) -> tuple[
 
 @dataclass(frozen=True)
 class Earlier:
-    """The record that holds what the server says has not changed."""
+    """The record that holds what has not changed."""
 
     record_id: str
     url: str
@@ -114,7 +115,10 @@ class Earlier:
 
 
 def revisit_records(exchange: Exchange, earlier: Earlier, identifier: str) -> tuple[bytes, bytes]:
-    """The records of an exchange that ended in 304 Not Modified (WARC 1.1, section 6.7.3)."""
+    """The records of an exchange that brought nothing new (WARC 1.1, section 6.7): it ended in 304
+    Not Modified, or in the payload that `earlier` holds, of which the head alone is kept.
+    """
+    profile = REVISIT_NOT_MODIFIED if exchange.status == 304 else REVISIT_IDENTICAL
     revisit = record(
         "revisit",
         {
@@ -122,7 +126,7 @@ def revisit_records(exchange: Exchange, earlier: Earlier, identifier: str) -> tu
             "WARC-Target-URI": exchange.url,
             "WARC-Date": exchange.date,
             "WARC-IP-Address": exchange.address,
-            "WARC-Profile": REVISIT_NOT_MODIFIED,
+            "WARC-Profile": profile,
             "WARC-Refers-To": earlier.record_id,
             "WARC-Refers-To-Target-URI": earlier.url,
             "WARC-Refers-To-Date": earlier.date,

@@ -9,7 +9,7 @@ from fastwarc.warc import ArchiveIterator
 from loopback_site import Crawler, LoopbackSite, page, redirect, small_site
 from multidict import CIMultiDict
 
-from tasks.corpus.warc import payload_digest
+from tasks.corpus.warc import REVISIT_IDENTICAL, payload_digest
 from tasks.runtime.errors import UserError
 
 
@@ -205,6 +205,41 @@ def test_a_recrawl_of_an_unchanged_site_has_the_same_content(crawler: Crawler) -
         revisits = [r.headers for r in records if r.headers["WARC-Type"] == "revisit"]
     refers = {headers["WARC-Refers-To"] for headers in revisits}
     assert refers == {found.record_id for found in first.pages.values()}
+
+
+def test_a_payload_that_did_not_change_is_not_stored_again(crawler: Crawler) -> None:
+    """By a server that knows no conditional requests."""
+    kinds = {"/c": "text/html"}
+
+    def c() -> web.Response:
+        return web.Response(text=page(text="page c"), content_type=kinds["/c"])
+
+    with LoopbackSite(small_site(**{"/c": c})) as site:
+        first = crawler.crawl(site.url)
+        second = crawler.crawl(site.url, epoch=1)
+        kinds["/c"] = "text/plain"
+        third = crawler.crawl(site.url, epoch=2)
+        site.pages["/a"] = page("/b", "/", text="another page a")
+        fourth = crawler.crawl(site.url, epoch=3)
+    assert (second.counts["fetched"], second.counts["not_modified"]) == (0, 4)
+    assert second.outcome.content == first.outcome.content
+    assert {u: p.record_id for u, p in second.pages.items()} == {
+        u: p.record_id for u, p in first.pages.items()
+    }
+    with open(second.work.location("warc/00000.warc.gz"), "rb") as stream:
+        entries = list(ArchiveIterator(stream, parse_http=True))
+        revisits = [entry for entry in entries if entry.headers["WARC-Type"] == "revisit"]
+        assert len(revisits) == 4
+        for entry in revisits:
+            body = second.pages[entry.headers["WARC-Target-URI"]]
+            assert entry.headers["WARC-Profile"] == REVISIT_IDENTICAL
+            assert entry.headers["WARC-Refers-To"] == body.record_id
+            assert entry.headers["WARC-Refers-To-Date"] == body.fetched_at
+            assert entry.headers["WARC-Payload-Digest"] == body.digest
+    assert (third.counts["fetched"], third.counts["not_modified"]) == (1, 3)
+    assert third.pages[f"{site.url}/c"].content_type.startswith("text/plain")
+    assert (fourth.counts["fetched"], fourth.counts["changed"]) == (1, 1)
+    assert set(fourth.pages) == set(first.pages)  # links of what did not change are known
 
 
 def test_the_embedded_name_does_not_depend_on_a_port(crawler: Crawler) -> None:

@@ -191,6 +191,26 @@ def test_a_purge_leaves_nothing_behind_and_all_else_whole(site: LoopbackSite) ->
     assert purge() == []
 
 
+@pytest.mark.parametrize("by", ["url", "digest"])
+def test_a_purge_takes_the_records_of_payloads_that_did_not_change(
+    site: LoopbackSite, by: str
+) -> None:
+    corpus(site)
+    corpus(site, epoch=1)
+    second = max(Store.open().all("crawl"), key=lambda made: made.config["epoch"])
+    assert second.counts["not_modified"] > 10 and second.counts["fetched"] == 0
+    rows_of = page_rows(Store.open().of(second)).to_pylist()
+    victim = next(row for row in rows_of if row["url"].endswith(VICTIM))
+    bury(victim["url"] if by == "url" else victim["digest"])
+    bury(f"{site.url}/library/copy.html")
+    purge()
+    assert holders("search_heap") == []
+    for made in Store.open().all("crawl"):
+        packed = Path(Store.open().of(made).location("warc/00000.warc.gz")).read_bytes()
+        targets = {member.field(b"warc-target-uri").decode() for member in members(packed)}
+        assert victim["fetch_url"] not in targets
+
+
 def test_a_report_that_quotes_what_is_purged_goes_too(site: LoopbackSite) -> None:
     site.pages["/library/short.html"] = page(text="Ten words are far too few to be kept here.")
     site.pages["/"] += '<a href="/library/short.html">short</a>'

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -237,3 +238,40 @@ def test_mistakes_are_one_sentence(inbox: Path) -> None:
     twice = (SourceConfig(name="s", path="a"), SourceConfig(name="s", path="b"))
     with pytest.raises(ValueError, match="each needs its own name"):
         CorpusParams(sources=twice)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_large_file_is_the_work_of_many(
+    inbox: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"Text {n}. " + "words " * (n % 40) for n in range(400)]
+    path = inbox / f"large.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=30, compression="none")
+    else:
+        rows_of_it = [json.dumps({"text": text}) for text in texts]
+        rows_of_it[7] = ""  # is no row
+        rows_of_it[50] = "{broken"
+        rows_of_it[200] = json.dumps({"text": "x" * 60_000})  # too large, and over several pieces
+        path.write_text("\n".join(rows_of_it))
+    (inbox / f"small.{kind}").write_bytes(path.read_bytes()[:10])
+    source = SourceConfig(name="large", path=str(inbox), format=kind)
+    config = GatherConfig(
+        sources=(source,), extract=extract_module.ExtractConfig(largest_page_megabytes=0.05)
+    )
+
+    def known(made: Manifest) -> list[tuple[Any, ...]]:
+        return [
+            (row["url"], row["offset"], row["id"])
+            for prefix in ("documents-", "rejected-")
+            for row in sorted(rows(made, prefix), key=lambda row: (row["warc"], row["offset"]))
+        ]
+
+    whole = gather(config)
+    expected = known(whole)
+    Store.open().of(whole).remove()
+    monkeypatch.setattr("tasks.corpus.source_pieces.PIECE_BYTES", 5_000)
+    divided = gather(config)
+    assert known(divided) == expected
+    assert divided.rules == whole.rules
+    assert len(divided.names("rejected-")) > 5 > len(whole.names("rejected-"))

@@ -80,8 +80,8 @@ def matrices_alone(model: Transformer, new: int) -> Callable[[], None]:
             for layer in runner.layers:
                 layer.qkv(x)
                 layer.output(x)
-                layer.up(x)
-                layer.down(hidden)
+                layer.mlp.up(x)
+                layer.mlp.down(hidden)
             runner.output(x)
 
     return run

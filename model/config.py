@@ -252,9 +252,7 @@ class ModelConfig:
                 raise ConfigError(f"{name} {size} is not a multiple of tensor {tensor}")
 
     def not_generated(self) -> list[str]:
-        """The flags that are set and that `model.engine` does not generate with: those of BERT and
-        DeepSeek.
-        """
+        """The flags that are set and that `model.engine` does not generate with: those of BERT."""
         ours = type(self).__dataclass_fields__
         names = [name for name in NOT_GENERATED if getattr(self, name) != ours[name].default]
         return names + ["norm_placement"] * (self.norm_placement == "post")
@@ -275,7 +273,7 @@ class ModelConfig:
         return cls(**values)
 
 
-NOT_GENERATED = ("causal", "token_types", "masked_head", "kv_latent", "experts")
+NOT_GENERATED = ("causal", "token_types", "masked_head")
 CHOICES = {
     "positions": ("rope", "learned"),
     "norm": ("rms", "rms+1", "layer"),

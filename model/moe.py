@@ -35,6 +35,14 @@ class Router(nn.Module):
         self.load: Tensor | None = None  # (experts,) tokens each got since the last `balance`
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `choose`; while training, the choice counts as load."""
+        chosen, weights = self.choose(x)
+        if self.training:
+            load = torch.bincount(chosen.flatten(), minlength=self.config.experts).float()
+            self.load = load if self.load is None else self.load + load
+        return chosen, weights
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, C) -> indices (N, experts_per_token) and weights likewise, float32."""
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
@@ -50,9 +58,6 @@ class Router(nn.Module):
         weights = scores.gather(1, chosen)
         if config.normalised_routing:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        if self.training:
-            load = torch.bincount(chosen.flatten(), minlength=config.experts).float()
-            self.load = load if self.load is None else self.load + load
         return chosen, weights * config.routing_scale
 
     def _eligible(self, ranked: Tensor) -> Tensor:

@@ -52,6 +52,33 @@ GEMMA3 = GEMMA | {
     "window_rope_theta": 1e4,
     "query_scale": 40.0,
 }
+BERT = GPT2 | {
+    "activation": "gelu",
+    "causal": False,
+    "norm_placement": "post",
+    "token_types": 2,
+    "masked_head": True,
+}
+DEEPSEEK2 = {
+    "tied_embeddings": False,
+    "head_dim": 24,
+    "kv_latent": 20,
+    "rope_dim": 8,
+    "value_dim": 12,
+    "experts": 8,
+    "experts_per_token": 3,
+    "expert_width": 40,
+    "shared_experts": 2,
+    "dense_layers": 1,
+}
+DEEPSEEK3 = DEEPSEEK2 | {
+    "query_latent": 28,
+    "routing": "sigmoid",
+    "normalised_routing": True,
+    "expert_groups": 4,
+    "groups_per_token": 2,
+    "routing_scale": 2.5,
+}
 
 
 @functools.cache
@@ -70,6 +97,9 @@ def transformer(seed: int = 0, context: int = 128, **flags: Any) -> Transformer:
             parameter.mul_(4)
         elif parameter.numel():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.1)
     return model
 
 

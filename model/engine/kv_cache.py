@@ -16,16 +16,23 @@ from model.engine.pages import PAGE, Copy, Run
 
 
 class KVCache:
-    """Keys and values of `pages` pages: (layers, 2, H_kv, pages · PAGE, D), keys before values."""
+    """Keys and values of `pages` pages: (layers, 2, H_kv, pages · PAGE, D), keys before values.
+
+    With latent attention one row of a token is both, for all heads: (layers, 1, 1, pages · PAGE, D)
+    with D its latent and the channels that are turned (see `model.engine.latent_heads`).
+    """
 
     def __init__(
         self, config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (config.layers, 2, config.kv_count, pages * PAGE, config.head_size)
+        kinds, self.heads, self.size = 2, config.kv_count, config.head_size
+        if config.kv_latent is not None:
+            kinds, self.heads, self.size = 1, 1, config.kv_latent + config.rotary_size
+        shape = (config.layers, kinds, self.heads, pages * PAGE, self.size)
         self.data = _zeros(shape, dtype, device)
-        self.layers = list(self.data.flatten(1, 2))  # (2 H_kv, tokens, D)
+        self.layers = list(self.data.flatten(1, 2))  # (2 H_kv or 1, tokens, D)
         self.keys = [layer[0][None] for layer in self.data]  # (1, H_kv, tokens, D)
-        self.values = [layer[1][None] for layer in self.data]
+        self.values = [layer[-1][None] for layer in self.data]
 
     def of(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, each (1, H_kv, places, D)."""

@@ -11,13 +11,44 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.attention import Attention
+from model.attention import Attention, LatentAttention
 from model.config import ModelConfig
+from model.engine.experts import ExpertWeights
+from model.engine.latent_heads import LatentHeads
 from model.engine.weights import Matrix, Weights, activation_dtype, matrix
 from model.layers import FeedForward, LayerNorm, RMSNorm
+from model.moe import MixtureOfExperts
 from model.transformer import Block
 
 Norm = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FeedForwardWeights:
+    """The matrices of a feed-forward, and its biases where the family has any."""
+
+    up: Matrix  # C -> 2 M, gate before up; C -> M without a gate
+    up_bias: Tensor | None
+    down: Matrix
+    down_bias: Tensor | None
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        return self.up, self.down
+
+    @classmethod
+    def of(
+        cls, mlp: FeedForward, norm: RMSNorm | LayerNorm, weights: Weights
+    ) -> "FeedForwardWeights":
+        dtype = activation_dtype(weights)
+        gates = [mlp.gate_proj] if mlp.gate_proj is not None else []
+        up, up_bias = _behind(norm, [*gates, mlp.up_proj])
+        return cls(
+            up=matrix(up, weights),
+            up_bias=_cast(up_bias, dtype),
+            down=matrix(mlp.down_proj.weight, weights),
+            down_bias=_cast(mlp.down_proj.bias, dtype),
+        )
 
 
 @dataclass(frozen=True)
@@ -26,52 +57,58 @@ class LayerWeights:
     their biases where the family has any. Norms behind a sublayer (Gemma's) stay norms.
     """
 
-    qkv: Matrix  # C -> (H + 2 H_kv) D
+    qkv: Matrix  # C -> (H + 2 H_kv) D; with latents, C -> queries or their latent, then keys'
     qkv_bias: Tensor | None
     qk_norm: Tensor | None  # (H + H_kv, D): the query norm's gain, then the key norm's
+    latent: LatentHeads | None
     output: Matrix
     output_bias: Tensor | None
     output_norm: Norm | None
-    up: Matrix  # C -> 2 M, gate before up; C -> M without a gate
-    up_bias: Tensor | None
-    down: Matrix
-    down_bias: Tensor | None
-    down_norm: Norm | None
+    mlp: FeedForwardWeights | ExpertWeights
+    mlp_norm: Norm | None
     scale: float  # of the attention's scores
     window: int | None
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
         """In the order in which a step reads them."""
-        return self.qkv, self.output, self.up, self.down
+        latent = () if self.latent is None else self.latent.matrices
+        return self.qkv, *latent, self.output, *self.mlp.matrices
 
     @classmethod
     def of(cls, block: nn.Module, config: ModelConfig, weights: Weights) -> "LayerWeights":
         assert isinstance(block, Block)
         attention, mlp = block.self_attn, block.mlp
-        assert isinstance(attention, Attention) and isinstance(mlp, FeedForward)
+        assert isinstance(attention, Attention)
         dtype = activation_dtype(weights)
-        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        qkv, qkv_bias = _behind(block.input_layernorm, projections)
+        latent = None
+        if isinstance(attention, LatentAttention):
+            latent = LatentHeads.of(attention, weights)
+        qkv, qkv_bias = _behind(block.input_layernorm, _first(attention))
         after = block.placement == "both"
         before_mlp = block.pre_feedforward_layernorm if after else block.post_attention_layernorm
-        gates = [mlp.gate_proj] if mlp.gate_proj is not None else []
-        up, up_bias = _behind(before_mlp, [*gates, mlp.up_proj])
+        kind = ExpertWeights if isinstance(mlp, MixtureOfExperts) else FeedForwardWeights
         return cls(
             qkv=matrix(qkv, weights),
             qkv_bias=_cast(qkv_bias, dtype),
             qk_norm=_cast(_qk_norm(attention, config), dtype),
+            latent=latent,
             output=matrix(attention.o_proj.weight, weights),
             output_bias=_cast(attention.o_proj.bias, dtype),
             output_norm=block.post_attention_layernorm if after else None,
-            up=matrix(up, weights),
-            up_bias=_cast(up_bias, dtype),
-            down=matrix(mlp.down_proj.weight, weights),
-            down_bias=_cast(mlp.down_proj.bias, dtype),
-            down_norm=block.post_feedforward_layernorm if after else None,
+            mlp=kind.of(mlp, before_mlp, weights),
+            mlp_norm=block.post_feedforward_layernorm if after else None,
             scale=attention.scale,
             window=attention.window,
         )
+
+
+def _first(attention: Attention) -> list[nn.Linear]:
+    """The projections that read a block's input."""
+    if isinstance(attention, LatentAttention):
+        queries = attention.q_proj if attention.direct else attention.q_a_proj
+        return [queries, attention.kv_a_proj_with_mqa]
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
 def gain(norm: RMSNorm | LayerNorm) -> Tensor:

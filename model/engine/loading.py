@@ -33,8 +33,9 @@ def load_model(
     beyond = load_config(directory).not_generated()
     if beyond:
         raise FormatError(
-            f"{directory.name}: the engine serves Llama, Mistral, Qwen, Gemma and GPT-2 models, "
-            f"not those with {', '.join(beyond)}; use transformers or vLLM with this directory"
+            f"{directory.name}: the engine serves Llama, Mistral, Qwen, Gemma, GPT-2 and DeepSeek "
+            f"models, not those with {', '.join(beyond)}; use transformers or vLLM with this "
+            f"directory"
         )
     model = load_directory(directory, dtype=dtype).eval().requires_grad_(False).to(device)
     tokenizer = Tokenizer.load(directory)

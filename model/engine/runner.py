@@ -17,11 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.engine.experts import ExpertWeights
 from model.engine.fixed_steps import FixedSteps
 from model.engine.kv_cache import KVCache
 from model.engine.layer_weights import LayerWeights, Norm
 from model.engine.pages import PAGE
-from model.engine.weights import Matrix, Weights, activation_dtype, matrix, settle
+from model.engine.rotation import Turn, angles, rotate_
+from model.engine.weights import (
+    Matrix,
+    Weights,
+    activation_dtype,
+    matrix,
+    settle,
+    usual_rows,
+)
 from model.layers import activate
 from model.losses import softcapped
 from model.transformer import Transformer
@@ -89,18 +98,6 @@ class View:
         return y.permute(2, 0, 1, 3).reshape(length, -1)
 
 
-def usual_rows(count: int) -> int:
-    """The next larger of about forty numbers of rows.
-
-    oneDNN makes a kernel for every number of rows it meets: 2 ms and 2.5 MB for each at width 128,
-    and steps that read prompts have a new one nearly every time.
-    """
-    for largest, step in ((16, 1), (64, 8), (256, 32)):
-        if count <= largest:
-            return -(-count // step) * step
-    return -(-count // 128) * 128
-
-
 class Runner:
     """The network and its cache. Not thread-safe: one thread owns it."""
 
@@ -127,11 +124,13 @@ class Runner:
         matrices = [matrix for layer in self.layers for matrix in layer.matrices]
         settle([*matrices, self.output], tried=not reproducible)
         self.windows = {layer.window for layer in self.layers}
-        self.angles = _angles(model, dtype)
+        self.angles = angles(model, dtype)
         self.eps = torch.full((1, 1), config.norm_eps, device=self.device)
         self.cache = KVCache(config, pages + 1, dtype, self.device)
         self.spare = self.place(pages)  # the first of the places that belong to nobody
-        self.fixed = FixedSteps(self) if self.device.type == "cuda" else None
+        # Which experts are chosen is known only as the step goes: no graph can hold that.
+        captured = self.device.type == "cuda" and not config.experts
+        self.fixed = FixedSteps(self) if captured else None
 
     @staticmethod
     def place(page: int) -> int:
@@ -155,7 +154,7 @@ class Runner:
         places = positions + torch.tensor(offsets).to(self.device)
         turns = [(cos[positions][:, None], sin[positions][:, None]) for cos, sin in self.angles]
         views = {window: [self._view(span, window) for span in spans] for window in self.windows}
-        nobody = self.embedding.new_zeros(more, self.config.heads * self.config.head_size)
+        nobody = self.embedding.new_zeros(more, self.config.heads * self.cache.size)
         softcap = self.config.attention_softcap
         x = self._embed(tokens, positions)
         for index, layer in enumerate(self.layers):
@@ -195,7 +194,7 @@ class Runner:
             self.cache.layers[index].index_copy_(1, first + positions, pair)
             k, v = (kind[0][:, places].transpose(0, 1) for kind in self.cache.of(index))
             # Query heads that share a key head stand in the place of query positions.
-            q = q.reshape(len(tokens), self.config.kv_count, -1, self.config.head_size)
+            q = q.reshape(len(tokens), self.cache.heads, -1, self.cache.size)
             y = self._attended(q, k, v, masks[layer.window], layer.scale)
             x = self._finish_block(layer, x, y.reshape(len(tokens), -1))
         return self.norm(x)
@@ -238,23 +237,24 @@ class Runner:
             mask.masked_fill_(hidden, float("-inf"))
         return View(span.page * PAGE + first, span.end - first, mask)
 
-    def _qkv(
-        self, layer: LayerWeights, x: Tensor, turn: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        """x (T, C) -> rotated queries (T, H, D); keys and values (2 H_kv, T, D) for the cache."""
-        heads, size = self.config.heads, self.config.head_size
-        rotated = heads + self.config.kv_count
+    def _qkv(self, layer: LayerWeights, x: Tensor, turn: Turn | None) -> tuple[Tensor, Tensor]:
+        """x (T, C) -> rotated queries (T, H, D); keys and values (2 H_kv, T, D) for the cache, or
+        one row that is both (1, T, D).
+        """
         qkv = layer.qkv(x).mul_(self._inverse_deviation(x))
         if layer.qkv_bias is not None:
             qkv += layer.qkv_bias
+        if layer.latent is not None:
+            assert turn is not None  # `ModelConfig` refuses latents without rotation
+            return layer.latent.project(qkv, turn)
+        heads, size = self.config.heads, self.config.head_size
+        rotated = heads + self.config.kv_count
         qkv = qkv.view(x.shape[0], -1, size)
         qk = qkv[:, :rotated]
         if layer.qk_norm is not None:
             qk.copy_(F.rms_norm(qk, (size,), None, self.config.norm_eps) * layer.qk_norm)
         if turn is not None:
-            cos, sin = turn
-            turned = qk.roll(size // 2, -1)
-            qk.mul_(cos).addcmul_(turned, sin)
+            rotate_(qk, turn)
         return qkv[:, :heads], qkv[:, heads:].transpose(0, 1)
 
     def _inverse_deviation(self, x: Tensor) -> Tensor:
@@ -266,16 +266,22 @@ class Runner:
 
     def _finish_block(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection, feed-forward, both residual additions; may overwrite x (T, C)."""
+        if layer.latent is not None:
+            attended = layer.latent.expand(attended)
         x = _added(x, layer.output, attended, layer.output_bias, layer.output_norm)
-        up = layer.up(x).mul_(self._inverse_deviation(x))
-        if layer.up_bias is not None:
-            up += layer.up_bias
+        mlp = layer.mlp
+        if isinstance(mlp, ExpertWeights):
+            y = mlp(x)
+            return x.add_(y if layer.mlp_norm is None else layer.mlp_norm(y))
+        up = mlp.up(x).mul_(self._inverse_deviation(x))
+        if mlp.up_bias is not None:
+            up += mlp.up_bias
         if self.config.gated_mlp:
             gate, up = up.chunk(2, dim=-1)
             up = activate(gate, self.config.activation).mul_(up)
         else:
             up = activate(up, self.config.activation)
-        return _added(x, layer.down, up, layer.down_bias, layer.down_norm)
+        return _added(x, mlp.down, up, mlp.down_bias, layer.mlp_norm)
 
 
 def _added(
@@ -287,18 +293,3 @@ def _added(
         return x + norm(y if bias is None else y + bias)
     x = matrix.add_to(x, read)
     return x if bias is None else x.add_(bias)
-
-
-def _angles(model: Transformer, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Cosines and sines, each (context, D): of layers that see everything, then, where they differ,
-    of those with a window. The first half's sign is rotate-half's, so that turning needs no
-    negation. Empty without rotation.
-    """
-    config = model.config
-    if config.positions != "rope":
-        return []
-    sign = torch.ones_like(model.rope_sin[:1])
-    sign[:, : config.head_size // 2] = -1
-    names = ("rope", "window") if config.window_rope_theta is not None else ("rope",)
-    tables = [(model.get_buffer(f"{name}_cos"), model.get_buffer(f"{name}_sin")) for name in names]
-    return [(cos.to(dtype), (sin * sign).to(dtype)) for cos, sin in tables]

@@ -18,6 +18,7 @@ Weights = Literal["float32", "bfloat16", "int8"]
 
 PACKED_FOR = 512  # rows; the layout then chosen is within a tenth of the best from 4 to 1,024
 TRIALS = 5  # of each product, of which the quickest counts
+BLOCK = 16  # inputs that torch's kernel for integers takes at once: of others it reads too many
 FEW = 12  # rows up to which multiplying by integers beats expanding them first (measured: 8 to 16)
 
 
@@ -103,9 +104,11 @@ class Int8:
         scale = weight.float().abs().amax(1).clamp_min(1e-12) / 127
         self.weight = (weight.float() / scale[:, None]).round().to(torch.int8)
         self.scale = scale.to(dtype)
+        whole = weight.device.type == "cpu" and weight.shape[1] % BLOCK == 0
+        self.few = FEW if whole else 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.shape[0] <= FEW:
+        if x.shape[0] <= self.few:
             return torch._weight_int8pack_mm(x, self.weight, self.scale)
         return F.linear(x, self.weight.to(x.dtype)) * self.scale
 
@@ -121,6 +124,18 @@ def matrix(weight: Tensor, weights: Weights) -> Matrix:
     """A matrix (out, in) as `weights` says."""
     dtype = activation_dtype(weights)
     return Int8(weight, dtype) if weights == "int8" else Dense(weight.to(dtype))
+
+
+def usual_rows(count: int) -> int:
+    """The next larger of about forty numbers of rows.
+
+    oneDNN makes a kernel for every number of rows it meets: 2 ms and 2.5 MB for each at width 128,
+    and steps that read prompts have a new one nearly every time.
+    """
+    for largest, step in ((16, 1), (64, 8), (256, 32)):
+        if count <= largest:
+            return -(-count // step) * step
+    return -(-count // 128) * 128
 
 
 def _packed(weight: Tensor) -> Tensor | None:

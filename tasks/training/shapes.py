@@ -62,8 +62,9 @@ FAMILIES: Mapping[Family, Mapping[str, Any]] = {
 }
 WINDOWED = ("mistral", "gemma2", "gemma3")
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
-SERVED = (*LLAMAS, "gpt2", "gemma2", "gemma3")  # by our engine, see model/engine/loading.py
 LATENT = ("deepseek_v2", "deepseek_v3")
+# By our engine, see model/engine/loading.py.
+SERVED = (*LLAMAS, "gpt2", "gemma2", "gemma3", *LATENT)
 
 
 class LatentOptions(StageConfig):
@@ -97,7 +98,7 @@ class ModelOptions(StageConfig):
 
     family: Family = "llama"
     """Which architecture: what norms, positions, biases, attention and feed-forward are like. Our
-    engine serves all but DeepSeek's and BERT, which can be trained and exported."""
+    engine serves all but BERT, which can be trained and exported."""
     width: int = Field(256, ge=2)
     """Channels of the residual stream."""
     layers: int = Field(4, ge=1)

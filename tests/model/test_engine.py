@@ -25,6 +25,9 @@ from model.huggingface import FormatError
 from model.rope_scaling import RopeScaling
 from model.transformer import Transformer
 from tests.tiny_models import (
+    BERT,
+    DEEPSEEK2,
+    DEEPSEEK3,
     GEMMA2,
     GEMMA3,
     GPT2,
@@ -46,6 +49,10 @@ VARIANTS = [
     GEMMA3,
     GEMMA3 | {"rope_scaling": RopeScaling("linear", 8.0)},
     GPT2,
+    DEEPSEEK2,
+    DEEPSEEK2 | {"query_latent": 28, "expert_groups": 4, "groups_per_token": 2},
+    DEEPSEEK3 | {"layers": 3},
+    DEEPSEEK3 | {"rope_scaling": RopeScaling("yarn", 4.0, 16, mscale=1.0, mscale_all_dim=0.8)},
 ]
 GREEDY = Sampling(max_tokens=24)
 
@@ -77,7 +84,7 @@ def test_greedy_equals_the_plain_forward_whoever_is_in_the_batch(flags: dict) ->
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
-@pytest.mark.parametrize("flags", [{"qkv_bias": True}, GPT2])
+@pytest.mark.parametrize("flags", [{"qkv_bias": True}, GPT2, DEEPSEEK2, DEEPSEEK3])
 def test_smaller_weights_think_nearly_the_same(weights: str, flags: dict) -> None:
     model = transformer(**flags)
     asked = [prompt + [30] * 14 for prompt in prompts(6)]
@@ -342,10 +349,8 @@ def test_a_directory_loads(tmp_path) -> None:
 
 
 def test_a_family_it_does_not_generate_with_is_refused(tmp_path) -> None:
-    experts = {"experts": 4, "experts_per_token": 2, "expert_width": 32, "shared_experts": 1}
-    latent = {"head_dim": 32, "kv_latent": 16, "rope_dim": 8, "tied_embeddings": False}
-    directory = model_directory(tmp_path / "model", **experts, **latent)
-    with pytest.raises(FormatError, match="not those with kv_latent, experts; use transformers"):
+    directory = model_directory(tmp_path / "model", **BERT)
+    with pytest.raises(FormatError, match="not those with causal, token_types, masked_head, norm_"):
         load_model(directory)
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from model.engine import Core, Sampling, generate_batch
 from model.engine.pages import PAGE, PageTable, Run, page_hashes
-from model.engine.runner import Span, usual_rows
-from tests.tiny_models import VOCABULARY, transformer
+from model.engine.runner import Span
+from model.engine.weights import usual_rows
+from tests.tiny_models import DEEPSEEK2, DEEPSEEK3, VOCABULARY, transformer
 
 GREEDY = Sampling(max_tokens=20)
 
@@ -98,8 +99,9 @@ def test_hashes_say_everything_that_came_before() -> None:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_second_prompt_reads_only_what_is_new(deterministic: bool) -> None:
-    model = transformer(context=512)
+@pytest.mark.parametrize("flags", [{}, DEEPSEEK3])
+def test_a_second_prompt_reads_only_what_is_new(flags: dict, deterministic: bool) -> None:
+    model = transformer(context=512, **flags)
     shared, one, two = some_tokens(300, 1), some_tokens(30, 2), some_tokens(20, 3)
     core = Core(model, None, slots=2, deterministic=deterministic)
     first, cached = ask(core, shared + one)
@@ -192,7 +194,10 @@ def test_long_prompts_do_not_hold_up_answers() -> None:
     assert steps >= 400 // 64
 
 
-@pytest.mark.parametrize("flags", [{}, {"sliding_window": 24}, {"heads": 4, "kv_heads": 2}])
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"sliding_window": 24}, {"heads": 4, "kv_heads": 2}, DEEPSEEK2, DEEPSEEK3],
+)
 def test_deterministic_logits_are_bitwise_equal_in_any_batch(flags: dict) -> None:
     model = transformer(context=512, **flags)
     prompts = [some_tokens(150, 1) + some_tokens(40, n) for n in range(4)]
@@ -220,8 +225,9 @@ def test_deterministic_logits_are_bitwise_equal_in_any_batch(flags: dict) -> Non
     assert alone == crowd == hit  # floats, compared exactly
 
 
-def test_embeddings_are_the_mean_of_the_last_hidden_states() -> None:
-    model = transformer(context=512)
+@pytest.mark.parametrize("flags", [{}, DEEPSEEK2, DEEPSEEK3])
+def test_embeddings_are_the_mean_of_the_last_hidden_states(flags: dict) -> None:
+    model = transformer(context=512, **flags)
     prompt = some_tokens(200, 5)
     core = Core(model, None, prefill_tokens=60)
     for _ in range(2):
@@ -247,3 +253,10 @@ def test_steps_have_one_of_few_numbers_of_rows() -> None:
     assert rows == [96]
     alone = core.runner.forward([Span(0, 0, [30] * 16)])
     assert torch.allclose(alone, hidden[:16], atol=1e-4)
+
+
+def test_of_latent_attention_one_row_is_kept_for_all_heads() -> None:
+    caches = [Core(transformer(**flags), None).runner.cache for flags in (DEEPSEEK2, {})]
+    kept, plain = (cache.data[0, :, :, 0].numel() for cache in caches)  # numbers a token and layer
+    assert kept == DEEPSEEK2["kv_latent"] + DEEPSEEK2["rope_dim"]
+    assert plain == 2 * 64

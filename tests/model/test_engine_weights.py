@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.engine import Core
-from model.engine.weights import Dense, settle
+from model.engine.weights import FEW, Dense, Int8, settle
 from tests.tiny_models import transformer
 
 
@@ -25,6 +25,16 @@ def test_both_products_are_the_plain_one(single: bool, rows: int) -> None:
     y = torch.ones(rows, 48)
     torch.testing.assert_close(matrix(x), x @ weight.T)
     torch.testing.assert_close(matrix.add_to(y, x), 1 + x @ weight.T)
+
+
+@pytest.mark.parametrize("inputs", [20, 32, 40])  # torch's kernel takes multiples of 16 only
+@pytest.mark.parametrize("rows", [1, 5, FEW + 1])
+def test_integers_multiply_rows_of_any_length(rows: int, inputs: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(52, inputs, generator=generator)
+    x = torch.randn(rows, inputs, generator=generator).bfloat16()
+    y = Int8(weight, torch.bfloat16)(x)
+    torch.testing.assert_close(y.float(), x.float() @ weight.T, rtol=0.05, atol=0.2)
 
 
 def test_a_trial_leaves_one_choice_for_all_matrices() -> None:

@@ -99,10 +99,12 @@ def test_what_the_form_says_reaches_the_loop() -> None:
 
 
 def test_a_family_that_the_engine_lacks_is_refused_before_anything_runs() -> None:
-    with pytest.raises(UserError, match="no model with kv_latent, experts; choose one of them"):
-        PretrainConfig(model=ModelOptions(family="deepseek_v2")).require_served()
+    with pytest.raises(UserError, match="no model with causal, token_types, masked_head, norm_"):
+        PretrainConfig(model=ModelOptions(family="bert")).require_served()
     for family in ("qwen2", "gpt2"):
         assert PretrainConfig(model=ModelOptions(family=family)).require_served().qkv_bias
+    for family in ("deepseek_v2", "deepseek_v3"):
+        assert PretrainConfig(model=ModelOptions(family=family)).require_served().experts
 
 
 @pytest.fixture

@@ -135,9 +135,17 @@ def divided_like(tensor: Tensor, model: Tensor) -> Tensor:
     return distribute_tensor(tensor, model.device_mesh, model.placements, src_data_rank=None)
 
 
-def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same with none divided; every rank must ask."""
-    return {name: whole(tensor) for name, tensor in tensors.items()}
+def whole_tensors(tensors: Mapping[str, Tensor], *, kept: bool = True) -> dict[str, Tensor]:
+    """The same with none divided; every rank must ask, and gets nothing unless they are `kept`.
+
+    Divided ones are gathered one after the other and go to the CPU: no device ever holds them all.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        all_of_it = whole(tensor)
+        if kept:
+            found[name] = all_of_it.cpu() if is_divided(tensor) else all_of_it
+    return found
 
 
 @torch.no_grad()

@@ -174,7 +174,8 @@ def train(
         """What every rank does for a checkpoint; rank 0 writes it, or each its part."""
         tensors = model.state_dict(), optimizer.state()
         if together is None:
-            tensors = whole_tensors(tensors[0]), whole_tensors(tensors[1])
+            mine = rank == 0
+            tensors = whole_tensors(tensors[0], kept=mine), whole_tensors(tensors[1], kept=mine)
         if writer is not None and (rank == 0 or together is not None):
             state = {"identity": identity, "meter": meter.state()} | past.state()
             writer.write(Checkpoint(step, *tensors, state), keep, folder)

@@ -55,6 +55,19 @@ def test_a_preset_is_valid_and_as_large_as_it_says(name: str) -> None:
     assert count.total == pytest.approx(SIZES[name], rel=0.03)
 
 
+@pytest.mark.parametrize("name", [path.stem for path in PRESETS.glob("*[0-9][mb].yaml")])
+def test_a_preset_tells_its_forecast(name: str) -> None:
+    text = (PRESETS / f"{name}.yaml").read_text()
+    vocabulary = parameters("pipeline", yaml.safe_load(text)).tokenizer.vocab_size
+    found = dict(forecast(preset(name), vocabulary, None, device_flops=989e12, mfu=0.4).rows())
+    told = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
+    time = found["time"].partition(",")[0]
+    assert (
+        f"Forecast: {found['parameters']} parameters, {found['operations']} operations, "
+        f"{found['memory of a worker']} a worker, {time} and {found['device hours']} device hours"
+    ) in told
+
+
 def test_the_demo_preset_is_the_defaults() -> None:
     values = yaml.safe_load((PRESETS / "demo.yaml").read_text())
     assert parameters("pipeline", values) == parameters("pipeline", {})

@@ -1,4 +1,4 @@
-"""The Ray Serve deployment: one replica is one engine with its HTTP surface.
+"""The Ray Serve deployment: one replica is the HTTP surface and the engines behind it.
 
 A change of `user_config` reconfigures running replicas in place. A replica gets no traffic while it
 reconfigures, so `reconfigure` only notes the wish where something is served already, and the

@@ -16,6 +16,8 @@ from serve.errors import ApiError
 MAX_BODY_BYTES = 1 << 20
 BODY_SECONDS = 10.0
 T = TypeVar("T")
+CLOSING: set[asyncio.Future[None]] = set()
+"""Streams that clear up; the loop itself holds tasks but weakly."""
 
 
 async def read_body(request: Request) -> bytes:
@@ -88,8 +90,17 @@ class EventStream(Response):
                 with suppress(OSError):  # what servers raise when the client is gone
                     pump.result()
         finally:
-            await _cancel(pump, gone)
+            # Ray cancels the request of a client that left, and may do so while we clear up.
+            closing = asyncio.ensure_future(self._close(pump, gone))
+            CLOSING.add(closing)
+            closing.add_done_callback(CLOSING.discard)
+            await asyncio.shield(closing)
+
+    async def _close(self, *tasks: asyncio.Future[Any]) -> None:
+        try:
+            await _cancel(*tasks)
             await self._events.aclose()
+        finally:
             self._on_close()
 
     async def _pump(self, send: Send) -> None:

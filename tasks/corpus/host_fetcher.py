@@ -9,12 +9,11 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime
 from urllib.parse import urlsplit
 
 from tasks.corpus import warc
-from tasks.corpus.client import Answer, Client, FetchError
+from tasks.corpus.client import Client, FetchError
 from tasks.corpus.fetch_plan import (
     LONG_PAUSE,
     NO_ANSWER,
@@ -25,8 +24,8 @@ from tasks.corpus.fetch_plan import (
     Plan,
     Request,
 )
-from tasks.corpus.links import header_canonical, page_links, sitemap_links
-from tasks.corpus.opt_out import OPT_OUT, headers_reserve
+from tasks.corpus.judged import REDIRECT, RETRIED, Judged, Retry, judged
+from tasks.corpus.opt_out import OPT_OUT
 from tasks.corpus.robots import MAX_BYTES, MAX_REDIRECTS, Robots
 from tasks.corpus.segments import Segments
 from tasks.corpus.urls import canonical_url, host_of
@@ -34,18 +33,7 @@ from tasks.corpus.urls import canonical_url, host_of
 FAILURES_TO_PROBE = 5  # failed requests in a row: is it the host, or are it these pages?
 FAILURES_TO_LEAVE = 50  # failed requests in all
 TDM_FILE = "/.well-known/tdmrep.json"
-HTML_TYPES = frozenset({"text/html", "application/xhtml+xml"})
 MAX_SITEMAP_BYTES = 50 * 1024 * 1024
-REDIRECT = frozenset({301, 302, 303, 307, 308})
-RETRIED = frozenset({429, 500, 502, 503, 504})
-
-
-@dataclass(frozen=True)
-class _Retry:
-    """A request worth repeating, with the outcome it has if it is not repeated."""
-
-    outcome: Outcome
-    after: float | None  # seconds the server asked for
 
 
 class HostFetcher:
@@ -260,13 +248,13 @@ class HostFetcher:
             result = await self._get(request)
         except FetchError as error:
             failed = Outcome(request.url, request.kind, "error", error.reason)
-            result = _Retry(failed, None) if error.may_pass else (failed, ())
-        outcome = result.outcome if isinstance(result, _Retry) else result[0]
+            result = Retry(failed, None) if error.may_pass else (failed, ())
+        outcome = result.outcome if isinstance(result, Retry) else result[0]
         seconds = round(time.monotonic() - begun, 4)
         outcome = dataclasses.replace(
             outcome, seconds=seconds, fetched_at=outcome.fetched_at or warc.warc_date()
         )
-        if not isinstance(result, _Retry):
+        if not isinstance(result, Retry):
             self._failed_in_a_row = 0
             self._delay = max(self._least_delay(), self._delay * 0.9)
             place = self._aliases.place(request.url)
@@ -317,7 +305,7 @@ class HostFetcher:
         else:
             self._left = self._left or NO_ANSWER
 
-    async def _get(self, request: Request) -> tuple[Outcome, tuple[bytes, ...]] | _Retry:
+    async def _get(self, request: Request) -> Judged | Retry:
         headers = {}
         if request.etag:
             headers["If-None-Match"] = request.etag
@@ -329,123 +317,8 @@ class HostFetcher:
         self._requests += 1
         answer = await self._client.ask(place, headers, types, size, self._site)
         self._latency += 0.3 * (answer.seconds - self._latency)
-        exchange = answer.exchange
-        self._bytes += len(exchange.body)
-        identifier = warc.record_id()
-        outcome = Outcome(
-            request.url,
-            request.kind,
-            "fetched",
-            status=exchange.status,
-            content_type=answer.content_type,
-            etag=answer.etag,
-            modified=answer.modified,
-            digest=warc.payload_digest(exchange.body),
-            bytes=len(exchange.body),
-            fetched_at=exchange.date,
-            record_id=identifier,
-        )
-        if self._limits.honour_opt_outs and request.kind == "page":
-            headers = {name.lower(): value for name, value in exchange.headers}
-            if reserved := headers_reserve(headers, answer.directives):
-                return _skipped(outcome, f"{OPT_OUT}: {reserved}"), ()
-        if exchange.status == 304 and request.digest:
-            return _revisit(request, outcome, exchange)
-        records = warc.response_records(exchange, outcome.digest, identifier)
-        if exchange.status in REDIRECT:
-            return self._redirected(outcome, answer, place), records
-        if exchange.status != 200:
-            failed = dataclasses.replace(outcome, state="error", reason=f"HTTP {exchange.status}")
-            if exchange.status in RETRIED:
-                return _Retry(failed, answer.retry_after)
-            return failed, records
-        if answer.refused:
-            return _skipped(outcome, answer.refused), ()
-        if not exchange.body:
-            return dataclasses.replace(outcome, state="skipped", reason="empty"), records
-        outcome, kept = self._read(request, outcome, answer, place, records)
-        # The same bytes under another Content-Type may be another text.
-        alike = (request.digest, request.content_type) == (outcome.digest, outcome.content_type)
-        if outcome.state == "fetched" and request.digest and alike:
-            return _revisit(request, outcome, exchange)
-        return outcome, kept
-
-    def _redirected(self, outcome: Outcome, answer: Answer, place: str) -> Outcome:
-        try:
-            location = self._aliases.name(canonical_url(answer.location, place))
-        except ValueError:
-            return dataclasses.replace(outcome, state="error", reason="redirect to no address")
-        return dataclasses.replace(outcome, state="redirect", location=location)
-
-    def _read(
-        self,
-        request: Request,
-        outcome: Outcome,
-        answer: Answer,
-        place: str,
-        records: tuple[bytes, ...],
-    ) -> tuple[Outcome, tuple[bytes, ...]]:
-        body, names = answer.exchange.body, self._aliases.name
-        if request.kind == "sitemap":
-            try:
-                named = sitemap_links(body, place)
-            except ValueError as error:
-                return dataclasses.replace(
-                    outcome, state="error", reason=f"sitemap: {error}"
-                ), records
-            return dataclasses.replace(
-                outcome,
-                reason=f"sitemap: {named.damage}" if named.damage else "",
-                links=tuple(map(names, named.pages)),
-                sitemaps=tuple(map(names, named.maps)),
-                links_invalid=named.invalid,
-                links_left_out=named.left_out,
-            ), records
-        canonical = header_canonical(answer.links, place)
-        outcome = dataclasses.replace(outcome, canonical=names(canonical))
-        if answer.media_type not in HTML_TYPES:
-            return outcome, records
-        found = page_links(body, place, answer.charset, answer.directives, self._limits.token)
-        outcome = dataclasses.replace(
-            outcome,
-            links=tuple(map(names, found.links)),
-            canonical=names(found.canonical or canonical),
-            noindex=found.noindex,
-            links_invalid=found.invalid,
-            links_left_out=found.left_out,
-        )
-        if found.reserved and self._limits.honour_opt_outs:
-            return _skipped(outcome, f"{OPT_OUT}: {found.reserved}"), ()
-        if found.noindex:  # read for its links and not kept
-            return dataclasses.replace(outcome, record_id="", digest=""), ()
-        return outcome, records
-
-
-def _revisit(
-    request: Request, outcome: Outcome, exchange: warc.Exchange
-) -> tuple[Outcome, tuple[bytes, ...]]:
-    """Nothing new: the body, and the links in it, are those of the earlier record."""
-    outcome = dataclasses.replace(
-        outcome,
-        state="not_modified",
-        digest=request.digest,
-        content_type="",
-        links=(),
-        canonical="",
-        links_invalid=0,
-        links_left_out=0,
-    )
-    earlier = warc.Earlier(
-        request.record_id, request.record_url, request.fetched_at, request.digest
-    )
-    return outcome, warc.revisit_records(exchange, earlier, outcome.record_id)
-
-
-def _skipped(outcome: Outcome, reason: str) -> Outcome:
-    """Answered and not kept: no record stands for it."""
-    return dataclasses.replace(
-        outcome, state="skipped", reason=reason, digest="", bytes=0, record_id=""
-    )
+        self._bytes += len(answer.exchange.body)
+        return judged(request, answer, place, self._limits, self._aliases)
 
 
 def _origin(url: str) -> str:

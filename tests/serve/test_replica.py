@@ -40,7 +40,7 @@ def files(tmp_path: Path) -> Files:
 @pytest.fixture
 def replica(files: Files) -> Iterator[Any]:
     """A replica's object, without the servers that Ray starts around it."""
-    own = Endpoint.func_or_class.__bases__[0]  # type: ignore[attr-defined]
+    own = Endpoint.func_or_class.__bases__[0]
     made = object.__new__(own)
     made.host, made.keys = ModelHost(files), KeyRing(None)
     yield made

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ class LoopbackSite:
             return web.Response(status=404, text="no such page")
         if isinstance(found, str):
             return web.Response(text=found, content_type="text/html")
-        answer = found(request) if found.__code__.co_argcount else found()
+        answer = found(request) if signature(found).parameters else found()
         return await answer if asyncio.iscoroutine(answer) else answer
 
 

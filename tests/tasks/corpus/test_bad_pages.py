@@ -44,7 +44,7 @@ def raw(answer: bytes) -> Any:
 
     async def send(request: web.Request) -> web.StreamResponse:
         assert request.transport is not None
-        request.transport.write(answer)  # type: ignore[attr-defined]
+        request.transport.write(answer)
         await asyncio.sleep(0.05)
         if request.transport is not None:
             request.transport.close()

@@ -23,6 +23,20 @@ def crawler(tmp_path: Path) -> Crawler:
     return Crawler(tmp_path / "home")
 
 
+class Slow:
+    """A page that takes its time; `most`: how many asked for it at once."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    async def __call__(self) -> web.Response:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await asyncio.sleep(0.02)
+        self.now -= 1
+        return web.Response(text=page(), content_type="text/html")
+
+
 def smallest_gap(result: CrawlResult) -> float:
     """Seconds between the starts of two requests for pages, as the WARC records date them."""
     moments = sorted(datetime.fromisoformat(p.fetched_at) for p in result.pages.values())
@@ -112,34 +126,17 @@ def test_several_hosts_are_crawled_side_by_side(crawler: Crawler) -> None:
 
 
 def test_requests_in_flight_are_bounded_over_all_hosts(crawler: Crawler) -> None:
-    now = most = 0
-
-    async def slow() -> web.Response:
-        nonlocal now, most
-        now += 1
-        most = max(most, now)
-        await asyncio.sleep(0.02)
-        now -= 1
-        return web.Response(text=page(), content_type="text/html")
-
+    slow = Slow()
     pages = {"/": page(*(f"/{n}" for n in range(12)))} | {f"/{n}": slow for n in range(12)}
     with LoopbackSite(pages) as site:
         crawler.crawl(site.url, parallel=8, parallel_total=2)
-        assert most == 2
+        assert slow.most == 2
         crawler.crawl(site.url, parallel=8, parallel_total=50, epoch=1)
-        assert most > 2
+        assert slow.most > 2
 
 
 def test_as_many_partitions_at_most_as_requests_may_be_in_flight(crawler: Crawler) -> None:
-    now = most = 0
-
-    async def slow() -> web.Response:
-        nonlocal now, most
-        now += 1
-        most = max(most, now)
-        await asyncio.sleep(0.02)
-        now -= 1
-        return web.Response(text=page(), content_type="text/html")
+    slow = Slow()
 
     def at_once(function: Any, items: list[Any]) -> Any:
         with ThreadPoolExecutor(8) as threads:
@@ -151,7 +148,7 @@ def test_as_many_partitions_at_most_as_requests_may_be_in_flight(crawler: Crawle
         seeds = [f"{url}/{n}" for url in urls for n in range(3)]
         result = crawler.crawl(*seeds, run=at_once, partitions=8, parallel_total=1)
     assert result.counts["pages"] == 12
-    assert most == 1
+    assert slow.most == 1
 
 
 def crawl_with_old_rules(

@@ -1,5 +1,7 @@
 """The crawl's table of addresses, alone: what enters it and what a restart makes of it."""
 
+from typing import Any
+
 from tasks.corpus.crawl_report import crawl_outcome
 from tasks.corpus.fetch_plan import HostPlan, HostResult, Outcome, Request
 from tasks.corpus.frontier import MAX_QUERIES, Frontier
@@ -8,21 +10,21 @@ from tasks.corpus.urls import Scope
 SEED = "http://e.org/"
 
 
-def frontier(**scope: object) -> Frontier:
-    made = Frontier(Scope(frozenset(), **scope), 1_000_000, 5, 10.0)  # type: ignore[arg-type]
+def frontier(**scope: Any) -> Frontier:
+    made = Frontier(Scope(frozenset(), **scope), 1_000_000, 5, 10.0)
     made.add_seed(SEED)
     return made
 
 
-def answer(on: Frontier, url: str, *links: str, backoff: float = 0.0, **more: object) -> None:
+def answer(on: Frontier, url: str, *links: str, backoff: float = 0.0, **more: Any) -> None:
     """A round in which `url` alone was asked for and had these links."""
-    outcome = Outcome(url, "page", "fetched", status=200, links=links, **more)  # type: ignore[arg-type]
+    outcome = Outcome(url, "page", "fetched", status=200, links=links, **more)
     host = HostResult("e.org", 0.0, backoff, 0.0, {}, (), "", 1, 1, 0.0)
     on.update([HostPlan("e.org", (Request(url),))], [outcome], [host])
 
 
-def restarted(before: Frontier, **scope: object) -> Frontier:
-    after = Frontier(Scope(frozenset(), **scope), 1_000_000, 5, 10.0)  # type: ignore[arg-type]
+def restarted(before: Frontier, **scope: Any) -> Frontier:
+    after = Frontier(Scope(frozenset(), **scope), 1_000_000, 5, 10.0)
     after.restore(before.url_table(), before.host_table(), before.counts)
     return after
 

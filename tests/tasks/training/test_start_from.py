@@ -137,7 +137,7 @@ def test_another_tokenizer_is_refused_before_any_work_and_by_the_stage(
         if import_from:
             save_checkpoint(Path(import_from), "gpt2")
         with pytest.raises(UserError, match=message):
-            train_base(None, TokenizerConfig(import_from=import_from), config)  # type: ignore
+            train_base(None, TokenizerConfig(import_from=import_from), config)
     learned = train_tokenizer(TokenizerConfig(vocab_size=600), corpus=corpus)
     with pytest.raises(UserError, match="was not made with this run's tokenizer"):
         pretrain(config, shards=shards, tokenizer=learned)

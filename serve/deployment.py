@@ -71,7 +71,7 @@ class Endpoint:
     def check_health(self) -> None:
         """Serve replaces the replica when this raises."""
         if not self.host.healthy:
-            raise RuntimeError("the engine's thread has ended")
+            raise RuntimeError("an engine has ended and cannot be started anew; the log says why")
 
     def __del__(self) -> None:
         self.host.close()

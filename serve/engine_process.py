@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -122,6 +123,7 @@ class EngineProcess:
         self._listeners: dict[str, Listener] = {}
         self._closed = False
         self._failed = False
+        self._when_lost: Callable[[], None] | None = None
         try:
             _send(self._pipe, Start(directory, options, version, draft))
             told = _receive(self._pipe)
@@ -136,6 +138,11 @@ class EngineProcess:
         self.parameters, self._counters = told.parameters, told.counters
         self._reader = threading.Thread(target=self._read, name="engine-news", daemon=True)
         self._reader.start()
+
+    def when_lost(self, call: Callable[[], None]) -> None:
+        """Call this, in a thread of ours, when the process ends that was not told to."""
+        with self._lock:
+            self._when_lost = call
 
     @property
     def pid(self) -> int:
@@ -215,11 +222,14 @@ class EngineProcess:
         with self._lock:
             self._failed = not self._closed
             waiting, self._listeners = self._listeners, {}
+            lost = self._when_lost if self._failed else None
         if self._failed:
             log.error("the engine's process ended; every request in it ends with an error")
         reason: FinishReason = "error" if self._failed else "abort"
         for id, listener in waiting.items():
             listener([Update(id, "", [], reason, 0, 0)])
+        if lost is not None:
+            lost()
 
     def _publish(self, updates: list[Update]) -> None:
         grouped: dict[Listener, list[Update]] = {}

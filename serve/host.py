@@ -1,4 +1,5 @@
-"""The models behind the endpoint: loaded in the background, swapped in when warm.
+"""The models behind the endpoint: loaded in the background, swapped in when warm, and loaded again
+when their engine is lost.
 
 A request leases the model that is current when it arrives and keeps it to its end, so a swap
 disturbs nobody. A version that cannot be loaded changes nothing; why is said in `state()`.
@@ -56,6 +57,8 @@ class ModelHost:
         self._wanted: ModelSpec | None = None
         self._failures: dict[str, str] = {}  # system fingerprint → reason
         self._loader: threading.Thread | None = None
+        self._reviving = False  # a lost engine is being replaced
+        self._lost = False  # and that failed
         self._closed = False
 
     def want(self, spec: ModelSpec) -> None:
@@ -64,11 +67,10 @@ class ModelHost:
         """
         with self._lock:
             self._wanted = spec
+            self._reviving = self._lost = False
             for one in spec.everything:
                 self._failures.pop(one.system_fingerprint, None)
-            if self._loader is None:
-                self._loader = threading.Thread(target=self._load, name="loader", daemon=True)
-                self._loader.start()
+            self._begin_loading()
 
     def wait(self) -> None:
         """Return when something is served, or nothing is being loaded any more."""
@@ -127,7 +129,8 @@ class ModelHost:
 
     @property
     def healthy(self) -> bool:
-        return all(served.engine.healthy for served in self._served)
+        """Whether every engine works; one that is being replaced does not count against it."""
+        return not self._lost and all(served.engine.healthy for served in self._served)
 
     def state(self) -> dict[str, Any]:
         """What is served, what is being loaded and what failed to load, in JSON."""
@@ -157,6 +160,22 @@ class ModelHost:
         for one in served:
             one.engine.close(timeout)
 
+    def _begin_loading(self) -> None:
+        if self._loader is None:
+            self._loader = threading.Thread(target=self._load, name="loader", daemon=True)
+            self._loader.start()
+
+    def _revive(self, lost: ServedModel) -> None:
+        """Load a model again whose engine's process has ended; until then, nobody gets it."""
+        with self._lock:
+            if self._closed or lost not in self._served:
+                return
+            log.error("the engine of %s is lost; it is started anew", lost.spec.system_fingerprint)
+            self._served = tuple(one for one in self._served if one is not lost)
+            self._reviving = True
+            self._begin_loading()
+        threading.Thread(target=self._retire, args=(lost,), daemon=True).start()
+
     def _load(self) -> None:
         """Load what is wanted until nothing else is wanted; one at a time."""
         while True:
@@ -179,6 +198,7 @@ class ModelHost:
                 with self._lock:
                     reason = str(error) or type(error).__name__
                     self._failures[spec.system_fingerprint] = reason
+                    self._lost = self._reviving
                 for one in fresh:
                     one.engine.close()
                 continue
@@ -194,11 +214,12 @@ class ModelHost:
             after = []
             for spec in wanted.everything:
                 one = _same(before, spec) or _same(fresh, spec)
-                assert one is not None
-                after.append(one)
+                if one is not None:  # else its engine was lost meanwhile, and it is loaded next
+                    after.append(one)
+            self._reviving = len(after) < len(wanted.everything)
             if not self._closed:
-                for one, spec in zip(after, wanted.everything, strict=True):
-                    one.spec = spec
+                for one in after:
+                    one.spec = next(s for s in wanted.everything if one.spec.same_model(s))
                 self._served = tuple(after)
                 self._lock.notify_all()
             gone = [one for one in (*before, *fresh) if one not in self._served]
@@ -224,7 +245,9 @@ class ModelHost:
         if not finished.wait(WARM_UP_SECONDS) or not engine.healthy:
             engine.close()
             raise RuntimeError(f"the engine gave no token within {WARM_UP_SECONDS} s")
-        return ServedModel(spec, engine, GrammarCompiler(engine.tokenizer))
+        served = ServedModel(spec, engine, GrammarCompiler(engine.tokenizer))
+        engine.when_lost(lambda: self._revive(served))
+        return served
 
     def _retire(self, old: ServedModel) -> None:
         """End an engine when the last request that leased it is answered."""

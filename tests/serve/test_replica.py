@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from model.engine import Sampling
 from serve.deployment import Endpoint
 from serve.host import ModelHost
 from serve.keys import KeyRing
@@ -83,3 +86,28 @@ def test_one_of_several_that_cannot_load_is_no_replica(replica: Any, files: File
     files.open.set()
     with pytest.raises(RuntimeError, match=r"tiny-1-broken cannot be served: .*config\.json"):
         told(replica, spec("broken", copies=2))
+
+
+def test_a_lost_engine_is_started_anew_where_it_was(replica: Any, files: Files) -> None:
+    files.open.set()
+    told(replica, spec(beside=[spec(version="2")]))
+    host: ModelHost = replica.host
+    lost, other = (served.engine for served in host.served)
+    os.kill(lost.pid, signal.SIGKILL)
+    assert eventually(lambda: len(host.served) == 2 and host.served[0].engine is not lost)
+    assert host.served[0].spec.version == "1" and host.served[1].engine is other
+    ended = threading.Event()
+    host.served[0].engine.submit([30, 31], Sampling(max_tokens=2), lambda _: ended.set())
+    assert ended.wait(60)
+    replica.check_health()
+    assert host.state()["status"] == "ok"
+
+
+def test_an_engine_that_cannot_be_started_anew_ends_the_replica(replica: Any, files: Files) -> None:
+    files.open.set()
+    told(replica, spec())
+    files.there["one"] = files.there["broken"]
+    os.kill(replica.host.current.engine.pid, signal.SIGKILL)
+    assert eventually(lambda: not replica.host.healthy)
+    with pytest.raises(RuntimeError, match="engine"):
+        replica.check_health()

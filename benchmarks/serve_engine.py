@@ -1,9 +1,9 @@
 """Our engine beside transformers and llama.cpp: one Llama of 30 M parameters, fp32, one thread.
 
 Figures are tokens per second of processor time (of the whole process), so that other work on the
-machine disturbs them little; the contenders take turns, and medians are compared. Peers that are
-not installed (`pip install transformers xllamacpp gguf`) leave their rows empty, and their targets
-missed.
+machine disturbs them little; the contenders take turns, and medians are compared. All of them have
+the allocator that our engine's process has (large pages). Peers that are not installed
+(`pip install transformers xllamacpp gguf`) leave their rows empty, and their targets missed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from model.engine import Core, Sampling, generate_batch
 from model.engine.weights import Weights
 from model.huggingface import SpecialTokens, save_directory
 from model.transformer import Transformer
+from serve.engine_process import ALLOCATOR
 
 CONFIG = ModelConfig(vocab_size=8192, width=512, layers=8, heads=8, context=2048)
 PROMPT = 32  # tokens
@@ -178,6 +179,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and tokens")
     quick = parser.parse_args().quick
+    if not ALLOCATOR.items() <= os.environ.items():  # read when a process begins, and only then
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
     new, rounds = (32, 3) if quick else (128, 5)
     torch.set_num_threads(1)
     torch.manual_seed(0)

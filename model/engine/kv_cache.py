@@ -58,6 +58,10 @@ class KVCache:
             new.copy_(self.data[:, :, :, source * PAGE : source * PAGE + tokens])
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.data.dtype
+
+    @property
     def bytes(self) -> int:
         return self.data.numel() * self.data.element_size()
 

@@ -216,8 +216,8 @@ def _ray(settings: Settings) -> Service:
             # With every change of the replicas the proxy starts anew; the old one goes on with the
             # streams it has, by default for no more than two minutes.
             RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S="3600",
-            # Our replica's engine has a thread of its own; another one between server and
-            # application would only hand each token on.
+            # The engine has a process of its own; another thread between server and application
+            # would only hand each token on.
             RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD="0",
             # On cores that train as well, a late answer is no dead proxy; its restart under load
             # cut the endpoint off for four minutes.

@@ -1,23 +1,23 @@
 """Our engine beside transformers and llama.cpp: one Llama of 30 M parameters, fp32, one thread.
 
 Figures are tokens per second of processor time (of the whole process), so that other work on the
-machine disturbs them little; the contenders take turns, and medians are compared. All of them have
-the allocator that our engine's process has (large pages). Peers that are not installed
-(`pip install transformers xllamacpp gguf`) leave their rows empty, and their targets missed.
+machine disturbs them little. We, transformers and llama.cpp have a process each, with the allocator
+that our engine's process has (large pages); they take turns, and medians are compared. Peers that
+are not installed leave their rows empty, and their targets missed.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.util
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -109,8 +109,7 @@ def of_transformers_continuous(directory: Path, batch: int, new: int) -> Callabl
     config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
 
     def run() -> None:
-        with contextlib.redirect_stdout(sys.stderr):
-            peer.generate_batch(inputs=prompts(batch), generation_config=config)
+        peer.generate_batch(inputs=prompts(batch), generation_config=config)
 
     return run
 
@@ -124,17 +123,78 @@ def of_llama_cpp(peer: LlamaCpp, new: int) -> Callable[[], None]:
     return run
 
 
-def measure(contenders: dict[str, tuple[Callable[[], None], int]], rounds: int) -> dict[str, float]:
+def contenders(whose: str, new: int, directory: Path) -> dict[str, Callable[[], None]]:
+    """What one process runs, by name; the number behind a name is its batch."""
+    if whose == "transformers":
+        return {
+            "transformers_1": of_transformers(directory, 1, new),
+            "transformers_8": of_transformers(directory, 8, new),
+            "transformers_continuous_32": of_transformers_continuous(directory, 32, new),
+        }
+    model = the_model()
+    if whose == "llama_cpp":
+        eight_bits = LlamaCpp.of(model, eight_bits=True)
+        return {
+            "llama_cpp_1": of_llama_cpp(LlamaCpp.of(model), new),
+            "llama_cpp_8bit_1": of_llama_cpp(eight_bits, new),
+        }
+    return {f"ours_{batch}": ours(model, batch, new) for batch in (1, 8, 32)} | {
+        "ours_matrices_alone_1": matrices_alone(model, new),
+        "ours_bf16_1": ours(model, 1, new, "bfloat16"),
+        "ours_int8_1": ours(model, 1, new, "int8"),
+    }
+
+
+def the_model() -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(CONFIG).eval().requires_grad_(False)
+
+
+def worker(whose: str, new: int, directory: Path) -> None:
+    """Run what standard input names, a line each; tell the processor seconds of this process."""
+    torch.set_num_threads(1)
+    runs = contenders(whose, new, directory)
+    told = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what peers print
+    print(*runs, file=told)
+    for line in sys.stdin:
+        started = time.process_time()
+        runs[line.strip()]()
+        print(time.process_time() - started, file=told)
+
+
+def measure(peers: Sequence[str], new: int, directory: Path, rounds: int) -> dict[str, float]:
     """Tokens per processor second: contenders in alternation, the median of the rounds."""
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
+    processes = {
+        whose: subprocess.Popen(
+            [sys.executable, __file__, "--worker", whose, str(new), str(directory)],
+            env=os.environ | ALLOCATOR,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for whose in ("ours", *peers)
+    }
+
+    def ask(process: subprocess.Popen[str], name: str | None = None) -> str:
+        assert process.stdin is not None and process.stdout is not None
+        if name is not None:
+            print(name, file=process.stdin, flush=True)
+        if not (line := process.stdout.readline()):
+            raise SystemExit(f"a contender failed: {process.args}")
+        return line
+
+    names = {whose: ask(process).split() for whose, process in processes.items()}
+    rates: dict[str, list[float]] = {name: [] for each in names.values() for name in each}
     for turn in range(rounds + 1):
-        for name, (run, tokens) in contenders.items():
-            started = time.process_time()
-            run()
-            spent = time.process_time() - started
-            if turn:  # the first warms up
-                rates[name].append(tokens / spent)
+        for whose, process in processes.items():
+            for name in names[whose]:
+                spent = float(ask(process, name))
+                if turn:  # the first warms up
+                    rates[name].append(int(name.rpartition("_")[2]) * new / spent)
         print(f"round {turn} of {rounds}", file=sys.stderr, flush=True)
+    for process in processes.values():
+        process.communicate()
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
@@ -178,37 +238,21 @@ def quantization_loss(model: Transformer, weights: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and tokens")
-    quick = parser.parse_args().quick
-    if not ALLOCATOR.items() <= os.environ.items():  # read when a process begins, and only then
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR)
-    new, rounds = (32, 3) if quick else (128, 5)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        whose, new, directory = arguments.worker
+        worker(whose, int(new), Path(directory))
+        return
+    new, rounds = (32, 3) if arguments.quick else (128, 5)
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = Transformer(CONFIG).eval().requires_grad_(False)
-    contenders: dict[str, tuple[Callable[[], None], int]] = {
-        f"ours_{batch}": (ours(model, batch, new), batch * new) for batch in (1, 8, 32)
-    }
-    contenders["ours_matrices_alone_1"] = (matrices_alone(model, new), new)
-    contenders["ours_bf16_1"] = (ours(model, 1, new, "bfloat16"), new)
-    contenders["ours_int8_1"] = (ours(model, 1, new, "int8"), new)
+    model = the_model()
+    needs = {"transformers": ("transformers",), "llama_cpp": ("xllamacpp", "gguf")}
+    peers = [whose for whose, all_of in needs.items() if all(map(find_spec, all_of))]
     with tempfile.TemporaryDirectory() as folder:
-        if importlib.util.find_spec("transformers"):
-            directory = Path(folder) / "model"
-            save_directory(directory, model, SpecialTokens(bos=1, eos=(2,), pad=0))
-            for batch in (1, 8):
-                contenders[f"transformers_{batch}"] = (
-                    of_transformers(directory, batch, new),
-                    batch * new,
-                )
-            contenders["transformers_continuous_32"] = (
-                of_transformers_continuous(directory, 32, new),
-                32 * new,
-            )
-        if importlib.util.find_spec("xllamacpp") and importlib.util.find_spec("gguf"):
-            contenders["llama_cpp_1"] = (of_llama_cpp(LlamaCpp.of(model), new), new)
-            eight_bits = LlamaCpp.of(model, eight_bits=True)
-            contenders["llama_cpp_8bit_1"] = (of_llama_cpp(eight_bits, new), new)
-        rates = measure(contenders, rounds)
+        directory = Path(folder) / "model"
+        save_directory(directory, model, SpecialTokens(bos=1, eos=(2,), pad=0))
+        rates = measure(peers, new, directory, rounds)
 
     def ratio(one: str, other: str) -> float | None:
         return rates[one] / rates[other] if other in rates else None

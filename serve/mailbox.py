@@ -1,4 +1,4 @@
-"""From the engine's thread to event loops: one hand-over a step, not one a request."""
+"""From the engine to event loops: one hand-over a step, not one a request."""
 
 import asyncio
 import uuid
@@ -51,7 +51,7 @@ class Mailbox:
                 del self._mails[id]
 
     def _publish(self, updates: list[Update]) -> None:
-        """In the engine's thread."""
+        """In the thread that hears the engine."""
         news: dict[asyncio.AbstractEventLoop, list[tuple[Mail, Update]]] = defaultdict(list)
         for update in updates:
             if mail := self._mails.get(update.id):

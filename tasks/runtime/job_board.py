@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from http import HTTPStatus
 
 from tasks.runtime.rest import Refused, call
 from tasks.runtime.settings import Settings
@@ -29,6 +30,20 @@ def running_jobs(settings: Settings) -> list[RunningJob]:
         and job.get("submission_id")
         and (job.get("metadata") or {}).get("gristmill_flow_run")
     ]
+
+
+def job_status(settings: Settings, submission_id: str) -> str | None:
+    """`PENDING`, `RUNNING`, `STOPPED`, `SUCCEEDED` or `FAILED`; None for a job Ray knows nothing of.
+
+    Raises OSError when Ray does not answer, Refused when it answers with an error of its own.
+    """
+    try:
+        url = f"{settings.ray_dashboard}/api/jobs/{submission_id}"
+        return call(url, token=_token(settings), timeout=15)["status"]
+    except Refused as refusal:
+        if refusal.status != HTTPStatus.NOT_FOUND:
+            raise
+        return None
 
 
 def stop_job(settings: Settings, submission_id: str) -> None:

@@ -14,19 +14,20 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any
 
 from prefect.context import TaskRunContext
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from tasks.runtime.errors import Unavailable
+from tasks.runtime.job_board import job_status
+from tasks.runtime.rest import Refused
 from tasks.runtime.settings import Settings
 
 POLL_SECONDS = 0.5
 PATIENCE = 90.0
 """Seconds a stage waits for a cluster that does not answer: it may be starting again."""
-LOST = "does not exist"
-"""What Ray says of a job that an earlier cluster ran."""
 RUNNING = (JobStatus.PENDING, JobStatus.RUNNING)
 
 
@@ -97,7 +98,10 @@ def flow_run_id() -> str | None:
 
 
 def follow(
-    jobs: JobSubmissionClient, submission: str, on_poll: Callable[[], None] = lambda: None
+    jobs: JobSubmissionClient,
+    submission: str,
+    settings: Settings,
+    on_poll: Callable[[], None] = lambda: None,
 ) -> None:
     """Wait for a job's end, calling `on_poll` twice a second.
 
@@ -108,17 +112,19 @@ def follow(
     heard = time.monotonic()
     try:
         while True:
+            # Not asked by Ray's client: it builds a pool of connections for each question, and a
+            # signal that arrives while the pool's finalizer runs is printed and forgotten.
             try:
-                status = jobs.get_job_status(submission)
+                status = job_status(settings, submission)
                 heard = time.monotonic()
-            except (OSError, RuntimeError) as error:
-                if LOST in str(error):
-                    raise JobFailed(f"Ray was started anew and lost job {submission}") from error
+            except (OSError, HTTPException, Refused) as error:
                 if time.monotonic() - heard > PATIENCE:
                     raise Unavailable(
                         f"Ray has not answered for {PATIENCE:.0f} s; mend it with: gristmill up"
                     ) from error
                 status = JobStatus.RUNNING
+            if status is None:
+                raise JobFailed(f"Ray was started anew and lost job {submission}")
             on_poll()
             if status not in RUNNING:
                 break

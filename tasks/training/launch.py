@@ -103,7 +103,7 @@ def _follow(job: TrainingJob, work: Workspace) -> None:
     submission = attempt.attach_or_submit(client, entrypoint, settings.environment())
     watch = _Watch(job, work)
     try:
-        jobs.follow(client, submission, watch.look)
+        jobs.follow(client, submission, settings, watch.look)
     finally:
         watch.finish()
     if work.has(FAILURE):

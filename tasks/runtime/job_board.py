@@ -33,7 +33,7 @@ def running_jobs(settings: Settings) -> list[RunningJob]:
 
 
 def job_status(settings: Settings, submission_id: str) -> str | None:
-    """`PENDING`, `RUNNING`, `STOPPED`, `SUCCEEDED` or `FAILED`; None for a job Ray knows nothing of.
+    """`PENDING`, `RUNNING`, `STOPPED`, `SUCCEEDED` or `FAILED`; None for a job Ray does not know.
 
     Raises OSError when Ray does not answer, Refused when it answers with an error of its own.
     """

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -176,12 +177,11 @@ def pin(models: Models) -> None:
     """The engine's process to its core, every other thread of the stack to the other one."""
     engine = models.engine()
     for process in models.fresh.processes():
-        for thread in process.threads():
-            core = ENGINE_CORE if process == engine else OTHER_CORE
-            try:
-                os.sched_setaffinity(thread.id, {core})
-            except ProcessLookupError:
-                continue
+        core = ENGINE_CORE if process == engine else OTHER_CORE
+        with suppress(psutil.NoSuchProcess):  # some are short-lived
+            for thread in process.threads():
+                with suppress(ProcessLookupError):
+                    os.sched_setaffinity(thread.id, {core})
 
 
 def main() -> None:

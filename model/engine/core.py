@@ -281,8 +281,9 @@ class Core:
                 ready.append((sequence, span))
                 rows.append(row - 1)
         if ready:
-            at = torch.tensor(rows, device=hidden.device)
-            self._advance(ready, self._logits(hidden[at]), updates)
+            if len(rows) < len(hidden):
+                hidden = hidden[torch.tensor(rows, device=hidden.device)]
+            self._advance(ready, self._logits(hidden), updates)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.runner.logits(hidden)[:, : self.vocabulary]

@@ -31,12 +31,13 @@ class KVCache:
         shape = (config.layers, kinds, self.heads, pages * PAGE, self.size)
         self.data = _zeros(shape, dtype, device)
         self.layers = list(self.data.flatten(1, 2))  # (2 H_kv or 1, tokens, D)
-        self.keys = [layer[0][None] for layer in self.data]  # (1, H_kv, tokens, D)
-        self.values = [layer[-1][None] for layer in self.data]
+        self._kinds, self._parts = kinds, self.data.view(-1, 1, *shape[2:])
+        self.keys, self.values = self.seen(0, shape[3])
 
-    def of(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, each (1, H_kv, places, D)."""
-        return self.keys[layer], self.values[layer]
+    def seen(self, first: int, count: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Keys and values of each layer, (1, H_kv, count, D), of the places from `first` on."""
+        parts = self._parts.narrow(3, first, count).unbind(0)
+        return parts[:: self._kinds], parts[self._kinds - 1 :: self._kinds]
 
     @torch.inference_mode()
     def copy(self, copies: Sequence[Copy]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.attention import LatentAttention
-from model.engine.rotation import Turn, rotate_
+from model.engine.rotation import paired, turn_
 from model.engine.weights import Matrix, Weights, activation_dtype, matrix
 from model.layers import RMSNorm
 
@@ -34,8 +34,12 @@ class LatentHeads:
         expanding = attention.kv_b_proj.weight.to(activation_dtype(weights))
         expanding = expanding.view(-1, sum(attention.parts), attention.latent)
         keys, values = expanding.split(attention.parts, dim=1)
+        query = None
+        if not attention.direct:
+            rows = paired(attention.q_b_proj.weight, attention.head_dim, attention.rotary)
+            query = matrix(rows, weights)
         return cls(
-            query=None if attention.direct else matrix(attention.q_b_proj.weight, weights),
+            query=query,
             query_norm=None if attention.direct else attention.q_a_layernorm,
             norm=attention.kv_a_layernorm,
             keys=keys.contiguous(),
@@ -47,9 +51,9 @@ class LatentHeads:
     def matrices(self) -> tuple[Matrix, ...]:
         return () if self.query is None else (self.query,)
 
-    def project(self, read: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+    def project(self, read: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
         """Queries or their latent, then the latent and the shared channels, (T, … + L + R) ->
-        queries (T, H, L + R) and what the cache keeps, (1, T, L + R).
+        queries (H, T, L + R) and what the cache keeps, (1, T, L + R).
         """
         heads, still, channels = self.keys.shape
         q, latent, shared = read.split(
@@ -57,14 +61,18 @@ class LatentHeads:
         )
         if self.query is not None and self.query_norm is not None:
             q = self.query(self.query_norm(q))
-        q = q.view(len(read), heads, -1)
-        within = (q[..., :still].transpose(0, 1) @ self.keys).transpose(0, 1)
-        q = torch.cat((within, rotate_(q[..., still:], turn)), dim=-1)
-        shared = rotate_(shared[:, None], turn)[:, 0]
-        return q, torch.cat((self.norm(latent), shared), dim=1)[None]
+        q = q.view(len(read), heads, -1).transpose(0, 1)
+        within = q[..., :still] @ self.keys
+        q = torch.cat((within, _turned(q[..., still:], turn)), dim=-1)
+        return q, torch.cat((self.norm(latent)[None], _turned(shared[None], turn)), dim=-1)
 
     def expand(self, attended: Tensor) -> Tensor:
         """(T, H · (L + R)) as attention gives it -> values (T, H · E)."""
         heads, channels, _ = self.values.shape
         within = attended.view(len(attended), heads, -1)[..., :channels]
         return (within.transpose(0, 1) @ self.values).transpose(0, 1).flatten(1)
+
+
+def _turned(x: Tensor, turn: Tensor) -> Tensor:
+    """x (H, T, R) turned, in float32."""
+    return turn_(x.to(torch.float32, copy=True), turn)

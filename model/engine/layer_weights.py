@@ -15,6 +15,7 @@ from model.attention import Attention, LatentAttention
 from model.config import ModelConfig
 from model.engine.experts import ExpertWeights
 from model.engine.latent_heads import LatentHeads
+from model.engine.rotation import paired
 from model.engine.weights import Matrix, Weights, activation_dtype, matrix
 from model.layers import FeedForward, LayerNorm, RMSNorm
 from model.moe import MixtureOfExperts
@@ -59,7 +60,7 @@ class LayerWeights:
 
     qkv: Matrix  # C -> (H + 2 H_kv) D; with latents, C -> queries or their latent, then keys'
     qkv_bias: Tensor | None
-    qk_norm: Tensor | None  # (H + H_kv, D): the query norm's gain, then the key norm's
+    qk_norm: Tensor | None  # (H + H_kv, 1, D): the query norm's gain, then the key norm's
     latent: LatentHeads | None
     output: Matrix
     output_bias: Tensor | None
@@ -84,7 +85,9 @@ class LayerWeights:
         latent = None
         if isinstance(attention, LatentAttention):
             latent = LatentHeads.of(attention, weights)
-        qkv, qkv_bias = _behind(block.input_layernorm, _first(attention))
+        stacked, stacked_bias = _behind(block.input_layernorm, _first(attention))
+        qkv = _in_pairs(attention, config, stacked)
+        qkv_bias = None if stacked_bias is None else _in_pairs(attention, config, stacked_bias)
         after = block.placement == "both"
         before_mlp = block.pre_feedforward_layernorm if after else block.post_attention_layernorm
         kind = ExpertWeights if isinstance(mlp, MixtureOfExperts) else FeedForwardWeights
@@ -111,6 +114,21 @@ def _first(attention: Attention) -> list[nn.Linear]:
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
+def _in_pairs(attention: Attention, config: ModelConfig, rows: Tensor) -> Tensor:
+    """What `_first` gives, its channels that rotation turns in the order of `rotation.turn_`."""
+    if config.positions != "rope":
+        return rows
+    if isinstance(attention, LatentAttention):
+        last = attention.latent + attention.rotary
+        queries, latent = rows.split((len(rows) - last, last))
+        if attention.direct:
+            queries = paired(queries, attention.head_dim, attention.rotary)
+        return torch.cat((queries, paired(latent, last, attention.rotary)))
+    size = config.head_size
+    turned = (config.heads + config.kv_count) * size
+    return torch.cat((paired(rows[:turned], size, size), rows[turned:]))
+
+
 def gain(norm: RMSNorm | LayerNorm) -> Tensor:
     """What a norm multiplies by."""
     return norm.weight + norm.offset if isinstance(norm, RMSNorm) else norm.weight
@@ -135,7 +153,8 @@ def _qk_norm(attention: Attention, config: ModelConfig) -> Tensor | None:
     if attention.q_norm is None or attention.k_norm is None:
         return None
     query = gain(attention.q_norm).expand(config.heads, -1)
-    return torch.cat((query, gain(attention.k_norm).expand(config.kv_count, -1)))
+    gains = torch.cat((query, gain(attention.k_norm).expand(config.kv_count, -1)))
+    return _in_pairs(attention, config, gains.flatten()).view_as(gains)[:, None]
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -1,30 +1,38 @@
-"""Rotary positions as the engine turns by them: in place, by tables made once."""
+"""Rotary positions as the engine turns by them: two channels that turn together lie side by side,
+one complex number, and turning is one product with a table made once.
+"""
 
 import torch
 from torch import Tensor
 
 from model.transformer import Transformer
 
-Turn = tuple[Tensor, Tensor]
 
-
-def angles(model: Transformer, dtype: torch.dtype) -> list[Turn]:
-    """Cosines and sines, each (context, D): of layers that see everything, then, where they differ,
-    of those with a window. The first half's sign is rotate-half's, so that turning needs no
-    negation. Empty without rotation. D: the channels of a head that are turned.
+def angles(model: Transformer) -> list[Tensor]:
+    """cos + i sin, each (context, R / 2) in complex64: of layers that see everything, then, where
+    they differ, of those with a window. Empty without rotation. R: the channels of a head that are
+    turned.
     """
     config = model.config
     if config.positions != "rope":
         return []
-    sign = torch.ones_like(model.rope_sin[:1])
-    sign[:, : config.rotary_size // 2] = -1
     names = ("rope", "window") if config.window_rope_theta is not None else ("rope",)
+    half = config.rotary_size // 2
     tables = [(model.get_buffer(f"{name}_cos"), model.get_buffer(f"{name}_sin")) for name in names]
-    return [(cos.to(dtype), (sin * sign).to(dtype)) for cos, sin in tables]
+    return [torch.complex(cos[:, :half].float(), sin[:, :half].float()) for cos, sin in tables]
 
 
-def rotate_(x: Tensor, turn: Turn) -> Tensor:
-    """Turn x (T, H, D) in place by cosines and sines, each (T, 1, D)."""
-    cos, sin = turn
-    turned = x.roll(x.shape[-1] // 2, -1)
-    return x.mul_(cos).addcmul_(turned, sin)
+def paired(rows: Tensor, head: int, rotary: int) -> Tensor:
+    """Rows (N head, …), of which the last `rotary` of each head turn in rotate-half's order, in the
+    order of `turn_`: to attention, which sums over a head's channels, theirs means nothing.
+    """
+    still = head - rotary
+    turning = torch.arange(still, head, device=rows.device).view(2, -1).t().flatten()
+    order = torch.cat((torch.arange(still, device=rows.device), turning))
+    return rows.unflatten(0, (-1, head))[:, order].flatten(0, 1)
+
+
+def turn_(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn x (H, T, R) in float32 in place; turn: (T, R / 2) of a table of `angles`."""
+    x.view(torch.complex64).mul_(turn)
+    return x

@@ -3,10 +3,10 @@
 The weights are `model.transformer.Transformer`'s; what differs is the dispatch. At a few million
 parameters a decode step spends more time starting operations than computing, so query, key and
 value are one matrix product, gate and up another, the norms' weights are multiplied into them,
-rotation happens in place, keys and values are written in one scatter, and masks and angles are made
-once a step instead of once a layer. Prompts being read and answers being
-written go through the matrices together; only attention is computed sequence by sequence, each over
-a view of its own keys: no padding, no mask, and no influence on the neighbours.
+rotation is one product of complex numbers in place, keys and values are written in one scatter, and
+views, masks and angles are made once a step instead of once a layer. Prompts being read and answers
+being written go through the matrices together; only attention is computed sequence by sequence,
+each over a view of its own keys: no padding, no mask, and no influence on the neighbours.
 `tests/model/test_engine.py` holds it equal to the plain forward.
 """
 
@@ -20,9 +20,9 @@ from torch import Tensor
 from model.engine.experts import ExpertWeights
 from model.engine.fixed_steps import FixedSteps
 from model.engine.kv_cache import KVCache
-from model.engine.layer_weights import LayerWeights, Norm
+from model.engine.layer_weights import LayerWeights, Norm, gain
 from model.engine.pages import PAGE
-from model.engine.rotation import Turn, angles, rotate_
+from model.engine.rotation import angles, turn_
 from model.engine.weights import (
     Matrix,
     Weights,
@@ -53,28 +53,25 @@ class Span:
 
 @dataclass(frozen=True)
 class View:
-    """The part of the cache that a span's queries look at: `count` tokens from place `first`."""
+    """The part of the cache that a span's queries look at: `count` tokens."""
 
-    first: int
-    count: int
+    keys: Sequence[Tensor]  # of each layer, (1, H_kv, count, D)
+    values: Sequence[Tensor]
     mask: Tensor | None  # (t, count), -inf where a query may not look
 
-    def attend(
-        self, q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None
-    ) -> Tensor:
-        """q (t, H, D); keys, values (1, H_kv, places, D) of the whole cache -> (t, H · D)."""
-        length, heads, size = q.shape
-        kv_heads = keys.shape[1]
-        k = keys.narrow(2, self.first, self.count)
-        v = values.narrow(2, self.first, self.count)
+    def attend(self, layer: int, q: Tensor, scale: float, softcap: float | None) -> Tensor:
+        """q (H, t, D) -> (t, H · D)."""
+        heads, length, size = q.shape
+        k, v = self.keys[layer], self.values[layer]
+        kv_heads = k.shape[1]
         if softcap is not None:
             return self._capped(q, k[0], v[0], scale, softcap)
         if length == 1:
             # Query heads that share a key head stand in the place of query positions.
-            q = q.view(1, kv_heads, heads // kv_heads, size)
+            q = q.reshape(1, kv_heads, heads // kv_heads, size)
             return F.scaled_dot_product_attention(q, k, v, scale=scale).reshape(1, -1)
         y = F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None],
+            q[None],
             k,
             v,
             attn_mask=self.mask,
@@ -86,8 +83,8 @@ class View:
 
     def _capped(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> Tensor:
         """Gemma 2's scores, softcap · tanh(scores / softcap), for which torch has no kernel."""
-        length, size = q.shape[0], q.shape[2]
-        q = q.view(length, k.shape[0], -1, size).permute(1, 2, 0, 3)  # (H_kv, H / H_kv, t, D)
+        length = q.shape[1]
+        q = q.unflatten(0, (k.shape[0], -1))  # (H_kv, H / H_kv, t, D)
         scores = softcapped(scale * (q @ k.mT[:, None]), softcap)
         if self.mask is not None:
             scores = scores + self.mask
@@ -114,20 +111,22 @@ class Runner:
         self.config = config = model.config
         self.embedding = model.model.embed_tokens.weight.to(dtype)
         self.device = self.embedding.device
+        self.on_cpu = self.device.type == "cpu"
         self.positions = None
         if config.positions == "learned":
             self.positions = model.model.embed_positions.weight.to(dtype)
         self.embedding_scale = config.width**0.5 if config.scaled_embeddings else 1.0
         self.output = matrix(model.output_weight, weights)
         self.norm: Norm = model.model.norm
+        self.gain = gain(model.model.norm).to(dtype)
         self.layers = [LayerWeights.of(block, config, weights) for block in model.model.layers]
         matrices = [matrix for layer in self.layers for matrix in layer.matrices]
         settle([*matrices, self.output], tried=not reproducible)
         self.windows = {layer.window for layer in self.layers}
-        self.angles = angles(model, dtype)
+        self.angles = angles(model)
         self.eps = torch.full((1, 1), config.norm_eps, device=self.device)
         # On a CPU attention takes a bfloat16 query 4 to 8 times as long as a float32 one.
-        kept = torch.float32 if self.device.type == "cpu" else dtype
+        kept = torch.float32 if self.on_cpu else dtype
         self.cache = KVCache(config, pages + 1, kept, self.device)
         self.spare = self.place(pages)  # the first of the places that belong to nobody
         # Which experts are chosen is known only as the step goes: no graph can hold that.
@@ -149,27 +148,38 @@ class Runner:
         lengths = [len(span.tokens) for span in spans]
         count = sum(lengths)
         more = usual_rows(count) - count
-        positions = torch.tensor([p for s in spans for p in range(s.start, s.end)] + [0] * more)
-        offsets = [self.place(s.page) for s in spans for _ in s.tokens] + [self.spare] * more
-        tokens = torch.tensor([token for s in spans for token in s.tokens] + [0] * more)
-        positions, tokens = positions.to(self.device), tokens.to(self.device)
-        places = positions + torch.tensor(offsets).to(self.device)
-        turns = [(cos[positions][:, None], sin[positions][:, None]) for cos, sin in self.angles]
+        tokens, positions, places = self._inputs(spans, more)
+        turns = [table.index_select(0, positions) for table in self.angles]
         views = {window: [self._view(span, window) for span in spans] for window in self.windows}
         nobody = self.cache.data.new_zeros(more, self.config.heads * self.cache.size)
         softcap = self.config.attention_softcap
         x = self._embed(tokens, positions)
         for index, layer in enumerate(self.layers):
             turn = turns[0 if layer.window is None else -1] if turns else None
-            q, pair = (part.to(self.cache.dtype) for part in self._qkv(layer, x, turn))
+            q, pair = self._qkv(layer, x, turn)
             self.cache.layers[index].index_copy_(1, places, pair)
-            keys, values = self.cache.of(index)
-            parts = zip(views[layer.window], q[:count].split(lengths), strict=True)
-            y = [view.attend(part, keys, values, layer.scale, softcap) for view, part in parts]
-            if more:
-                y.append(nobody)
-            x = self._finish_block(layer, x, torch.cat(y) if len(y) > 1 else y[0])
-        return self.norm(x)[:count]
+            looking = views[layer.window]
+            if len(looking) == 1 and not more:
+                y = looking[0].attend(index, q, layer.scale, softcap)
+            else:
+                parts = zip(looking, q[:, :count].split(lengths, dim=1), strict=True)
+                each = [view.attend(index, part, layer.scale, softcap) for view, part in parts]
+                y = torch.cat([*each, nobody] if more else each)
+            x = self._finish_block(layer, x, y)
+        x = self._last_norm(x)
+        return x[:count] if more else x
+
+    def _inputs(self, spans: Sequence[Span], more: int) -> Tensor:
+        """Of each token of the spans its id, its position and its place in the cache, (3, T); then
+        `more` that belong to nobody.
+        """
+        tokens = [token for span in spans for token in span.tokens]
+        positions = [at for span in spans for at in range(span.start, span.end)]
+        places = [
+            self.place(span.page) + at for span in spans for at in range(span.start, span.end)
+        ]
+        rows = [tokens + [0] * more, positions + [0] * more, places + [self.spare] * more]
+        return torch.tensor(rows).to(self.device)
 
     @torch.inference_mode()
     def fixed_step(self, inputs: Tensor, length: int) -> Tensor:
@@ -181,7 +191,7 @@ class Runner:
         tokens, positions, first = inputs
         column = torch.arange(length, device=self.device)
         places = (first[:, None] + column).clamp_(max=self.spare)
-        turns = [(cos[positions][:, None], sin[positions][:, None]) for cos, sin in self.angles]
+        turns = [table.index_select(0, positions) for table in self.angles]
         masks = {}
         for window in self.windows:
             unseen = column > positions[:, None]
@@ -192,14 +202,15 @@ class Runner:
         x = self._embed(tokens, positions)
         for index, layer in enumerate(self.layers):
             turn = turns[0 if layer.window is None else -1] if turns else None
-            q, pair = (part.to(self.cache.dtype) for part in self._qkv(layer, x, turn))
+            q, pair = self._qkv(layer, x, turn)
             self.cache.layers[index].index_copy_(1, first + positions, pair)
-            k, v = (kind[0][:, places].transpose(0, 1) for kind in self.cache.of(index))
+            whole = self.cache.keys[index], self.cache.values[index]
+            k, v = (kind[0][:, places].transpose(0, 1) for kind in whole)
             # Query heads that share a key head stand in the place of query positions.
-            q = q.reshape(len(tokens), self.cache.heads, -1, self.cache.size)
+            q = q.transpose(0, 1).reshape(len(tokens), self.cache.heads, -1, self.cache.size)
             y = self._attended(q, k, v, masks[layer.window], layer.scale)
             x = self._finish_block(layer, x, y.reshape(len(tokens), -1))
-        return self.norm(x)
+        return self._last_norm(x)
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
         """q (B, H_kv, H / H_kv, D), k and v (B, H_kv, S, D), mask (B, 1, 1, S) -> as q."""
@@ -237,38 +248,49 @@ class Runner:
                 hidden |= column <= row - window
             mask = torch.zeros(hidden.shape, dtype=self.cache.dtype, device=self.device)
             mask.masked_fill_(hidden, float("-inf"))
-        return View(span.page * PAGE + first, span.end - first, mask)
+        return View(*self.cache.seen(self.place(span.page) + first, span.end - first), mask)
 
-    def _qkv(self, layer: LayerWeights, x: Tensor, turn: Turn | None) -> tuple[Tensor, Tensor]:
-        """x (T, C) -> rotated queries (T, H, D); keys and values (2 H_kv, T, D) for the cache, or
-        one row that is both (1, T, D).
+    def _qkv(self, layer: LayerWeights, x: Tensor, turn: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x (T, C) -> rotated queries (H, T, D); keys and values (2 H_kv, T, D) for the cache, or
+        one row that is both (1, T, D); in the dtype of the cache.
         """
-        qkv = layer.qkv(x).mul_(self._inverse_deviation(x))
+        qkv = layer.qkv(self._normed(x))
         if layer.qkv_bias is not None:
             qkv += layer.qkv_bias
         if layer.latent is not None:
             assert turn is not None  # `ModelConfig` refuses latents without rotation
-            return layer.latent.project(qkv, turn)
+            q, both = layer.latent.project(qkv, turn)
+            return _cast(q, self.cache.dtype), _cast(both, self.cache.dtype)
         heads, size = self.config.heads, self.config.head_size
         rotated = heads + self.config.kv_count
-        qkv = qkv.view(x.shape[0], -1, size)
-        qk = qkv[:, :rotated]
+        qkv = _cast(qkv, torch.float32).view(x.shape[0], -1, size).transpose(0, 1)
         if layer.qk_norm is not None:
+            qk = qkv[:rotated]
             qk.copy_(F.rms_norm(qk, (size,), None, self.config.norm_eps) * layer.qk_norm)
         if turn is not None:
-            rotate_(qk, turn)
-        return qkv[:, :heads], qkv[:, heads:].transpose(0, 1)
+            turn_(qkv[:rotated], turn)
+        qkv = _cast(qkv, self.cache.dtype)
+        return qkv[:heads], qkv[heads:]
 
-    def _inverse_deviation(self, x: Tensor) -> Tensor:
-        """What a norm divides by, inverted: (T, C) -> (T, 1) in float32."""
+    def _normed(self, x: Tensor) -> Tensor:
+        """x (T, C) through a norm whose gain and offset are in the matrix behind it."""
         if self.config.norm == "layer":
-            return x.float().var(-1, correction=0, keepdim=True).add_(self.eps).rsqrt_()
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        return torch.addcmul(self.eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
+            scale = x.float().var(-1, correction=0, keepdim=True).add_(self.eps).rsqrt_()
+        elif x.shape[0] == 1 and self.on_cpu:  # plain numbers start no operations
+            norm = torch.linalg.vector_norm(x, dtype=torch.float32).item()
+            return x * (norm * norm / x.shape[1] + self.config.norm_eps) ** -0.5
+        else:
+            norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+            scale = torch.addcmul(self.eps, norms, norms, value=1 / x.shape[1]).rsqrt_()
+        return _cast(x * scale, x.dtype)
+
+    def _last_norm(self, x: Tensor) -> Tensor:
+        """The hidden states behind the last block as the output matrix reads them."""
+        return self.norm(x) if self.config.norm == "layer" else self._normed(x).mul_(self.gain)
 
     def _finish_block(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection, feed-forward, both residual additions; may overwrite x (T, C)."""
-        attended = attended.to(x.dtype)
+        attended = _cast(attended, x.dtype)
         if layer.latent is not None:
             attended = layer.latent.expand(attended)
         x = _added(x, layer.output, attended, layer.output_bias, layer.output_norm)
@@ -276,7 +298,7 @@ class Runner:
         if isinstance(mlp, ExpertWeights):
             y = mlp(x)
             return x.add_(y if layer.mlp_norm is None else layer.mlp_norm(y))
-        up = mlp.up(x).mul_(self._inverse_deviation(x))
+        up = mlp.up(self._normed(x))
         if mlp.up_bias is not None:
             up += mlp.up_bias
         if self.config.gated_mlp:
@@ -296,3 +318,8 @@ def _added(
         return x + norm(y if bias is None else y + bias)
     x = matrix.add_to(x, read)
     return x if bias is None else x.add_(bias)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in that dtype; where it is so already `Tensor.to` takes ten times as long to see it."""
+    return x if x.dtype == dtype else x.to(dtype)

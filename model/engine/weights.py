@@ -65,13 +65,13 @@ class Dense:
             self.transposed = self.transposed.new_empty(0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.packed is None or (self.single and x.shape[0] == 1):
+        if self.single and (self.packed is None or x.shape[0] == 1):
             return x @ self.transposed
         y: Tensor = self._product(x, self.packed, None, "none", [], "")
         return y
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
-        if self.packed is None or (self.single and x.shape[0] == 1):
+        if self.single and (self.packed is None or x.shape[0] == 1):
             return y.addmm_(x, self.transposed)
         z: Tensor = self._sum(x, y, self.packed, None, "add")
         return z

@@ -196,16 +196,19 @@ class Core:
     def step(self) -> list[Update]:
         """One token for every answer under way, and what the budget leaves of the prompts."""
         updates: list[Update] = []
-        before = len(self.scheduler.running)
+        before, ended = len(self.scheduler.running), self.counters.ended
         self.scheduler.admit()
         for source, target in self.scheduler.moved:
             self.runner.cache.shift(source, target)
-        self.runner.cache.copy(self.scheduler.copies)
-        for sequence in self.scheduler.running[before:]:
-            sequence.waited = time.monotonic() - sequence.added
-            self.counters.cached_tokens += sequence.cached
-        self._count()
-        self._guess()
+        if self.scheduler.copies:
+            self.runner.cache.copy(self.scheduler.copies)
+        if admitted := self.scheduler.running[before:]:
+            for sequence in admitted:
+                sequence.waited = time.monotonic() - sequence.added
+                self.counters.cached_tokens += sequence.cached
+            self._count()
+        if self.speculate:
+            self._guess()
         plan = self.scheduler.plan()
         if self.deterministic:
             for sequence, span in plan:
@@ -216,7 +219,8 @@ class Core:
         size = sum(len(span.tokens) for _, span in plan)
         self.counters.step_tokens += size
         self.counters.steps_of[bisect_left(STEP_TOKENS, size)] += 1
-        self._count()
+        if self.counters.ended != ended:
+            self._count()
         return updates
 
     def abort(self, ids: Iterable[str], reason: FinishReason = "abort") -> list[Update]:
@@ -251,10 +255,9 @@ class Core:
         if self.drafter is not None:
             self.drafter.keep(self.scheduler.running)
             self.drafter.guess(wanted, self.vocabulary)
-        if self.speculate:
-            lengths = [len(s.draft) for s in self.scheduler.running if s.draft]
-            self.counters.drafts += len(lengths)
-            self.counters.drafted_tokens += sum(lengths)
+        lengths = [len(s.draft) for s in self.scheduler.running if s.draft]
+        self.counters.drafts += len(lengths)
+        self.counters.drafted_tokens += sum(lengths)
 
     def _read(self, plan: Sequence[tuple[Answer, Span]], updates: list[Update]) -> None:
         """One pass through the network, and what follows from it."""

@@ -31,12 +31,12 @@ class KVCache:
         shape = (config.layers, kinds, self.heads, pages * PAGE, self.size)
         self.data = _zeros(shape, dtype, device)
         self.layers = list(self.data.flatten(1, 2))  # (2 H_kv or 1, tokens, D)
-        self._kinds, self._parts = kinds, self.data.view(-1, 1, *shape[2:])
-        self.keys, self.values = self.seen(0, shape[3])
+        self._kinds, self._parts = kinds, self.data.flatten(0, 1)
+        self.keys, self.values = self.seen(0, pages * PAGE)
 
     def seen(self, first: int, count: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Keys and values of each layer, (1, H_kv, count, D), of the places from `first` on."""
-        parts = self._parts.narrow(3, first, count).unbind(0)
+        """Keys and values of each layer, (H_kv, count, D), of the places from `first` on."""
+        parts = self._parts.narrow(2, first, count).unbind(0)
         return parts[:: self._kinds], parts[self._kinds - 1 :: self._kinds]
 
     @torch.inference_mode()

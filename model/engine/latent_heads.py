@@ -36,8 +36,8 @@ class LatentHeads:
         keys, values = expanding.split(attention.parts, dim=1)
         query = None
         if not attention.direct:
-            rows = paired(attention.q_b_proj.weight, attention.head_dim, attention.rotary)
-            query = matrix(rows, weights)
+            rows = attention.scale * attention.q_b_proj.weight
+            query = matrix(paired(rows, attention.head_dim, attention.rotary), weights)
         return cls(
             query=query,
             query_norm=None if attention.direct else attention.q_a_layernorm,

@@ -2,7 +2,8 @@
 
 A norm before a matrix is a gain g, and of LayerNorm an offset b and a mean μ as well:
 W (g ∘ (x - μ) / s + b) = (W ∘ g)(I - 11ᵀ/C) x / s + W b. All but the number s of each row is known
-beforehand, so a norm costs one reduction and its scale is applied to the product.
+beforehand, so a norm costs one reduction and one division. The scale of attention's scores is in
+what gives the queries.
 """
 
 from collections.abc import Callable, Sequence
@@ -67,7 +68,6 @@ class LayerWeights:
     output_norm: Norm | None
     mlp: FeedForwardWeights | ExpertWeights
     mlp_norm: Norm | None
-    scale: float  # of the attention's scores
     window: int | None
 
     @property
@@ -86,8 +86,12 @@ class LayerWeights:
         if isinstance(attention, LatentAttention):
             latent = LatentHeads.of(attention, weights)
         stacked, stacked_bias = _behind(block.input_layernorm, _first(attention))
-        qkv = _in_pairs(attention, config, stacked)
-        qkv_bias = None if stacked_bias is None else _in_pairs(attention, config, stacked_bias)
+        # A norm of the queries would undo their scale: then its gain has it.
+        scale = attention.scale if attention.q_norm is None else 1.0
+        qkv = _arranged(attention, config, stacked, scale)
+        qkv_bias = None
+        if stacked_bias is not None:
+            qkv_bias = _arranged(attention, config, stacked_bias, scale)
         after = block.placement == "both"
         before_mlp = block.pre_feedforward_layernorm if after else block.post_attention_layernorm
         kind = ExpertWeights if isinstance(mlp, MixtureOfExperts) else FeedForwardWeights
@@ -101,7 +105,6 @@ class LayerWeights:
             output_norm=block.post_attention_layernorm if after else None,
             mlp=kind.of(mlp, before_mlp, weights),
             mlp_norm=block.post_feedforward_layernorm if after else None,
-            scale=attention.scale,
             window=attention.window,
         )
 
@@ -114,19 +117,23 @@ def _first(attention: Attention) -> list[nn.Linear]:
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
-def _in_pairs(attention: Attention, config: ModelConfig, rows: Tensor) -> Tensor:
-    """What `_first` gives, its channels that rotation turns in the order of `rotation.turn_`."""
-    if config.positions != "rope":
-        return rows
+def _arranged(
+    attention: Attention, config: ModelConfig, rows: Tensor, scale: float = 1.0
+) -> Tensor:
+    """What `_first` gives, with the queries times `scale`, and the channels that rotation turns in
+    the order of `rotation.turn_`.
+    """
     if isinstance(attention, LatentAttention):
         last = attention.latent + attention.rotary
         queries, latent = rows.split((len(rows) - last, last))
         if attention.direct:
-            queries = paired(queries, attention.head_dim, attention.rotary)
+            queries = paired(scale * queries, attention.head_dim, attention.rotary)
         return torch.cat((queries, paired(latent, last, attention.rotary)))
     size = config.head_size
-    turned = (config.heads + config.kv_count) * size
-    return torch.cat((paired(rows[:turned], size, size), rows[turned:]))
+    ends = (config.heads * size, (config.heads + config.kv_count) * size)
+    queries, keys, values = rows.tensor_split(ends)
+    read = torch.cat((scale * queries, keys))
+    return torch.cat((paired(read, size, size) if config.positions == "rope" else read, values))
 
 
 def gain(norm: RMSNorm | LayerNorm) -> Tensor:
@@ -154,7 +161,7 @@ def _qk_norm(attention: Attention, config: ModelConfig) -> Tensor | None:
         return None
     query = gain(attention.q_norm).expand(config.heads, -1)
     gains = torch.cat((query, gain(attention.k_norm).expand(config.kv_count, -1)))
-    return _in_pairs(attention, config, gains.flatten()).view_as(gains)[:, None]
+    return _arranged(attention, config, gains.flatten(), attention.scale).view_as(gains)[:, None]
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

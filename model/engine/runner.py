@@ -2,11 +2,12 @@
 
 The weights are `model.transformer.Transformer`'s; what differs is the dispatch. At a few million
 parameters a decode step spends more time starting operations than computing, so query, key and
-value are one matrix product, gate and up another, the norms' weights are multiplied into them,
-rotation is one product of complex numbers in place, keys and values are written in one scatter, and
-views, masks and angles are made once a step instead of once a layer. Prompts being read and answers
-being written go through the matrices together; only attention is computed sequence by sequence,
-each over a view of its own keys: no padding, no mask, and no influence on the neighbours.
+value are one matrix product, gate and up another, the norms' weights and the attention's scale are
+multiplied into them, rotation is one product of complex numbers in place, keys and values are
+written in one scatter, and views, masks and angles are made once a step instead of once a layer.
+Prompts being read and answers being written go through the matrices together; only attention is
+computed sequence by sequence, each over a view of its own keys: no padding, no mask, and no
+influence on the neighbours.
 `tests/model/test_engine.py` holds it equal to the plain forward.
 """
 
@@ -55,37 +56,39 @@ class Span:
 class View:
     """The part of the cache that a span's queries look at: `count` tokens."""
 
-    keys: Sequence[Tensor]  # of each layer, (1, H_kv, count, D)
+    keys: Sequence[Tensor]  # of each layer, (H_kv, count, D)
     values: Sequence[Tensor]
     mask: Tensor | None  # (t, count), -inf where a query may not look
 
-    def attend(self, layer: int, q: Tensor, scale: float, softcap: float | None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, softcap: float | None) -> Tensor:
         """q (H, t, D) -> (t, H · D)."""
         heads, length, size = q.shape
         k, v = self.keys[layer], self.values[layer]
-        kv_heads = k.shape[1]
+        kv_heads = k.shape[0]
         if softcap is not None:
-            return self._capped(q, k[0], v[0], scale, softcap)
+            return self._capped(q, k, v, softcap)
         if length == 1:
-            # Query heads that share a key head stand in the place of query positions.
-            q = q.reshape(1, kv_heads, heads // kv_heads, size)
-            return F.scaled_dot_product_attention(q, k, v, scale=scale).reshape(1, -1)
+            # Query heads that share a key head stand in the place of query positions. torch's
+            # kernel, which never holds all scores, has nothing to save here and starts later.
+            scores = torch.bmm(q.reshape(kv_heads, heads // kv_heads, size), k.mT)
+            weights = scores.softmax(-1, dtype=torch.float32)
+            return torch.bmm(_cast(weights, v.dtype), v).reshape(1, -1)
         y = F.scaled_dot_product_attention(
             q[None],
-            k,
-            v,
+            k[None],
+            v[None],
             attn_mask=self.mask,
             is_causal=self.mask is None,
-            scale=scale,
+            scale=1.0,
             enable_gqa=kv_heads != heads,
         )
         return y[0].transpose(0, 1).reshape(length, -1)
 
-    def _capped(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float) -> Tensor:
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor, softcap: float) -> Tensor:
         """Gemma 2's scores, softcap · tanh(scores / softcap), for which torch has no kernel."""
         length = q.shape[1]
         q = q.unflatten(0, (k.shape[0], -1))  # (H_kv, H / H_kv, t, D)
-        scores = softcapped(scale * (q @ k.mT[:, None]), softcap)
+        scores = softcapped(q @ k.mT[:, None], softcap)
         if self.mask is not None:
             scores = scores + self.mask
         elif length > 1:
@@ -160,10 +163,10 @@ class Runner:
             self.cache.layers[index].index_copy_(1, places, pair)
             looking = views[layer.window]
             if len(looking) == 1 and not more:
-                y = looking[0].attend(index, q, layer.scale, softcap)
+                y = looking[0].attend(index, q, softcap)
             else:
                 parts = zip(looking, q[:, :count].split(lengths, dim=1), strict=True)
-                each = [view.attend(index, part, layer.scale, softcap) for view, part in parts]
+                each = [view.attend(index, part, softcap) for view, part in parts]
                 y = torch.cat([*each, nobody] if more else each)
             x = self._finish_block(layer, x, y)
         x = self._last_norm(x)
@@ -178,8 +181,9 @@ class Runner:
         places = [
             self.place(span.page) + at for span in spans for at in range(span.start, span.end)
         ]
-        rows = [tokens + [0] * more, positions + [0] * more, places + [self.spare] * more]
-        return torch.tensor(rows).to(self.device)
+        nobody = [0] * more
+        rows = [*tokens, *nobody, *positions, *nobody, *places, *[self.spare] * more]
+        return torch.tensor(rows).to(self.device).view(3, -1)
 
     @torch.inference_mode()
     def fixed_step(self, inputs: Tensor, length: int) -> Tensor:
@@ -205,19 +209,19 @@ class Runner:
             q, pair = self._qkv(layer, x, turn)
             self.cache.layers[index].index_copy_(1, first + positions, pair)
             whole = self.cache.keys[index], self.cache.values[index]
-            k, v = (kind[0][:, places].transpose(0, 1) for kind in whole)
+            k, v = (kind[:, places].transpose(0, 1) for kind in whole)
             # Query heads that share a key head stand in the place of query positions.
             q = q.transpose(0, 1).reshape(len(tokens), self.cache.heads, -1, self.cache.size)
-            y = self._attended(q, k, v, masks[layer.window], layer.scale)
+            y = self._attended(q, k, v, masks[layer.window])
             x = self._finish_block(layer, x, y.reshape(len(tokens), -1))
         return self._last_norm(x)
 
-    def _attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """q (B, H_kv, H / H_kv, D), k and v (B, H_kv, S, D), mask (B, 1, 1, S) -> as q."""
         softcap = self.config.attention_softcap
         if softcap is None:
-            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-        scores = softcapped(scale * (q @ k.mT), softcap) + mask
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=1.0)
+        scores = softcapped(q @ k.mT, softcap) + mask
         return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
     @torch.inference_mode()

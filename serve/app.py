@@ -1,16 +1,18 @@
 """The HTTP surface: OpenAI's endpoints, health, metrics and the chat page."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from serve import metrics
@@ -34,6 +36,7 @@ from serve.protocol import (
 from serve.responses_api import ResponseRun, ResponsesRequest
 from serve.transport import EventStream, read_body, unless_disconnected
 
+Answer = Callable[[Request], Awaitable[Response]]
 Asked = TypeVar("Asked", ChatRequest, CompletionRequest, ResponsesRequest)
 log = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
@@ -47,59 +50,44 @@ PAGE_HEADERS = {
 }
 
 
-def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) -> FastAPI:
+def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) -> Starlette:
     """The application around a model host; `replica` names this copy in `/health`. keys: who may
     ask; None: everybody."""
-    app = FastAPI(title="Gristmill", docs_url=None, redoc_url=None, openapi_url=None)
     mailbox = Mailbox()
     counted = metrics.HttpMetrics()
-    app.add_middleware(Gateway, keys=keys, counted=counted)
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(NotReady, _not_ready)
-    app.add_exception_handler(UnknownModel, _unknown_model)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(ClientDisconnect, _client_gone)
 
-    @app.get("/health")
-    async def health() -> JSONResponse:
+    async def health(request: Request) -> JSONResponse:
         """Whether this replica works, and which model it serves."""
         return JSONResponse(
             host.state() | {"replica": replica}, status_code=200 if host.healthy else 503
         )
 
-    @app.get("/ready")
-    async def ready() -> JSONResponse:
+    async def ready(request: Request) -> JSONResponse:
         """200 once a model answers, 503 before."""
         state = host.state()
         return JSONResponse(state, status_code=200 if state["status"] == "ok" else 503)
 
-    @app.get("/metrics")
-    async def prometheus() -> PlainTextResponse:
+    async def prometheus(request: Request) -> PlainTextResponse:
         text = metrics.render(host.served, counted, replica)
         return PlainTextResponse(text, media_type=metrics.CONTENT_TYPE)
 
-    @app.get("/v1/models")
-    async def list_models() -> JSONResponse:
+    async def list_models(request: Request) -> JSONResponse:
         return JSONResponse({"object": "list", "data": cards(host.served)})
 
-    @app.get("/v1/models/{name:path}")
-    async def get_model(name: str) -> JSONResponse:
+    async def get_model(request: Request) -> JSONResponse:
+        name = request.path_params["name"]
         main = [one for one in host.served if one.spec.name == name]
         return JSONResponse(card(main[0] if main else host.find(name), name))
 
-    @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Any:
         return await complete(request, ChatRequest)
 
-    @app.post("/v1/completions")
     async def completions(request: Request) -> Any:
         return await complete(request, CompletionRequest)
 
-    @app.post("/v1/responses")
     async def responses(request: Request) -> Any:
         return await complete(request, ResponsesRequest)
 
-    @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> JSONResponse:
         asked = parse(EmbeddingRequest, decode_json(await read_body(request)))
         with leased(asked.model) as served:
@@ -109,7 +97,6 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
             meter.model, meter.prompt_tokens = served.spec.system_fingerprint, read
             return JSONResponse(body)
 
-    @app.post("/tokenize")
     async def tokenize(request: Request) -> JSONResponse:
         asked = validate(TokenizeRequest, decode_json(await read_body(request)))
         engine = main_or(asked.model).engine
@@ -121,7 +108,6 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
             {"count": len(tokens), "max_model_len": engine.context, "tokens": tokens}
         )
 
-    @app.post("/detokenize")
     async def detokenize(request: Request) -> JSONResponse:
         asked = validate(DetokenizeRequest, decode_json(await read_body(request)))
         tokenizer = main_or(asked.model).engine.tokenizer
@@ -178,13 +164,41 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
             raise NotReady(host.why_not_ready())
         return host.current
 
-    @app.get("/")
-    async def chat_page() -> Response:
+    async def chat_page(request: Request) -> Response:
         page = (STATIC / "chat.html").read_text()
         return Response(page, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
-    app.mount("/static", Assets(directory=STATIC), name="static")
-    return app
+    def get(path: str, answer: Answer) -> Route:
+        return Route(path, answer, methods=["GET"])
+
+    def post(path: str, answer: Answer) -> Route:
+        return Route(path, answer, methods=["POST"])
+
+    return Starlette(
+        routes=[
+            post("/v1/chat/completions", chat_completions),
+            post("/v1/completions", completions),
+            post("/v1/responses", responses),
+            post("/v1/embeddings", embeddings),
+            post("/tokenize", tokenize),
+            post("/detokenize", detokenize),
+            get("/v1/models", list_models),
+            get("/v1/models/{name:path}", get_model),
+            get("/health", health),
+            get("/ready", ready),
+            get("/metrics", prometheus),
+            get("/", chat_page),
+            Mount("/static", Assets(directory=STATIC), name="static"),
+        ],
+        middleware=[Middleware(Gateway, keys=keys, counted=counted)],
+        exception_handlers={
+            ApiError: _api_error,
+            NotReady: _not_ready,
+            UnknownModel: _unknown_model,
+            HTTPException: _http_error,
+            ClientDisconnect: _client_gone,
+        },
+    )
 
 
 def settle(completion: "Completion | ResponseRun", meter: Meter) -> None:

@@ -13,9 +13,9 @@ import sys
 from typing import Any
 
 import ray
-from fastapi import FastAPI
 from ray import serve
 from ray.serve._private import replica
+from starlette.applications import Starlette
 
 from serve.app import create_app
 from serve.fetch import fetch
@@ -48,7 +48,7 @@ class Endpoint:
         self.host = ModelHost(fetch)
         self.keys = KeyRing(None)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> Starlette:
         replica = serve.get_replica_context().replica_id.unique_id
         return create_app(self.host, replica, self.keys)
 

@@ -7,13 +7,12 @@ call a token; each lets go of the lock and then waits to be woken when the other
 they meet once a step: one message holds what a step has to tell. A model that is swapped out gives
 back all of its memory, its libraries' kernels included, as its process ends.
 
-Between the two goes a pair of sockets that nobody else can reach, so its messages are pickled.
+Between the two goes a pair of sockets that nobody else can reach (`serve.messages`).
 """
 
 import contextlib
 import logging
 import os
-import pickle
 import socket
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from model.engine import (
 from model.engine.core import Counters, require_readable
 from model.engine.engine import Listener
 from serve.grammar import Grammar, GrammarCompiler
+from serve.messages import Abort, Ask, Close, Failed, News, Ready, Start, receive, send
 from serve.specification import EngineOptions
 
 log = logging.getLogger(__name__)
@@ -48,55 +48,6 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 COUNTED_EVERY = 0.2  # seconds, between looks whether the counters changed
 UNBOUNDED = 2**31  # who may wait is decided before a request is sent
-
-
-@dataclass(frozen=True)
-class Start:
-    """What the process is to serve. draft: the directory of the model that guesses ahead."""
-
-    directory: Path
-    options: EngineOptions
-    version: str
-    draft: Path | None
-
-
-@dataclass(frozen=True)
-class Ready:
-    """The model is loaded."""
-
-    context: int
-    vocabulary: int
-    parameters: int
-    counters: Counters
-
-
-@dataclass(frozen=True)
-class Failed:
-    """It could not be loaded; why."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A sequence to be continued. A grammar travels as its text, not as a constraint."""
-
-    id: str
-    prompt: list[int]
-    sampling: Sampling
-    grammar: Grammar | None
-    streamed: bool
-    embed: bool
-
-
-@dataclass(frozen=True)
-class Abort:
-    id: str
-
-
-@dataclass(frozen=True)
-class Close:
-    """End what is under way, then the process."""
 
 
 class EngineProcess:
@@ -128,8 +79,8 @@ class EngineProcess:
         self._failed = False
         self._when_lost: Callable[[], None] | None = None
         try:
-            _send(self._pipe, Start(directory, options, version, draft))
-            told = _receive(self._pipe)
+            send(self._pipe, Start(directory, options, version, draft))
+            told = receive(self._pipe)
         except (EOFError, OSError):
             told = Failed("the engine's process ended while it loaded the model; its log says why")
         if isinstance(told, Failed):
@@ -210,7 +161,7 @@ class EngineProcess:
     def _send(self, message: Any) -> None:
         """To a process that has just died nothing is said; the reader finds out and tells all."""
         try:
-            _send(self._pipe, message)
+            send(self._pipe, message)
         except OSError:
             log.info("the engine's process is gone")
 
@@ -218,8 +169,9 @@ class EngineProcess:
         """Pass news on until the process ends."""
         try:
             while True:
-                updates, self._counters = _receive(self._pipe)
-                self._publish(updates)
+                news = receive(self._pipe)
+                self._counters = news.counters
+                self._publish(news.updates)
         except (EOFError, OSError):
             pass
         with self._lock:
@@ -252,15 +204,6 @@ class EngineProcess:
             self._process.kill()
             self._process.wait()
         self._pipe.close()
-
-
-def _send(pipe: Connection, message: Any) -> None:
-    """Pickled plainly: `Connection.send` would pass a tensor as shared memory."""
-    pipe.send_bytes(pickle.dumps(message, protocol=5))
-
-
-def _receive(pipe: Connection) -> Any:
-    return pickle.loads(pipe.recv_bytes())
 
 
 class _Server:
@@ -307,7 +250,7 @@ class _Server:
                 if self.engine.counters() != self.told:
                     self.tell([])
                 continue
-            message = _receive(self.pipe)
+            message = receive(self.pipe)
             if isinstance(message, Close):
                 self.engine.close()
                 return
@@ -355,21 +298,21 @@ class _Server:
         """Updates of one step, or only how much there is to do."""
         with self.sending:
             self.told = self.engine.counters()
-            _send(self.pipe, (updates, self.told))
+            send(self.pipe, News(updates, self.told))
 
 
 def main(descriptor: int) -> None:
     """Serve one model over a socket that is open already, until its other end closes."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     pipe = Connection(descriptor)
-    start = _receive(pipe)
+    start = receive(pipe)
     try:
         server = _Server(pipe, start)
     except Exception as error:
         log.exception("%s cannot be loaded", start.directory)
-        _send(pipe, Failed(str(error) or type(error).__name__))
+        send(pipe, Failed(str(error) or type(error).__name__))
         return
-    _send(pipe, server.ready())
+    send(pipe, server.ready())
     with contextlib.suppress(EOFError, OSError):  # the replica is gone, and with it whoever waited
         server.run()
     # Threads inside torch, which have nobody left to answer, must not hold up the end.

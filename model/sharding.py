@@ -155,11 +155,15 @@ def load_whole_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         tensor.copy_(divided_like(state[name].to(tensor.device), tensor))
 
 
-def whole_model(model: Transformer) -> Transformer:
-    """A model without division, with the same weights; every rank must ask."""
+def whole_model(model: Transformer, *, kept: bool = True) -> Transformer:
+    """A model without division, with the same weights; every rank must ask, and gets its own back
+    unless the whole is to be `kept`.
+    """
     if not any(map(is_divided, model.parameters())):
         return model
-    state = whole_tensors(model.state_dict())
+    state = whole_tensors(model.state_dict(), kept=kept)
+    if not kept:
+        return model
     with torch.device("meta"):
         single = Transformer(model.config)
     single.to_empty(device="cpu")

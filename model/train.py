@@ -102,11 +102,13 @@ def train(
     on_step: Callable[[StepRecord], None] = lambda record: None,
     on_heldout: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
     on_checkpoint: Callable[[Path, int], None] = lambda path, step: None,
+    refresh: Callable[[], None] = lambda: None,
 ) -> list[StepRecord]:
     """Train `model` in place to `config.total_tokens`; returns the curve from its first step on,
     also the part that an earlier, killed run took.
 
-    checkpoints: directory, shared by all ranks; training resumes from the newest checkpoint in it.
+    checkpoints: directory, of all ranks or (see `refresh`) of each; training resumes from the
+        newest checkpoint in it.
     token_bytes: (V,) int, the UTF-8 bytes each token stands for, for bits per byte.
     on_step: called for every record of the curve, on every rank alike; after a restart first again
         for those before the checkpoint, which the killed run may not have got rid of.
@@ -115,6 +117,9 @@ def train(
         model is as that step left it, and can be asked there, when it is divided by all together.
     on_checkpoint: called on rank 0 when a checkpoint is whole, in the thread that wrote it; one is
         also made after the last step. When this function returns all are whole.
+
+    refresh: called on every rank before it goes back to a checkpoint, to bring those that rank 0
+        has written into a `checkpoints` of its own.
 
     Raises `ConfigError` for settings that contradict each other or the checkpoint,
     `CheckpointError` for a damaged checkpoint, `DivergedError` when loss or gradient is not finite.
@@ -235,7 +240,9 @@ def train(
                 # and the data that follows; where there are none, with these and losses as they
                 # have become, or no step would ever be taken again.
                 settle()
+                refresh()
                 older = None if checkpoints is None else latest_checkpoint(checkpoints)
+                _require_agreement(older, ranks)
                 _restore(model, optimizer, older, together)
                 past.guard.reset(None if older is None else step_of(older))
             optimizer.zero_grad()
@@ -303,6 +310,19 @@ def _synchronised(module: nn.Module, last: bool) -> Iterator[None]:
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
     yield
+
+
+def _require_agreement(older: Path | None, ranks: Ranks) -> None:
+    """Raises `CheckpointError` unless all ranks go back to the same step."""
+    step = 0 if older is None else step_of(older)
+    told = torch.zeros(ranks.count, dtype=torch.float64)
+    told[ranks.index] = step
+    ranks.add(told)
+    if len(set(told.tolist())) > 1:
+        raise CheckpointError(
+            f"the workers' newest checkpoints are of steps {told.int().tolist()}; "
+            "going back would give each another model"
+        )
 
 
 def _restore(

@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from model.chat import Tokenizer
 from model.engine import (
@@ -38,7 +37,7 @@ from model.engine import (
 from model.engine.core import Counters, require_readable
 from model.engine.engine import Listener
 from serve.grammar import Grammar, GrammarCompiler
-from serve.messages import Abort, Ask, Close, Failed, News, Ready, Start, receive, send
+from serve.messages import Abort, Ask, Close, Failed, Message, News, Ready, Start, receive, send
 from serve.specification import EngineOptions
 
 log = logging.getLogger(__name__)
@@ -158,7 +157,7 @@ class EngineProcess:
         """As they were COUNTED_EVERY seconds ago at most."""
         return self._counters
 
-    def _send(self, message: Any) -> None:
+    def _send(self, message: Message) -> None:
         """To a process that has just died nothing is said; the reader finds out and tells all."""
         try:
             send(self._pipe, message)

@@ -82,7 +82,11 @@ ASK, NEWS, OTHER = range(3)
 
 def send(pipe: Connection, message: Message) -> None:
     """Raises OSError when nobody is there."""
-    pipe.send_bytes(marshal.dumps(_written(message)))
+    try:
+        written = marshal.dumps(_written(message))
+    except ValueError:  # a number of another library's, say
+        written = marshal.dumps((OTHER, pickle.dumps(message)))
+    pipe.send_bytes(written)
 
 
 def receive(pipe: Connection) -> Any:

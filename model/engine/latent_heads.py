@@ -75,4 +75,5 @@ class LatentHeads:
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:
     """x (H, T, R) turned, in float32."""
-    return turn_(x.to(torch.float32, copy=True), turn)
+    # Not `Tensor.to`: of a single row it keeps the strides, and odd ones are no complex numbers'.
+    return turn_(torch.empty(x.shape, device=x.device).copy_(x), turn)

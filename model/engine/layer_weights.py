@@ -61,7 +61,7 @@ class LayerWeights:
 
     qkv: Matrix  # C -> (H + 2 H_kv) D; with latents, C -> queries or their latent, then keys'
     qkv_bias: Tensor | None
-    qk_norm: Tensor | None  # (H + H_kv, 1, D): the query norm's gain, then the key norm's
+    qk_norm: Tensor | None  # (H + H_kv, 1, D), float32: the query norm's gain, the key norm's
     latent: LatentHeads | None
     output: Matrix
     output_bias: Tensor | None
@@ -98,7 +98,7 @@ class LayerWeights:
         return cls(
             qkv=matrix(qkv, weights),
             qkv_bias=_cast(qkv_bias, dtype),
-            qk_norm=_cast(_qk_norm(attention, config), dtype),
+            qk_norm=_qk_norm(attention, config),
             latent=latent,
             output=matrix(attention.o_proj.weight, weights),
             output_bias=_cast(attention.o_proj.bias, dtype),

@@ -54,7 +54,7 @@ class Span:
 
 @dataclass(frozen=True)
 class View:
-    """The part of the cache that a span's queries look at: `count` tokens."""
+    """The part of the cache that a span's queries look at: of `count` tokens."""
 
     keys: Sequence[Tensor]  # of each layer, (H_kv, count, D)
     values: Sequence[Tensor]
@@ -67,18 +67,18 @@ class View:
         kv_heads = k.shape[0]
         if softcap is not None:
             return self._capped(q, k, v, softcap)
-        if length == 1:
+        if length == 1 and k.dtype == torch.float32:
             # Query heads that share a key head stand in the place of query positions. torch's
-            # kernel, which never holds all scores, has nothing to save here and starts later.
+            # kernel, which never holds all scores, has nothing to save here and starts later; but
+            # in other dtypes it alone does not round the scores.
             scores = torch.bmm(q.reshape(kv_heads, heads // kv_heads, size), k.mT)
-            weights = scores.softmax(-1, dtype=torch.float32)
-            return torch.bmm(_cast(weights, v.dtype), v).reshape(1, -1)
+            return torch.bmm(scores.softmax(-1), v).reshape(1, -1)
         y = F.scaled_dot_product_attention(
             q[None],
             k[None],
             v[None],
             attn_mask=self.mask,
-            is_causal=self.mask is None,
+            is_causal=self.mask is None and length > 1,
             scale=1.0,
             enable_gqa=kv_heads != heads,
         )
@@ -121,7 +121,8 @@ class Runner:
         self.embedding_scale = config.width**0.5 if config.scaled_embeddings else 1.0
         self.output = matrix(model.output_weight, weights)
         self.norm: Norm = model.model.norm
-        self.gain = gain(model.model.norm).to(dtype)
+        plain = config.norm != "layer" and dtype == torch.float32
+        self.gain = gain(model.model.norm) if plain else None
         self.layers = [LayerWeights.of(block, config, weights) for block in model.model.layers]
         matrices = [matrix for layer in self.layers for matrix in layer.matrices]
         settle([*matrices, self.output], tried=not reproducible)
@@ -290,7 +291,7 @@ class Runner:
 
     def _last_norm(self, x: Tensor) -> Tensor:
         """The hidden states behind the last block as the output matrix reads them."""
-        return self.norm(x) if self.config.norm == "layer" else self._normed(x).mul_(self.gain)
+        return self.norm(x) if self.gain is None else self._normed(x).mul_(self.gain)
 
     def _finish_block(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection, feed-forward, both residual additions; may overwrite x (T, C)."""

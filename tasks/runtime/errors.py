@@ -9,6 +9,13 @@ class UserError(Exception):
     """
 
 
+class Unfinished(UserError):
+    """Work that cannot go on as it is, but of which something is worth keeping.
+
+    As for any UserError nothing is retried; what the stage wrote so far stays.
+    """
+
+
 class Unavailable(UserError):
     """A service does not answer now; nothing is wrong with what was asked for.
 

@@ -10,6 +10,8 @@ from tasks.runtime.rest import Refused, call
 from tasks.runtime.settings import Settings
 
 RUNNING = ("PENDING", "RUNNING")
+UNKNOWN = "does not exist"
+"""What Ray says of a job that an earlier cluster ran; a 404 without it is somebody else's."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,15 @@ def job_status(settings: Settings, submission_id: str) -> str | None:
 
     Raises OSError when Ray does not answer, Refused when it answers with an error of its own.
     """
+    url = f"{settings.ray_dashboard}/api/jobs/{submission_id}"
     try:
-        url = f"{settings.ray_dashboard}/api/jobs/{submission_id}"
-        return call(url, token=_token(settings), timeout=15)["status"]
+        return str(call(url, token=_token(settings), timeout=15)["status"])
     except Refused as refusal:
-        if refusal.status != HTTPStatus.NOT_FOUND:
-            raise
-        return None
+        if refusal.status == HTTPStatus.NOT_FOUND and UNKNOWN in str(refusal):
+            return None
+        raise
+    except (KeyError, TypeError) as error:
+        raise OSError(f"{url} answers, but not as Ray does") from error
 
 
 def stop_job(settings: Settings, submission_id: str) -> None:

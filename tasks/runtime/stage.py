@@ -31,7 +31,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.states import Completed, State
 
 from tasks.runtime import fingerprint as identities
-from tasks.runtime.errors import Unavailable, UserError
+from tasks.runtime.errors import Unavailable, Unfinished, UserError
 from tasks.runtime.manifest import FileEntry, Manifest, Scalar
 from tasks.runtime.planning import UNKNOWN, Planned, differences, plan_under_way
 from tasks.runtime.progress import Progress, run_logger
@@ -183,7 +183,7 @@ class Stage(Generic[C]):
             try:
                 outcome = self.function(resolved, work, **inputs)
                 manifest = self._commit(work, resolved, inputs, outcome, begun, cpu)
-            except Unavailable:
+            except (Unavailable, Unfinished):
                 raise
             except UserError:
                 discard(work)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from model.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
 from tasks.runtime.store import Directory
@@ -18,8 +17,11 @@ logger = logging.getLogger("gristmill.training")
 
 
 @contextmanager
-def checkpoint_folder(directory: Directory, rank: int) -> Iterator[tuple[Path, Any]]:
-    """(a local folder of checkpoints, a function that stores each new one for good).
+def checkpoint_folder(
+    directory: Directory, rank: int
+) -> Iterator[tuple[Path, Callable[[Path, int], None], Callable[[], None]]]:
+    """(a local folder of checkpoints, a function that stores each new one for good, one that brings
+    those which rank 0 has stored since).
 
     In a local store that is the workspace itself. Otherwise the newest checkpoint that is as it was
     written is fetched first, and every new one is copied up, its manifest last.
@@ -28,13 +30,13 @@ def checkpoint_folder(directory: Directory, rank: int) -> Iterator[tuple[Path, A
         folder = Path(directory.location(CHECKPOINTS))
         if rank == 0:
             drop_damaged(folder)
-        yield folder, lambda path, step: None
+        yield folder, lambda path, step: None, lambda: None
         return
     folder = Path(tempfile.mkdtemp(prefix="gristmill-checkpoints-"))
     remote = RemoteCheckpoints(directory, folder)
     try:
         remote.pull()
-        yield folder, remote.push
+        yield folder, remote.push, (lambda: None) if rank == 0 else remote.pull
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

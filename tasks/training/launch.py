@@ -10,13 +10,13 @@ import pyarrow as pa
 
 from tasks.registry.models import run_page
 from tasks.runtime import jobs
-from tasks.runtime.errors import UserError
+from tasks.runtime.errors import Unfinished, UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.plot import plot
 from tasks.runtime.ray_session import leave_ray
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Report, Workspace
-from tasks.training.job import FAILURE, JOB, PROGRESS, RESULT, TrainingJob
+from tasks.training.job import CHECKPOINTS, FAILURE, JOB, PROGRESS, RESULT, TrainingJob
 
 SHOWN = 20  # points of the curve on the run page
 CURVE = pa.schema(
@@ -107,9 +107,19 @@ def _follow(job: TrainingJob, work: Workspace) -> None:
     finally:
         watch.finish()
     if work.has(FAILURE):
-        raise UserError(json.loads(work.read_bytes(FAILURE))["message"])
+        raise _mistake(work, json.loads(work.read_bytes(FAILURE))["message"])
     if not work.has(RESULT):
         raise jobs.JobFailed(f"Ray job {submission} ended without a model; see its log in Ray")
+
+
+def _mistake(work: Workspace, message: str) -> UserError:
+    """What ended a training for good; its checkpoints, hours of work, are not thrown away."""
+    kept = sorted(name for name in work.names() if name.startswith(f"{CHECKPOINTS}/step-"))
+    if not kept:
+        return UserError(message)
+    step = int(kept[-1].split("/")[1].removeprefix("step-"))
+    where = work.location(CHECKPOINTS)
+    return Unfinished(f"{message}; checkpoints up to step {step} are kept in {where}")
 
 
 class _Watch:

@@ -43,7 +43,7 @@ from tasks.runtime.settings import Settings
 from tasks.runtime.store import Directory, Store
 from tasks.tokenizer.shards import shard_sources
 from tasks.tokenizer.stored import load_tokenizer
-from tasks.training.checkpoints import checkpoint_folder
+from tasks.training.checkpoints import checkpoint_folder, drop_damaged
 from tasks.training.job import FAILURE, PROGRESS, RESULT, TrainingJob
 from tasks.training.samples import ASKED, openings, questions, samples
 
@@ -108,7 +108,8 @@ def _train(job: TrainingJob, directory: Directory) -> None:
         prompts = questions(store, job.pairs.pairs, tokenizer, longest)
     elif heldout and model.config.causal:
         prompts = openings(heldout)
-    with checkpoint_folder(directory, rank) as (checkpoints, push), _reporter(job, rank) as report:
+    with checkpoint_folder(directory, rank) as folder, _reporter(job, rank) as report:
+        checkpoints, push, refresh = folder
         if world > 1:
             dist.barrier()  # rank 0 may have just removed a damaged checkpoint
         begun = time.monotonic()
@@ -143,9 +144,12 @@ def _train(job: TrainingJob, directory: Directory) -> None:
             on_step=on_step,
             on_heldout=on_heldout,
             on_checkpoint=push,
+            refresh=refresh,
         )
         seconds = earlier + time.monotonic() - begun
-        model = whole_model(model)
+        model = whole_model(model, kept=rank == 0)
+        if rank == 0:
+            drop_damaged(checkpoints / training.BEST)
         best = latest_checkpoint(checkpoints / training.BEST) if config.keep_best else None
         if best is not None and rank == 0:
             model.load_state_dict(load_whole_model(best))

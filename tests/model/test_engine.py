@@ -83,6 +83,15 @@ def test_greedy_equals_the_plain_forward_whoever_is_in_the_batch(flags: dict) ->
         assert answer.finish_reason == "length"
 
 
+@pytest.mark.parametrize("flags", [{"kv_latent": 15}, {"kv_latent": 16, "query_latent": 9}])
+def test_latents_of_an_odd_number_of_channels(flags: dict) -> None:
+    """What transformers itself refuses, so it is held to the plain forward alone."""
+    model = transformer(**DEEPSEEK2 | flags)
+    (prompt,) = prompts(1)
+    (answer,) = generate_batch(model, None, [prompt], GREEDY)
+    assert answer.tokens == continued(model, prompt, 24)
+
+
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 @pytest.mark.parametrize("flags", [{"qkv_bias": True}, GPT2, DEEPSEEK2, DEEPSEEK3])
 def test_smaller_weights_think_nearly_the_same(weights: str, flags: dict) -> None:

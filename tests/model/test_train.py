@@ -363,6 +363,37 @@ def test_a_loss_spike_is_not_learned_from_and_resumes_to_the_bit(loader, tmp_pat
     assert torch.equal(again.output_weight, model.output_weight)
 
 
+def test_ranks_with_folders_of_their_own_go_back_to_the_same_step(loader, tmp_path) -> None:
+    first, second = run_ranks(__file__, 2, str(tmp_path), "apart", "refreshed")
+    assert first["back_to"] == 30
+    assert first == second
+    said = run_ranks(__file__, 2, str(tmp_path), "apart", "alone")
+    assert [one["problem"] for one in said] == ["the workers' newest checkpoints are of steps"] * 2
+
+
+def _apart_rank(folder: Path, how: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    poisoned = Poisoned([folder / "tokens-00000.npy"], 32, seed=1)
+    poisoned.steps = (30, 31, 32)
+    config = replace(CONFIG, total_tokens=40 * 8 * 32, checkpoint_every=10, spike=6.0)
+    mine, written = folder / f"{how}-{rank}", folder / f"{how}-0"
+
+    def refresh() -> None:
+        if how == "refreshed" and rank:
+            shutil.copytree(written, mine, dirs_exist_ok=True)
+
+    model, said = tiny_model(), {}
+    try:
+        records = train(model, poisoned, config, checkpoints=mine, refresh=refresh)
+        said["back_to"] = records[-1].back_to
+        said["sum"] = model.output_weight.detach().double().abs().sum().item()
+    except CheckpointError as error:
+        said["problem"] = str(error).partition(" [")[0]
+    torch.distributed.destroy_process_group()
+    print(json.dumps(said))
+
+
 def test_a_lasting_rise_without_checkpoints_does_not_stop_learning(loader, tmp_path) -> None:
     poisoned = Poisoned([tmp_path / "tokens-00000.npy"], 32, seed=1)
     poisoned.steps = tuple(range(30, 40))
@@ -471,5 +502,7 @@ def test_half_written_checkpoints_are_invisible_and_old_ones_go(tmp_path: Path) 
 if __name__ == "__main__":
     if "uneven" in sys.argv:
         _uneven_rank(Path(sys.argv[1]))
+    elif "apart" in sys.argv:
+        _apart_rank(Path(sys.argv[1]), sys.argv[-1])
     else:
         _one_rank(Path(sys.argv[1]), *sys.argv[2:])

@@ -7,7 +7,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State, StateType
 from prefect.testing.utilities import prefect_test_harness
 
-from tasks.runtime.errors import Unavailable, UserError
+from tasks.runtime.errors import Unavailable, Unfinished, UserError
 from tasks.runtime.fingerprint import place
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.planning import planning
@@ -42,6 +42,8 @@ def cut(config: CutConfig, work: Workspace) -> Outcome:
             raise ConnectionError("the machine went away")
         if config.size == 8 and number == 4 and calls.count("cut") == 1:
             raise Unavailable("no cluster answers; start it with: gristmill up")
+        if config.size == 10 and number == 4 and calls.count("cut") == 1:
+            raise Unfinished("a loss that is no number")
         if config.size == 9 and number == 4 and calls.count("cut") == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
     work.write_json("_state.json", "scratch")
@@ -94,12 +96,15 @@ def test_an_interrupted_stage_is_invisible_and_resumes_at_the_shard() -> None:
     assert [call for call in calls if call.startswith("part")] == [f"part {n}" for n in range(7)]
 
 
-def test_a_service_that_does_not_answer_costs_nothing_that_was_made() -> None:
-    with pytest.raises(Unavailable):
-        cut(CutConfig(size=8))
+@pytest.mark.parametrize(("size", "error"), [(8, Unavailable), (10, Unfinished)])
+def test_what_was_made_is_kept_where_it_may_be_gone_on_from(
+    size: int, error: type[UserError]
+) -> None:
+    with pytest.raises(error):
+        cut(CutConfig(size=size))
     assert Store.open().all("cut") == []
-    assert cut(CutConfig(size=8)).counts["parts"] == 8
-    assert [call for call in calls if call.startswith("part")] == [f"part {n}" for n in range(8)]
+    assert cut(CutConfig(size=size)).counts["parts"] == size
+    assert [call for call in calls if call.startswith("part")] == [f"part {n}" for n in range(size)]
 
 
 def test_a_service_that_does_not_answer_is_worth_another_try_and_a_mistake_is_not() -> None:

@@ -30,7 +30,7 @@ def test_the_newest_and_the_best_come_back_and_older_ones_go(tmp_path: Path) -> 
     assert kept == {f"{CHECKPOINTS}/{n}" for n in ("step-00000030", "step-00000040")} | {
         f"{CHECKPOINTS}/best/step-00000030"
     }
-    with checkpoint_folder(there, rank=0) as (folder, push):
+    with checkpoint_folder(there, rank=0) as (folder, push, _):
         assert [path.name for path in list_checkpoints(folder)] == ["step-00000040"]
         assert [path.name for path in list_checkpoints(folder / BEST)] == ["step-00000030"]
         assert load_checkpoint(folder / BEST / "step-00000030").model["w"][0] == 30
@@ -45,7 +45,7 @@ def test_a_damaged_newest_one_gives_way_to_the_one_before(tmp_path: Path) -> Non
         save_checkpoint(tmp_path / CHECKPOINTS, checkpoint(step))
     weights = tmp_path / CHECKPOINTS / "step-00000020" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with checkpoint_folder(there, rank=0) as (folder, _):
+    with checkpoint_folder(there, rank=0) as (folder, *_):
         assert [path.name for path in list_checkpoints(folder)] == ["step-00000010"]
 
 
@@ -63,7 +63,7 @@ def test_on_s3_too_a_damaged_newest_one_gives_way_to_the_one_before(
             remote.push(save_checkpoint(remote.folder / BEST, checkpoint(step)), step)
         weights = f"{CHECKPOINTS}/step-00000020/model.safetensors"
         there.write_bytes(weights, there.read_bytes(weights)[:-1] + b"x")
-        with checkpoint_folder(there, rank=0) as (folder, push):
+        with checkpoint_folder(there, rank=0) as (folder, push, _):
             assert [path.name for path in list_checkpoints(folder)] == ["step-00000010"]
             assert load_checkpoint(folder / "step-00000010").model["w"][0] == 10
             assert [path.name for path in list_checkpoints(folder / BEST)] == ["step-00000020"]

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from tasks.runtime.errors import UserError
+from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import Store
 from tasks.tokenizer.train import TokenizerConfig
@@ -24,7 +25,8 @@ def foresee(
 ) -> Forecast:
     """The forecast for the pretraining among a flow's parameters; it is kept for the run to judge.
 
-    The loss needs tokens to try small models on: those of the newest corpus in the store.
+    The loss needs tokens to try small models on: the newest in the store that are of this run's
+    vocabulary, as nats a token of another one say nothing.
     """
     if not 0 < arguments.mfu <= 1:
         raise UserError(f"--mfu {arguments.mfu} must be a share above 0 and at most 1")
@@ -32,9 +34,12 @@ def foresee(
         raise UserError(f"--device-tflops {arguments.device_tflops} must be a number above 0")
     config: PretrainConfig = parameters.pretrain
     tokenizer: TokenizerConfig = parameters.tokenizer
-    shards = None if arguments.no_runs else Store.open(settings).latest("token-shards")
+    shards = None if arguments.no_runs else _tokens_of(tokenizer.resolve(), Store.open(settings))
     if shards is None and not arguments.no_runs:
-        say("no tokens in the store, so no loss is foreseen; make some: gristmill run tokenizer")
+        say(
+            "no tokens of this vocabulary in the store, so no loss is foreseen; make some: "
+            "gristmill run tokenizer"
+        )
     found = forecast(
         config,
         tokenizer.vocabulary(),
@@ -45,3 +50,15 @@ def foresee(
     )
     keep(asdict(found), config, settings, shards)
     return found
+
+
+def _tokens_of(tokenizer: TokenizerConfig, store: Store) -> Manifest | None:
+    """The newest token shards of a vocabulary asked for in the same words."""
+    wanted = tokenizer.vocab_size, tokenizer.import_digest
+    for shards in reversed(store.all("token-shards")):
+        made = TokenizerConfig.model_construct(
+            **store.get("tokenizer", shards.inputs["tokenizer"]).config
+        )
+        if (made.vocab_size, made.import_digest) == wanted:
+            return shards
+    return None

@@ -27,7 +27,9 @@ from tasks.corpus.documents import (
     writable,
 )
 from tasks.corpus.killable import ChildDied, ChildTimeout, KillableChild
+from tasks.corpus.links import robots_directives
 from tasks.corpus.opt_out import headers_reserve
+from tasks.corpus.page_about import AGENT
 from tasks.corpus.page_text import PDF_TYPE, PLAIN_TYPES, Extractor
 from tasks.corpus.pages import page_rows
 from tasks.corpus.records import Ahead, DamagedRecord, Fetched, read_record, scan
@@ -227,11 +229,10 @@ def removed_by_head(found: Fetched, honour_opt_outs: bool) -> Removal | None:
         return Removal(
             "content-type", f"is {kind or 'of no stated type'}, neither HTML, text nor PDF"
         )
-    stated = found.headers.get("x-robots-tag", "")
-    directives = {word.strip().lower() for word in stated.split(",")}
-    if directives & {"noindex", "none"}:
+    noindex, _ = robots_directives(found.directives, AGENT)
+    if noindex:
         return Removal("noindex", "X-Robots-Tag asks not to be indexed")
-    if honour_opt_outs and (reserved := headers_reserve(found.headers, [stated])):
+    if honour_opt_outs and (reserved := headers_reserve(found.headers, found.directives)):
         return Removal("opt-out", f"reserved from text mining ({reserved})")
     return None
 

@@ -49,11 +49,13 @@ class Place:
 @dataclass(frozen=True)
 class Fetched:
     """A response, or a resource or conversion as if it were one: lower-case names in `headers`,
-    `body` free of transfer and content codings."""
+    `body` free of transfer and content codings, `directives` the X-Robots-Tag headers one by one:
+    each has an addressee of its own."""
 
     status: int
     headers: dict[str, str]
     body: bytes
+    directives: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,8 @@ def read_record(data: bytes, largest: int) -> Fetched:
     headers = {name.lower(): value for name, value in http.asdict().items()}
     if "chunked" in headers.get("transfer-encoding", "") and _CHUNKED.match(body):
         body = _first_document(data, "transfer", largest)[1]
-    return Fetched(http.status_code, headers, _decoded(headers, body, largest))
+    directives = tuple(value for name, value in http if name.lower() == "x-robots-tag")
+    return Fetched(http.status_code, headers, _decoded(headers, body, largest), directives)
 
 
 def _decoded(headers: dict[str, str], body: bytes, largest: int) -> bytes:

@@ -32,7 +32,7 @@ from tasks.corpus.opt_out import headers_reserve
 from tasks.corpus.page_about import AGENT
 from tasks.corpus.page_text import PDF_TYPE, PLAIN_TYPES, Extractor
 from tasks.corpus.pages import page_rows
-from tasks.corpus.records import Ahead, DamagedRecord, Fetched, read_record, scan
+from tasks.corpus.records import Ahead, DamagedRecord, Fetched, needed, read_record, scan
 from tasks.corpus.sharding import run_shards
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Workspace, stage
@@ -208,7 +208,8 @@ def _fetched(
                 ahead = 0 if directory.is_local else READ_AHEAD
                 opened[name] = Ahead(files.enter_context(file), ends[name], ahead)
             try:
-                found = read_record(opened[name].read(row["offset"], row["length"]), largest)
+                length = needed(row["length"], largest)
+                found = read_record(opened[name].read(row["offset"], length), largest)
             except DamagedRecord as damage:
                 yield row, Removal("damaged-record", str(damage))
                 continue

@@ -24,6 +24,7 @@ PLAIN_HEAD = b"WARC/"
 MAX_HEAD = 64 * 1024
 READ = 1 << 15  # compressed bytes at a time: at most 33 MB come out of them
 WINDOW = 1 << 20
+HEADS = 1 << 20  # bytes of a record beside its body: heads, and what packing may add
 WHOLE_ANSWERS = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
 # A resource is a file without HTTP around it, a conversion the text of a response (WET files).
 KINDS = ("response", "resource", "conversion")
@@ -222,6 +223,12 @@ class Ahead:
             size = max(length, min(self._ahead, self._end - offset))
             self._held, self._start, inside = self._file.read(size), offset, 0
         return self._held[inside : inside + length]
+
+
+def needed(length: int, largest: int) -> int:
+    """How many bytes of a record of `length` bytes `read_record` must be given: of one whose body
+    is too large, so many that it sees that."""
+    return min(length, largest + HEADS)
 
 
 def read_record(data: bytes, largest: int) -> Fetched:

@@ -11,6 +11,11 @@ from tasks.runtime.run_pages import forget_reports
 from tasks.runtime.settings import Settings
 from tasks.state.tombstones import Tombstones
 
+ONLY_CRAWLED = (
+    "a payload digest finds pages of our own crawls only: forget a document from a WARC source "
+    "(corpus.sources) by its address or its id"
+)
+
 
 def forget(settings: Settings, arguments: argparse.Namespace) -> int:
     """Keep an address, a domain or a document out of the next corpus; --purge erases it."""
@@ -32,6 +37,8 @@ def forget(settings: Settings, arguments: argparse.Namespace) -> int:
         for one in values:
             stone = state.add(kind, one, arguments.reason)
             print(f"tombstone {stone.id}: {stone.kind} {stone.value}")
+        if value.startswith("sha256:"):
+            print(ONLY_CRAWLED)
     if arguments.purge:
         forgotten, named = Forgotten.standing(settings), set[str]()
         done = erase(settings, forgotten, tell, named)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -319,7 +320,13 @@ def _without(body: Any, needles: list[str]) -> Any:
 
 
 def _names(text: str, needles: list[str]) -> bool:
-    return any(needle in text for needle in needles)
+    """Whether a text names one of these addresses or hosts (or a host below one) as a whole."""
+    return any(needle in text and _whole(needle).search(text) for needle in needles)
+
+
+def _whole(needle: str) -> re.Pattern[str]:
+    further = r"[\w/%?&=~+-]|[.:;,@]\w" if "//" in needle else r"[\w-]|\.\w"
+    return re.compile(rf"(?<![\w-]){re.escape(needle)}(?!{further})")
 
 
 def _blank(directory: Directory, name: str, forgotten: Forgotten, found: _Found) -> None:

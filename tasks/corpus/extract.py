@@ -27,10 +27,12 @@ from tasks.corpus.documents import (
     writable,
 )
 from tasks.corpus.killable import ChildDied, ChildTimeout, KillableChild
+from tasks.corpus.links import robots_directives
 from tasks.corpus.opt_out import headers_reserve
+from tasks.corpus.page_about import AGENT
 from tasks.corpus.page_text import PDF_TYPE, PLAIN_TYPES, Extractor
 from tasks.corpus.pages import page_rows
-from tasks.corpus.records import Ahead, DamagedRecord, Fetched, read_record, scan
+from tasks.corpus.records import Ahead, DamagedRecord, Fetched, needed, read_record, scan
 from tasks.corpus.sharding import run_shards
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Workspace, stage
@@ -73,7 +75,7 @@ class ExtractConfig(StageConfig):
     """HTML in one shard: the grain of parallelism and of resuming."""
 
 
-@stage("extract", version=4)
+@stage("extract", version=5)
 def extract(config: ExtractConfig, work: Workspace, *, crawl: Manifest) -> Outcome:
     """Take the text out of every crawled page."""
     damaged = 0
@@ -206,7 +208,8 @@ def _fetched(
                 ahead = 0 if directory.is_local else READ_AHEAD
                 opened[name] = Ahead(files.enter_context(file), ends[name], ahead)
             try:
-                found = read_record(opened[name].read(row["offset"], row["length"]), largest)
+                length = needed(row["length"], largest)
+                found = read_record(opened[name].read(row["offset"], length), largest)
             except DamagedRecord as damage:
                 yield row, Removal("damaged-record", str(damage))
                 continue
@@ -227,11 +230,10 @@ def removed_by_head(found: Fetched, honour_opt_outs: bool) -> Removal | None:
         return Removal(
             "content-type", f"is {kind or 'of no stated type'}, neither HTML, text nor PDF"
         )
-    stated = found.headers.get("x-robots-tag", "")
-    directives = {word.strip().lower() for word in stated.split(",")}
-    if directives & {"noindex", "none"}:
+    noindex, _ = robots_directives(found.directives, AGENT)
+    if noindex:
         return Removal("noindex", "X-Robots-Tag asks not to be indexed")
-    if honour_opt_outs and (reserved := headers_reserve(found.headers, [stated])):
+    if honour_opt_outs and (reserved := headers_reserve(found.headers, found.directives)):
         return Removal("opt-out", f"reserved from text mining ({reserved})")
     return None
 

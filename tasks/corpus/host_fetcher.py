@@ -31,7 +31,8 @@ from tasks.corpus.segments import Segments
 from tasks.corpus.urls import canonical_url, host_of
 
 FAILURES_TO_PROBE = 5  # failed requests in a row: is it the host, or are it these pages?
-FAILURES_TO_LEAVE = 50  # failed requests in all
+FAILURES_TO_LEAVE = 50  # failed requests of a round, if they are also a large share of it:
+SHARE_TO_LEAVE = 0.5  # some bad pages, each asked for several times, are no reason
 TDM_FILE = "/.well-known/tdmrep.json"
 MAX_SITEMAP_BYTES = 50 * 1024 * 1024
 
@@ -280,7 +281,7 @@ class HostFetcher:
         limit = self._limits.max_delay
         self._failed_in_a_row += 1
         self._failed += 1
-        if self._failed >= FAILURES_TO_LEAVE:
+        if self._failed >= max(FAILURES_TO_LEAVE, SHARE_TO_LEAVE * self._requests):
             self._left = TOO_MANY_FAILURES
         if after is not None and after > limit:
             self._left = LONG_PAUSE

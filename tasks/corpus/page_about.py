@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from tasks.corpus.opt_out import meta_reserves
 
+AGENT = "gristmill"  # our product token, by which a page may address us
 _DATE = re.compile(r"(\d{4})-(\d\d)-(\d\d)")
 _DATE_NAMES = (
     "article:published_time",
@@ -33,7 +34,7 @@ _LICENCE_NAMES = (
     "dcterms.accessrights",
 )
 # What meta elements are called that say anything here; http-equiv=content-language does, too.
-META_NAMES = ("robots", "gristmill", "tdm-reservation", *_DATE_NAMES, *_LICENCE_NAMES)
+META_NAMES = ("robots", AGENT, "tdm-reservation", *_DATE_NAMES, *_LICENCE_NAMES)
 _COMMONS = re.compile(r"^(?:https?:)?//(?:www\.)?creativecommons\.org/(?:licenses|publicdomain)/")
 _LONGEST_TITLE = 500
 _LONGEST_LICENCE = 200
@@ -68,7 +69,7 @@ class About:
         """A meta element: its name or property, its http-equiv, its content."""
         name = name.lower()
         self.reserved = self.reserved or meta_reserves(name, content)
-        if name in ("robots", "gristmill"):
+        if name in ("robots", AGENT):
             words = {word.strip() for word in content.lower().split(",")}
             self.noindex = self.noindex or bool(words & {"noindex", "none"})
         elif name in _DATE_NAMES:

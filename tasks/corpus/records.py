@@ -24,6 +24,7 @@ PLAIN_HEAD = b"WARC/"
 MAX_HEAD = 64 * 1024
 READ = 1 << 15  # compressed bytes at a time: at most 33 MB come out of them
 WINDOW = 1 << 20
+HEADS = 1 << 20  # bytes of a record beside its body: heads, and what packing may add
 WHOLE_ANSWERS = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
 # A resource is a file without HTTP around it, a conversion the text of a response (WET files).
 KINDS = ("response", "resource", "conversion")
@@ -49,11 +50,13 @@ class Place:
 @dataclass(frozen=True)
 class Fetched:
     """A response, or a resource or conversion as if it were one: lower-case names in `headers`,
-    `body` free of transfer and content codings."""
+    `body` free of transfer and content codings, `directives` the X-Robots-Tag headers one by one:
+    each has an addressee of its own."""
 
     status: int
     headers: dict[str, str]
     body: bytes
+    directives: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,12 @@ class Ahead:
         return self._held[inside : inside + length]
 
 
+def needed(length: int, largest: int) -> int:
+    """How many bytes of a record of `length` bytes `read_record` must be given: of one whose body
+    is too large, so many that it sees that."""
+    return min(length, largest + HEADS)
+
+
 def read_record(data: bytes, largest: int) -> Fetched:
     """The document in `data` (one record as it lies in the file), at most `largest` bytes of body.
 
@@ -239,7 +248,8 @@ def read_record(data: bytes, largest: int) -> Fetched:
     headers = {name.lower(): value for name, value in http.asdict().items()}
     if "chunked" in headers.get("transfer-encoding", "") and _CHUNKED.match(body):
         body = _first_document(data, "transfer", largest)[1]
-    return Fetched(http.status_code, headers, _decoded(headers, body, largest))
+    directives = tuple(value for name, value in http if name.lower() == "x-robots-tag")
+    return Fetched(http.status_code, headers, _decoded(headers, body, largest), directives)
 
 
 def _decoded(headers: dict[str, str], body: bytes, largest: int) -> bytes:

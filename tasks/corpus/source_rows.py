@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.corpus.documents import Removal
-from tasks.corpus.records import DamagedRecord, Fetched, read_record, scan
+from tasks.corpus.records import DamagedRecord, Fetched, needed, read_record, scan
 from tasks.corpus.source_config import SourceConfig
 from tasks.corpus.source_pieces import Piece, lines
 
@@ -21,7 +22,8 @@ from tasks.corpus.source_pieces import Piece, lines
 Row = tuple[dict[str, Any], str | Fetched | Removal]
 
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-BATCH = 256  # rows of Parquet at a time
+BATCH = 256  # rows of Parquet at a time, or fewer:
+BATCH_BYTES = 64_000_000  # as many as come to this on average
 TYPES = {
     ".html": "text/html",
     ".htm": "text/html",
@@ -91,12 +93,31 @@ def _table(source: SourceConfig, path: Path, largest: int, piece: Piece | None) 
     fields = (source.text_field, source.url_field, source.title_field, source.date_field)
     columns = [name for name in dict.fromkeys(fields) if name in file.schema_arrow.names]
     groups = range(piece.start, piece.stop) if piece else None
-    for batch in file.iter_batches(BATCH, row_groups=groups, columns=columns):
-        for row in _decoded(batch):
+    rows = _rows_at_a_time(file.metadata)
+    for batch in file.iter_batches(rows, row_groups=groups, columns=columns):
+        batch, too_large = _bounded(batch, source.text_field, largest)
+        for row, large in zip(_decoded(batch), too_large, strict=True):
             about, content = _row(source, row)
-            if isinstance(content, str) and len(content) > largest:
-                content = Removal("too-large", f"more than {largest:,} characters")
+            if large:
+                content = Removal("too-large", f"larger than {largest:,} bytes")
             yield about, content
+
+
+def _rows_at_a_time(metadata: pq.FileMetaData) -> int:
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    average = max((g.total_byte_size / max(g.num_rows, 1) for g in groups), default=0.0)
+    return max(1, min(BATCH, int(BATCH_BYTES / max(average, 1))))
+
+
+def _bounded(batch: pa.RecordBatch, field: str, largest: int) -> tuple[pa.RecordBatch, list[bool]]:
+    """The batch without texts of more than `largest` bytes, and which rows had one."""
+    place = batch.schema.get_field_index(field)
+    if place < 0 or not _is_text(batch.column(place)):
+        return batch, [False] * batch.num_rows
+    column = batch.column(place)
+    large = pc.fill_null(pc.greater(pc.binary_length(column), largest), False)
+    rest = pc.if_else(large, pa.scalar(None, column.type), column)
+    return batch.set_column(place, field, rest), large.to_pylist()
 
 
 def _decoded(batch: pa.RecordBatch) -> list[dict[str, Any]]:
@@ -109,10 +130,14 @@ def _decoded(batch: pa.RecordBatch) -> list[dict[str, Any]]:
 
 
 def _values(column: pa.Array) -> list[Any]:
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    if not _is_text(column):
         return column.to_pylist()
     values = column.cast(pa.large_binary()).to_pylist()
     return [None if value is None else value.decode("utf-8", "replace") for value in values]
+
+
+def _is_text(column: pa.Array) -> bool:
+    return bool(pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
 
 
 def _row(source: SourceConfig, row: dict[str, Any]) -> Row:
@@ -146,7 +171,7 @@ def _records(_: SourceConfig, path: Path, largest: int, piece: Piece | None) -> 
             stream.seek(found.offset)
             content: Fetched | Removal
             try:
-                content = read_record(stream.read(found.length), largest)
+                content = read_record(stream.read(needed(found.length, largest)), largest)
             except DamagedRecord as damage:
                 content = Removal("damaged-record", str(damage))
             except OverflowError:

@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -121,6 +122,20 @@ def test_a_host_with_too_many_bad_pages_is_left_with_what_it_gave(
     assert result.rules["too many requests of the host failed"] >= 20
     assert len(result.pages) == 1
     assert len(site.requests) < 30
+
+
+def test_a_host_with_some_bad_pages_among_many_good_ones_is_not_left(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.corpus.host_fetcher.FAILURES_TO_LEAVE", 12)
+    bad = [f"/{n}" for n in range(0, 80, 10)]
+    pages: dict[str, Any] = {f"/{n}": page() for n in range(80)}
+    pages |= dict.fromkeys(bad, lambda: web.Response(status=503))
+    with LoopbackSite({"/": page(*pages)} | pages) as site:
+        result = crawler.crawl(site.url, retries=2, max_delay=0.02)
+    assert [site.paths[path] for path in bad] == [3] * 8  # 24 failures of some 100 requests
+    assert result.rules == {"HTTP 503": 8}
+    assert len(result.pages) == 73
 
 
 def test_damaged_sitemaps_are_reported(crawler: Crawler) -> None:

@@ -68,6 +68,22 @@ def test_every_removed_page_is_counted_by_rule_and_kept_for_inspection() -> None
     assert rejected["empty"]["text"].startswith("<html>")
 
 
+def test_directives_in_headers_are_for_those_they_name() -> None:
+    ours = (("X-Robots-Tag", "otherbot: nofollow"), ("X-Robots-Tag", "gristmill: noindex"))
+    everybodys = (("X-Robots-Tag", "otherbot: nofollow"), ("X-Robots-Tag", "noindex"))
+    manifest = extract(
+        ExtractConfig(),
+        crawl=crawl(
+            page("theirs", headers=(("X-Robots-Tag", "googlebot: nofollow, noindex"),)),
+            page("ours", headers=ours),
+            page("everybodys", headers=everybodys),
+            page("reserved", headers=(("X-Robots-Tag", "noimageindex, noai"),)),
+        ),
+    )
+    assert [row["title"] for row in rows(manifest)] == ["theirs"]
+    assert manifest.rules == {"noindex": 2, "opt-out": 1}
+
+
 @pytest.mark.parametrize("extractor", ["trafilatura", "resiliparse"])
 def test_a_pathological_page_stalls_nothing(extractor) -> None:
     deep = "<div>" * 200_000 + "x"

@@ -1,5 +1,6 @@
 """Takedown: what is forgotten is not in the next corpus, and after a purge in no earlier one."""
 
+import argparse
 import gzip
 import json
 import time
@@ -19,8 +20,9 @@ from inline_shards import stages_inline
 from loopback_site import LoopbackSite, page
 from test_corpus_chain import THINGS, module
 
+from flows import forget as forget_commands
 from flows.corpus import CorpusParams, build_corpus
-from tasks.corpus.erase import Done, erase
+from tasks.corpus.erase import Done, _names, erase
 from tasks.corpus.pages import page_rows, read_pages
 from tasks.corpus.report import ReportConfig, report_corpus
 from tasks.corpus.same_document import known_ids
@@ -307,6 +309,36 @@ def test_a_document_is_forgotten_by_any_of_its_digests(site: LoopbackSite) -> No
     assert not {document["url"], other["url"]} & {
         row["url"] for manifest in Store.open().all("extract") for row in rows(manifest)
     }
+
+
+def test_a_payload_digest_is_told_to_find_crawled_pages_only(
+    site: LoopbackSite, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    forget_commands.add_arguments(parser)
+    for what, told in (("sha256:" + "A" * 52, True), ("0123456789abcdef", False)):
+        forget_commands.forget(Settings.load(), parser.parse_args([what]))
+        assert ("by its address or its id" in capsys.readouterr().out) is told
+
+
+@pytest.mark.parametrize(
+    ("text", "needle", "named"),
+    [
+        ('{"url": "http://a.example/1"}', "http://a.example/1", True),
+        ("see `http://a.example/1`: gone", "http://a.example/1", True),
+        ("It is http://a.example/1. Then", "http://a.example/1", True),
+        ("http://a.example/1#part", "http://a.example/1", True),
+        ("http://a.example/10", "http://a.example/1", False),
+        ("http://a.example/1/2", "http://a.example/1", False),
+        ("http://a.example/1.html", "http://a.example/1", False),
+        ("http://a.example:80/x", "a.example", True),
+        ("http://www.a.example/", "a.example", True),
+        ("http://not-a.example/", "a.example", False),
+        ("http://a.example.org/", "a.example", False),
+    ],
+)
+def test_a_report_names_whole_addresses_and_hosts(text: str, needle: str, named: bool) -> None:
+    assert _names(text, [needle]) is named
 
 
 def test_a_purge_waits_for_nobody(site: LoopbackSite) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from shared_data import shared
 
 from flows.corpus import CorpusParams
 from tasks.corpus import extract as extract_module
-from tasks.corpus.documents import DOCUMENTS, document_id
+from tasks.corpus.documents import DOCUMENTS, Removal, document_id
 from tasks.corpus.gather import GatherConfig, gather
+from tasks.corpus.records import Fetched
 from tasks.corpus.source_config import SourceConfig
+from tasks.corpus.source_rows import rows_of
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.store import REPORT, Store
@@ -238,6 +241,42 @@ def test_mistakes_are_one_sentence(inbox: Path) -> None:
     twice = (SourceConfig(name="s", path="a"), SourceConfig(name="s", path="b"))
     with pytest.raises(ValueError, match="each needs its own name"):
         CorpusParams(sources=twice)
+
+
+def test_a_record_far_too_large_is_counted_without_being_read(inbox: Path) -> None:
+    head = "WARC/1.1\r\nWARC-Type: response\r\nWARC-Target-URI: http://e.org/{}\r\n"
+    head += "Content-Type: application/http; msgtype=response\r\nContent-Length: {}\r\n\r\n"
+    video = b"HTTP/1.1 200 OK\r\nContent-Type: video/mp4\r\n\r\n"
+    text = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n" + PARAGRAPH.encode()
+    size = 300 << 20
+    with open(inbox / "a.warc", "wb") as out:
+        out.write(head.format("video", len(video) + size).encode() + video)
+        out.seek(size, os.SEEK_CUR)  # a hole: it takes no room on the disk
+        out.write(b"\r\n\r\n" + head.format("text", len(text)).encode() + text + b"\r\n\r\n")
+    source = SourceConfig(name="s", path=str(inbox), format="warc")
+    tracemalloc.start()
+    found = list(rows_of(source, inbox / "a.warc", "a.warc", 10 << 20))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [about["url"] for about, _ in found] == ["http://e.org/video", "http://e.org/text"]
+    assert isinstance(found[0][1], Removal) and found[0][1].rule == "too-large"
+    assert isinstance(found[1][1], Fetched)
+    assert most < 100 << 20
+
+
+def test_large_rows_of_parquet_are_read_a_few_at_a_time(inbox: Path) -> None:
+    texts = ["x" * (8 << 20), "é" * 600_000, None, "short"] * 40
+    table = pa.table({"text": texts})
+    pq.write_table(table, inbox / "a.parquet", use_dictionary=False, write_batch_size=4)
+    source = SourceConfig(name="s", path=str(inbox), format="parquet")
+    before = pa.total_allocated_bytes()
+    most = 0
+    rules: list[str] = []
+    for _, content in rows_of(source, inbox / "a.parquet", "a.parquet", 1 << 20):
+        most = max(most, pa.total_allocated_bytes() - before)
+        rules.append(content.rule if isinstance(content, Removal) else str(content))
+    assert rules == ["too-large", "too-large", "no-text", "short"] * 40
+    assert most < 250 << 20  # of 370 in the file
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])

@@ -6,8 +6,8 @@ It needs torch, numpy, safetensors and `model/` only, so it runs on a machine th
 of this repository. The loop is the one that trains: bf16 autocast, fp32 masters, Muon and AdamW,
 sequences of 2,048 tokens, the blocks compiled where a compiler is found. Operations are counted as
 6·N and attention, N without the embedding and with the output matrix (`model/flops.py`, which
-counts attention's causal half only); the peak of an H100 is 989 TFLOP/s. `--quick --device cpu` takes tiny
-models: it shows that the script runs, and its figures say nothing.
+counts attention's causal half only); the peak of an H100 is 989 TFLOP/s. `--quick --device cpu`
+takes tiny models: it shows that the script runs, and its figures say nothing.
 """
 
 from __future__ import annotations

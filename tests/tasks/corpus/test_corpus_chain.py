@@ -117,7 +117,7 @@ def digest(manifest: Manifest) -> str:
 # Where one of these changes, the stage makes something else of the same input: raise its version
 # in @stage, then write the new digest here.
 GOLDEN: dict[str, tuple[int, str]] = {
-    "extract": (4, "1c5138aa3aa63bc4"),
+    "extract": (5, "1c5138aa3aa63bc4"),
     "measure": (3, "ea0bb70d0d9ed05a"),
     "language": (1, "425dab0ed9f0c24e"),
     "quality": (2, "9732546c01143c9c"),

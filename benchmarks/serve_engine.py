@@ -53,11 +53,23 @@ def prompts(count: int, length: int = PROMPT) -> list[list[int]]:
 
 
 def ours(
-    model: Transformer, batch: int, new: int, weights: Weights = "float32"
+    model: Transformer,
+    batch: int,
+    new: int,
+    weights: Weights = "float32",
+    compiled: bool = False,
 ) -> Callable[[], None]:
     core = Core(
-        model, None, slots=batch, kv_tokens=max(2048, batch * 256), weights=weights, reuse=False
+        model,
+        None,
+        slots=batch,
+        kv_tokens=max(2048, batch * 256),
+        weights=weights,
+        reuse=False,
+        compiled=compiled,
     )
+    if core.program is not None and not core.program.wait():
+        print(f"{weights}: the step is not compiled here", file=sys.stderr)
     sampling = Sampling(max_tokens=new)
 
     def run() -> None:
@@ -138,10 +150,14 @@ def contenders(whose: str, new: int, directory: Path) -> dict[str, Callable[[], 
             "llama_cpp_1": of_llama_cpp(LlamaCpp.of(model), new),
             "llama_cpp_8bit_1": of_llama_cpp(eight_bits, new),
         }
-    return {f"ours_{batch}": ours(model, batch, new) for batch in (1, 8, 32)} | {
+    return {
+        "ours_1": ours(model, 1, new, compiled=True),
+        "ours_uncompiled_1": ours(model, 1, new),
+        "ours_8": ours(model, 8, new),
+        "ours_32": ours(model, 32, new),
         "ours_matrices_alone_1": matrices_alone(model, new),
-        "ours_bf16_1": ours(model, 1, new, "bfloat16"),
-        "ours_int8_1": ours(model, 1, new, "int8"),
+        "ours_bf16_1": ours(model, 1, new, "bfloat16", compiled=True),
+        "ours_int8_1": ours(model, 1, new, "int8", compiled=True),
     }
 
 

@@ -233,6 +233,7 @@ class _Server:
             weights=options.weights,
             speculate=options.speculate,
             deterministic=options.deterministic,
+            compiled=options.compiled,
             draft=draft,
         )
 

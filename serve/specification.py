@@ -30,6 +30,11 @@ class EngineOptions(BaseModel):
     deterministic: bool = Field(
         False, description="Bitwise the same answers in any batch, at a batch's cost."
     )
+    compiled: bool = Field(
+        True,
+        description="On a CPU, make a program of a single answer's step once there were many; "
+        "needs a C++ compiler, without which answers go on as they are.",
+    )
 
     @model_validator(mode="after")
     def _go_together(self) -> "EngineOptions":

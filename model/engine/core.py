@@ -13,6 +13,7 @@ from model.chat import Tokenizer
 from model.engine.draft import Drafter
 from model.engine.logprobs import logprobs
 from model.engine.pages import PAGE, PageTable
+from model.engine.programs import Program
 from model.engine.runner import Runner, Span
 from model.engine.sampling import Adjustment, ConstraintError, Sampling, choose_apart
 from model.engine.scheduler import Scheduler
@@ -93,6 +94,9 @@ class Core:
     speculate: how many tokens to guess at most, by the `draft` model where there is one, else from
     what followed the last ones earlier in the text; the network reads all guesses at once and keeps
     those it would have chosen itself, so answers are the same and only come faster.
+
+    compiled: a step of a single answer becomes a program of its own (`programs`) once there were
+    many of them, on so many `threads`; not in deterministic mode, whose bits must not change then.
     """
 
     def __init__(
@@ -110,6 +114,8 @@ class Core:
         deterministic: bool = False,
         speculate: int = 0,
         draft: Transformer | None = None,
+        compiled: bool = False,
+        threads: int = 1,
     ) -> None:
         self.config = model.config
         self.tokenizer = tokenizer
@@ -134,7 +140,9 @@ class Core:
             reuse=reuse,
             grid=GRID if deterministic else None,
         )
-        self.runner = Runner(model, pages, weights, reproducible=deterministic)
+        compiled = compiled and not deterministic
+        self.runner = Runner(model, pages, weights, deterministic, compiled)
+        self.program = Program(self.runner, threads) if compiled else None
         self.drafter: Drafter | None = None
         if draft is not None and speculate:
             if draft.config.context < self.config.context:
@@ -219,6 +227,8 @@ class Core:
         size = sum(len(span.tokens) for _, span in plan)
         self.counters.step_tokens += size
         self.counters.steps_of[bisect_left(STEP_TOKENS, size)] += 1
+        if size == 1 and self.program is not None and self.runner.single is None:
+            self.program.stepped()
         if self.counters.ended != ended:
             self._count()
         return updates
@@ -229,6 +239,11 @@ class Core:
         self.counters.aborted += len(updates)
         self._count()
         return updates
+
+    def close(self) -> None:
+        """Leave nothing running in the background."""
+        if self.program is not None:
+            self.program.close()
 
     def check(self) -> None:
         """Raise AssertionError when the pages do not match the sequences."""

@@ -63,7 +63,14 @@ class Engine:
         self.slots = slots
         self.max_waiting = max_waiting
         self.threads = threads
-        self._core = Core(model, tokenizer, slots=slots, prefill_tokens=prefill_tokens, **options)
+        self._core = Core(
+            model,
+            tokenizer,
+            slots=slots,
+            prefill_tokens=prefill_tokens,
+            threads=threads,
+            **options,
+        )
         self._changed = threading.Condition()
         # Guarded by _changed:
         self._inbox: list[Sequence] = []
@@ -125,6 +132,7 @@ class Engine:
             self._closed = True
             self._changed.notify()
         self._thread.join(timeout)
+        self._core.close()
         atexit.unregister(self._at_exit)
 
     @property

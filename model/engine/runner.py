@@ -24,7 +24,9 @@ from model.engine.kv_cache import KVCache
 from model.engine.layer_weights import LayerWeights, Norm, gain
 from model.engine.pages import PAGE
 from model.engine.rotation import angles, turn_
+from model.engine.single_step import CompiledStep
 from model.engine.weights import (
+    Dense,
     Matrix,
     Weights,
     activation_dtype,
@@ -35,6 +37,8 @@ from model.engine.weights import (
 from model.layers import activate
 from model.losses import softcapped
 from model.transformer import Transformer
+
+COPIED = 2 << 30  # bytes of weights up to which a compiled step may have its own copy
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,11 @@ class Runner:
         pages: int,
         weights: Weights = "float32",
         reproducible: bool = False,
+        compiled: bool = False,
     ) -> None:
-        """reproducible: choose nothing by a trial that might end differently another time."""
+        """reproducible: choose nothing by a trial that might end differently another time.
+        compiled: keep what the program of a single step reads (`single_step`).
+        """
         dtype = activation_dtype(weights)
         self.config = config = model.config
         self.embedding = model.model.embed_tokens.weight.to(dtype)
@@ -126,6 +133,13 @@ class Runner:
         self.layers = [LayerWeights.of(block, config, weights) for block in model.model.layers]
         matrices = [matrix for layer in self.layers for matrix in layer.matrices]
         settle([*matrices, self.output], tried=not reproducible)
+        dense = [one for one in matrices if isinstance(one, Dense) and one.plain is not None]
+        copied = sum(one.plain.nbytes for one in dense if one.plain is not None)
+        for one in dense if not compiled or copied > COPIED else ():
+            one.drop_plain()
+        if isinstance(self.output, Dense):
+            self.output.drop_plain()
+        self.single: CompiledStep | None = None  # another thread may set it
         self.windows = {layer.window for layer in self.layers}
         self.angles = angles(model)
         self.eps = torch.full((1, 1), config.norm_eps, device=self.device)
@@ -147,6 +161,8 @@ class Runner:
         """Read the tokens of all spans into the cache; the last hidden states of all their tokens,
         normed, (T, C), in the order of the spans.
         """
+        if (single := self.single) is not None and single.takes(spans):
+            return single(spans[0])
         if self.fixed is not None and all(len(span.tokens) == 1 for span in spans):
             return self.fixed.forward(spans)
         lengths = [len(span.tokens) for span in spans]

@@ -43,6 +43,7 @@ class Dense:
     """
 
     def __init__(self, weight: Tensor) -> None:
+        self.plain: Tensor | None = weight  # until it is settled who reads it
         self.packed = _packed(weight)
         self.transposed = weight.t()
         self.single = self.packed is None
@@ -63,6 +64,10 @@ class Dense:
         self.single = single
         if not single:
             self.transposed = self.transposed.new_empty(0)
+
+    def drop_plain(self) -> None:
+        """Nobody reads the weight as it was given."""
+        self.plain = None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.single and (self.packed is None or x.shape[0] == 1):

@@ -45,6 +45,9 @@ class Parts:
         self._offsets = np.frombuffer(index, _OFFSET).astype(np.int64)
         self._start = (count + 2) * _OFFSET.itemsize
 
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
     def read(self, numbers: NDArray[np.int64]) -> Iterator[bytes]:
         """The parts of these numbers, in their order."""
         edges = np.column_stack([self._offsets[numbers], self._offsets[numbers + 1]])

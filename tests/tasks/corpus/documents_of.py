@@ -2,7 +2,9 @@
 
 import pyarrow as pa
 
+from tasks.corpus.dedup import DeduplicateConfig, deduplicate
 from tasks.corpus.documents import DOCUMENTS, document_id
+from tasks.corpus.signatures import signatures
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
@@ -35,6 +37,12 @@ def texts_of(config: TextsConfig, work: Workspace) -> Outcome:
 def documents(texts: dict[str, str], clusters: tuple[str, ...] = ()) -> Manifest:
     """An artifact of these texts, by address, in shards of four."""
     return texts_of(TextsConfig(texts=tuple(texts.items()), clusters=clusters))
+
+
+def unique(config: DeduplicateConfig, documents: Manifest, **earlier: Manifest) -> Manifest:
+    """These documents deduplicated, by signatures made of them."""
+    signed = signatures(config.signatures(), documents=documents)
+    return deduplicate(config, documents=documents, signatures=signed, **earlier)
 
 
 def rows(manifest: Manifest, prefix: str = "documents-") -> list[dict]:

@@ -18,6 +18,7 @@ from tasks.corpus.extract import ExtractConfig, extract
 from tasks.corpus.language import LanguageConfig, language
 from tasks.corpus.measure import MeasureConfig, measure
 from tasks.corpus.quality import QualityConfig, quality
+from tasks.corpus.signatures import signatures
 from tasks.corpus.split import SplitConfig, split
 from tasks.corpus.suites import SuiteConfig
 from tasks.runtime.manifest import Manifest
@@ -84,7 +85,9 @@ def build() -> dict[str, Manifest]:
     measured = measure(MeasureConfig(), documents=extracted)
     identified = language(LanguageConfig(), documents=extracted, attributes=measured)
     good = quality(QualityConfig(), documents=identified, attributes=measured)
-    unique = deduplicate(DeduplicateConfig(), documents=good)
+    deduplication = DeduplicateConfig()
+    signed = signatures(deduplication.signatures(), documents=extracted)
+    unique = deduplicate(deduplication, documents=good, signatures=signed)
     divided = split(SplitConfig(seed=0, common_groups=5), documents=unique)
     suite = Path(os.environ["GRISTMILL_HOME"]) / "sources" / "items.txt"
     suite.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +124,7 @@ GOLDEN: dict[str, tuple[int, str]] = {
     "measure": (3, "ea0bb70d0d9ed05a"),
     "language": (1, "425dab0ed9f0c24e"),
     "quality": (2, "9732546c01143c9c"),
-    "deduplicate": (2, "7b8a0db0315b4f49"),
+    "deduplicate": (3, "7b8a0db0315b4f49"),
     "split": (1, "912df3b483dec7ee"),
     "decontaminate": (1, "989c6c1c321f58eb"),
 }

@@ -3,10 +3,10 @@
 import random
 
 import pytest
-from documents_of import documents, rows, urls
+from documents_of import documents, rows, unique, urls
 from inline_shards import run_inline
 
-from tasks.corpus.dedup import DeduplicateConfig, deduplicate
+from tasks.corpus.dedup import DeduplicateConfig
 from tasks.corpus.earlier import earlier_corpora
 from tasks.corpus.pii import PIIConfig, pii
 from tasks.runtime.errors import UserError
@@ -28,7 +28,7 @@ def text(seed: int, words: int = 200) -> str:
 def corpus(texts: dict[str, str], *against: str) -> Manifest:
     config = DeduplicateConfig(against=against)
     given = documents(texts)
-    return deduplicate(config, documents=given, **earlier_corpora(config, given))
+    return unique(config, given, **earlier_corpora(config, given))
 
 
 FIRST = {f"http://h/{n}": text(n) for n in range(6)}
@@ -73,10 +73,10 @@ def test_previous_means_all_that_came_before_and_the_same_when_repeated() -> Non
 def test_another_filter_over_the_same_pages_is_no_later_corpus() -> None:
     corpus(FIRST)
     given = documents(SECOND)
-    masked = pii(PIIConfig(action="mask"), documents=given)
+    masked = pii(PIIConfig(action="mask").masking(), documents=given)
     config = DeduplicateConfig(against=("previous",))
     corpus(SECOND, "previous")
-    again = deduplicate(config, documents=masked, **earlier_corpora(config, masked))
+    again = unique(config, masked, **earlier_corpora(config, masked))
     assert urls(again) == ["http://h/7", "http://h/8"]
 
 

@@ -119,7 +119,7 @@ def test_a_forgotten_page_is_not_in_the_next_corpus(site: LoopbackSite) -> None:
         bury(url)
     plan = planned(site)
     assert [name for name, stage in plan.items() if stage.status == "cached"] == [
-        *("crawl", "extract", "measure", "language", "quality")
+        *("crawl", "extract", "measure", "signatures", "language", "quality")
     ]
     assert plan["forget"].status == "run"
     assert {plan[name].status for name in ("deduplicate", "split")} == {"unknown"}

@@ -91,7 +91,7 @@ def boilerplate(config: BoilerplateConfig, work: Workspace, *, documents: Manife
     names, where = document_shards(documents), work.store.of(documents)
     items = [(config, where, name) for name in names]
     entries = run_shards(work, "hashed", hash_shard, items, label="Lines and spans")
-    partitions = ranges(-(-sum(entries) // ENTRIES))
+    partitions = ranges(sum(entries), ENTRIES)
     found = run_shards(
         work,
         "counted",

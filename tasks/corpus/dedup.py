@@ -8,7 +8,7 @@ Rounds, each a shard function on Ray that sees its part only:
     select        a shard of documents     → what stays and what went, and why
 
 Digests, keys and sets were made before (the signatures stage); here no text is read but to be
-copied. Nothing needs the whole corpus in one process. A match task holds the keys of about four
+copied. Nothing needs the whole corpus in one process. A match task holds the keys of four to 128
 shards, a verify task the shingle sets of two. The driver alone sees all pairs of duplicates, and at
 most one pair more for a document in each shard: about 100 bytes for each while it decides, nothing
 for a document that resembles no other, and never text or addresses.
@@ -50,7 +50,9 @@ from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Directory
 
-SHARDS_PER_PARTITION = 4  # whose keys a match task holds: about 4 KB a document
+SHARDS_PER_PARTITION = 4  # whose keys a match task holds: about 4 KB a document while it works
+ENOUGH_PARTITIONS = 4096
+MOST_SHARDS = 128  # the same where there are more than enough: 1.8 GB with parts of 16 MB
 _KNOWN = "all of it was known; name fewer corpora in deduplicate.against, or none"
 REMEDIES = {
     "": "crawl more pages",
@@ -129,7 +131,7 @@ def deduplicate(
         for _, manifest in sorted(earlier.items())
     )
     sources = Sources(replace(signed, picked=work), known)
-    partitions = ranges(-(-sources.shards // SHARDS_PER_PARTITION))
+    partitions = partitions_of(sources.shards)
     matched = run_shards(
         work,
         "matched",
@@ -168,6 +170,16 @@ def deduplicate(
             clusters_report(work, config.cluster_threshold),
         ),
     )
+
+
+def partitions_of(shards: int) -> int:
+    """How many ranges of keys there are for so many shards.
+
+    Small ones as long as there are few: each is a task. Every range is read from every shard, so
+    they then grow, to what a task can hold; from there on there are more of them.
+    """
+    small, large = ranges(shards, SHARDS_PER_PARTITION), ranges(shards, MOST_SHARDS)
+    return max(min(small, ENOUGH_PARTITIONS), large)
 
 
 def select_shard(

@@ -136,7 +136,7 @@ def _drop_common(
     work: Workspace, entries: list[dict[str, int]], config: SplitConfig
 ) -> dict[str, int]:
     """Leave only those held-out marks that few groups have; returns how many were common."""
-    counts = {kind: ranges(-(-sum(e[kind] for e in entries) // MARKS)) for kind in KINDS}
+    counts = {kind: ranges(sum(e[kind] for e in entries), MARKS) for kind in KINDS}
     items = [
         (kind, part, count, len(entries), config.common_groups)
         for kind, count in counts.items()

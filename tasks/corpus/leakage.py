@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.corpus.arrays import distinct, is_among
+from tasks.corpus.arrays import distinct
 from tasks.corpus.shingles import Hashes, normalise
 from tasks.corpus.word_hashes import lines_of
 
@@ -84,20 +84,13 @@ def line_marks(text: str) -> LineMarks:
     )
 
 
-def shared_marks(marks: LineMarks, held: Marks) -> Marks:
-    """Which of the held-out marks this text has."""
-    return Marks(
-        distinct(marks.windows[is_among(marks.windows, held.windows)]),
-        distinct(marks.names[is_among(marks.names, held.names)]),
-    )
-
-
-def without_leaks(marks: LineMarks, held: Marks) -> tuple[str, int]:
-    """The text without the lines that share a mark with `held`, and how many lines went."""
-    hit = is_among(marks.windows, held.windows)
-    gone = set(marks.name_line[is_among(marks.names, held.names)].tolist())
+def without_leaks(
+    marks: LineMarks, windows: NDArray[np.bool_], names: NDArray[np.bool_]
+) -> tuple[str, int]:
+    """The text without the lines of these windows (K,) and names (M,), and how many lines went."""
+    gone = set(marks.name_line[names].tolist())
     for first, last in zip(
-        marks.window_line[hit].tolist(), marks.window_end_line[hit].tolist(), strict=True
+        marks.window_line[windows].tolist(), marks.window_end_line[windows].tolist(), strict=True
     ):
         gone.update(range(first, last + 1))
     return _rest(marks.lines, gone)

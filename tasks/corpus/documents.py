@@ -3,6 +3,7 @@
 A documents artifact holds
     documents-00000.parquet …   the documents that stayed (DOCUMENTS, and what a stage adds)
     rejected-00000.parquet …    those this stage removed, whole, with `rule` and `reason`
+    cut-00000.parquet …         what it cut out of those that stayed, if anything (`cuts`)
 
 Every removal is counted by rule and can be looked up with its text.
 """

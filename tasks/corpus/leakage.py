@@ -86,8 +86,10 @@ def line_marks(text: str) -> LineMarks:
 
 def without_leaks(
     marks: LineMarks, windows: NDArray[np.bool_], names: NDArray[np.bool_]
-) -> tuple[str, int]:
-    """The text without the lines of these windows (K,) and names (M,), and how many lines went."""
+) -> tuple[str, set[int]]:
+    """The text without the lines of these windows (K,) and names (M,), and which lines went; blank
+    ones are not counted.
+    """
     gone = set(marks.name_line[names].tolist())
     for first, last in zip(
         marks.window_line[windows].tolist(), marks.window_end_line[windows].tolist(), strict=True
@@ -96,8 +98,8 @@ def without_leaks(
     return _rest(marks.lines, gone)
 
 
-def without_lines(text: str, spans: Iterable[tuple[int, int]]) -> tuple[str, int]:
-    """The text without the lines that hold a character of these ranges, and how many went.
+def without_lines(text: str, spans: Iterable[tuple[int, int]]) -> tuple[str, set[int]]:
+    """The text without the lines that hold a character of these ranges, and which lines went.
 
     Code fences stay as long as there is something between them.
     """
@@ -111,9 +113,9 @@ def without_lines(text: str, spans: Iterable[tuple[int, int]]) -> tuple[str, int
     return _rest(lines, gone)
 
 
-def _rest(lines: list[str], gone: set[int]) -> tuple[str, int]:
+def _rest(lines: list[str], gone: set[int]) -> tuple[str, set[int]]:
     kept = [line for number, line in enumerate(lines) if number not in gone]
-    removed = sum(bool(lines[number].strip()) for number in gone)
+    removed = {number for number in gone if lines[number].strip()}
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(_without_empty_fences(kept))).strip()
     return text, removed
 

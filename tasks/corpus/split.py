@@ -19,6 +19,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from tasks.corpus.arrays import read_array
+from tasks.corpus.cuts import cut_rows, whole_lines, write_cuts
 from tasks.corpus.documents import (
     REMOVED,
     Removal,
@@ -38,6 +39,7 @@ from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Directory
 
 EXAMPLES = 5
+LEAK = "heldout-leak"
 
 
 class SplitConfig(StageConfig):
@@ -70,7 +72,7 @@ class SplitConfig(StageConfig):
         return value
 
 
-@stage("split", version=1)
+@stage("split", version=2)
 def split(config: SplitConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """Hold whole groups of similar documents out and cut their text out of the rest."""
     names, where = document_shards(documents), work.store.of(documents)
@@ -90,39 +92,43 @@ def split(config: SplitConfig, work: Workspace, *, documents: Manifest) -> Outco
 def divide_shard(
     work: Workspace, number: int, where: Directory, name: str, own: dict[str, int]
 ) -> dict[str, Any]:
-    """One shard divided: `train-`, `heldout-` and `rejected-NNNNN.parquet` where not empty.
+    """One shard divided: `train-`, `heldout-`, `rejected-` and `cut-NNNNN.parquet` where not empty.
 
     `own` says in how many ranges the marks of held-out text stand.
     """
     held = chosen(work, number).held
     table = where.read_table(name)
-    tally, trimmed = Tally(), list[dict[str, Any]]()
+    tally, trimmed, cuts = Tally(), list[dict[str, Any]](), list[dict[str, Any]]()
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": [], "rejected": []}
     documents = table.to_pylist()
     touched = np.flatnonzero(read_array(work, f"_touched-{number:05d}.npy") & ~held).tolist()
     marks = [line_marks(documents[row]["text"]) for row in touched]
     found = dict(zip(touched, zip(marks, leaks(work, own, marks), strict=True), strict=True))
     for row, document in enumerate(documents):
-        text, lines = document["text"], 0
+        lines: set[int] = set()
         if row in found:
             mine, hits = found[row]
             text, lines = without_leaks(mine, *hits)
-        if lines == 0:
+        if not lines:
             tally.keep(document["bytes"])
             parts["heldout" if held[row] else "train"].append(document)
             continue
         if all(line.startswith("#") for line in text.split("\n") if line.strip()):
-            removal = Removal("heldout-leak", f"all but headings stands in held-out text ({lines})")
+            reason = f"all but headings stands in held-out text ({len(lines)})"
+            removal = Removal(LEAK, reason)
             tally.remove(removal, document["url"], document["text"])
             parts["rejected"].append(document | {"rule": removal.rule, "reason": removal.reason})
             continue
         size = len(text.encode("utf-8", "replace"))
-        tally.mend("lines-shared-with-heldout", lines)
+        tally.mend("lines-shared-with-heldout", len(lines))
         trimmed.append(
-            {"document": document["url"], "lines": lines, "bytes": document["bytes"] - size}
+            {"document": document["url"], "lines": len(lines), "bytes": document["bytes"] - size}
         )
         tally.keep(size)
-        parts["train"].append(document | {"id": document_id(text), "text": text, "bytes": size})
+        left = document | {"id": document_id(text), "text": text, "bytes": size}
+        parts["train"].append(left)
+        cuts += cut_rows(document, left["id"], whole_lines(LEAK, mine.lines, lines))
+    write_cuts(work, number, cuts)
     schema = table.schema.remove_metadata()
     for part, rows in parts.items():
         if rows:

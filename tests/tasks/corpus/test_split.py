@@ -84,7 +84,8 @@ def own_clusters(texts: dict[str, str]) -> tuple[str, ...]:
 def cut_by(text: str, held: Marks) -> tuple[str, int]:
     marks = line_marks(text)
     hits = is_among(marks.windows, held.windows), is_among(marks.names, held.names)
-    return without_leaks(marks, *hits)
+    left, lines = without_leaks(marks, *hits)
+    return left, len(lines)
 
 
 def divided(texts: dict[str, str], **options):
@@ -101,7 +102,12 @@ def test_no_line_of_a_held_out_document_is_in_training_however_it_is_broken() ->
     leaked = {line for line in long if normalise(line) in seen}
     assert leaked == {NOTICE}  # everybody's, and so nobody's own
     assert sum(NOTICE in row["text"] for row in train) > 20
-    assert manifest.metrics["leaked_lines_cut"] > 0
+    cuts = rows(manifest, "cut-")
+    assert len(cuts) == manifest.metrics["leaked_lines_cut"] > 0
+    texts, left = site(), {row["url"]: row["id"] for row in train}
+    for cut in cuts:
+        assert texts[cut["url"]].split("\n")[cut["line"] - 1] == cut["text"]
+        assert cut["id"] == left[cut["url"]] != cut["before"]
 
 
 def test_summaries_tell_nothing_of_what_is_held_out_and_all_of_the_rest() -> None:

@@ -13,8 +13,9 @@ shards, a verify task the shingle sets of two. The driver alone sees all pairs o
 most one pair more for a document in each shard: about 100 bytes for each while it decides, nothing
 for a document that resembles no other, and never text or addresses.
 
-Which copy stays: the longest text, in steps of a tenth; among equals the address that does not look
-like a copy's (`/latest/`, `/print/`, a query, …), then the shorter one, then alphabetical order. A
+Which copy stays: the longest text, in steps of a tenth; among equals the one that is not said to be
+a copy, neither by the page, which names another address as its canonical one, nor by its own
+address (`/latest/`, `/print/`, a query, …); then the shorter address, then alphabetical order. A
 document of an earlier corpus always stays.
 """
 

@@ -27,6 +27,7 @@ DOCUMENTS = pa.schema(
     [
         ("id", pa.string()),  # first 16 hex digits of the SHA-256 of `text`
         ("url", pa.string()),
+        ("canonical", pa.string()),  # what the page calls its canonical address, or empty
         ("title", pa.string()),
         ("text", pa.string()),  # Markdown: headings, lists, fenced code
         ("language", pa.string()),  # ISO 639-1 or "und"; what the page says, then what it is

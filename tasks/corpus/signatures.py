@@ -27,6 +27,7 @@ from tasks.corpus.buckets import Parts, read_range, write_parts, write_sorted
 from tasks.corpus.documents import document_shards, places_among
 from tasks.corpus.minhash import Bands
 from tasks.corpus.sharding import run_shards
+from tasks.corpus.urls import address_key
 from tasks.corpus.word_hashes import words_of
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Report, Workspace, stage
@@ -127,7 +128,7 @@ def place_of(rows: NDArray[np.uint64]) -> NDArray[np.int64]:
     return (rows & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
-@stage("signatures", version=1)
+@stage("signatures", version=2)
 def signatures(config: SignatureConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """What documents are compared by, made once for all of them."""
     names, where = document_shards(documents), work.store.of(documents)
@@ -142,15 +143,18 @@ def sign_shard(
     work: Workspace, number: int, config: SignatureConfig, where: Directory, name: str
 ) -> int:
     """Write the four files of one shard; returns how many documents it has."""
-    table = where.read_table(name, ["id", "url", "text", "bytes"])
+    table = where.read_table(name)
     words, plain = words_of(table["text"].to_pylist())
     runs, bounds = words.runs(config.shingle_words)
     shingles = (runs >> np.uint64(32)).astype(np.uint32)
+    # An earlier corpus may be from before documents said it.
+    known = "canonical" in table.column_names
+    canonicals = table["canonical"].to_pylist() if known else [None] * table.num_rows
     halves = b"".join(hashlib.sha256(text).digest()[:16] for text in plain)
     digests = np.frombuffer(halves, "<u8").reshape(-1, 2)
     entries = np.zeros(len(plain), ENTRY)
     entries["key"], entries["digest"] = digests[:, 0], digests[:, 1]
-    entries["order"] = order_of(table["url"].to_pylist(), table["bytes"].to_numpy())
+    entries["order"] = order_of(table["url"].to_pylist(), canonicals, table["bytes"].to_numpy())
     entries["row"] = (np.uint64(number) << SHARD) + np.arange(len(plain), dtype=np.uint64)
     write_sorted(work, f"digests-{number:05d}", entries)
     banded = np.repeat(entries, config.bands)
@@ -161,6 +165,12 @@ def sign_shard(
     write_parts(work, f"sets-{number:05d}", [shingled[a:b] for a, b in edges])
     write_parts(work, f"names-{number:05d}", _names(table))
     return len(plain)
+
+
+def _is_copy(url: str, canonical: str | None) -> bool:
+    if canonical and address_key(canonical) != address_key(url):
+        return True
+    return bool(_COPY.search(url))
 
 
 def pick_shard(work: Workspace, number: int, signed: Signed, where: Directory, name: str) -> int:
@@ -188,13 +198,15 @@ def _names(table: pa.Table) -> list[bytes]:
     return [f"{one}\n{url}".encode("utf-8", "surrogatepass") for one, url in named]
 
 
-def order_of(urls: Sequence[str], sizes: NDArray[np.int64]) -> NDArray[np.uint32]:
+def order_of(
+    urls: Sequence[str], canonicals: Sequence[str | None], sizes: NDArray[np.int64]
+) -> NDArray[np.uint32]:
     """Ranks by the rule of the best copy, smaller is better; equal ones go by the address.
 
-    Longer text in steps of a tenth (9 bits), an address that does not look like a copy's (1), a
-    shorter one (12).
+    Longer text in steps of a tenth (9 bits); a page that neither names another address as its
+    canonical one nor has one that looks like a copy's (1); a shorter address (12).
     """
     steps = (np.log(sizes.astype(np.float64) + 1) / np.log(LENGTH_STEP)).astype(np.uint32)
-    copies = np.array([bool(_COPY.search(url)) for url in urls], np.uint32)
+    copies = np.array([*map(_is_copy, urls, canonicals)], np.uint32)
     lengths = np.array([min(len(url), 0xFFF) for url in urls], np.uint32)
     return (np.uint32(511) - steps) << np.uint32(13) | copies << np.uint32(12) | lengths

@@ -184,6 +184,23 @@ def test_exact_copies_leave_the_address_that_is_no_copy() -> None:
     assert reasons == {"same text as http://h/library/a.html"}
 
 
+@pytest.mark.parametrize("change", [str.upper, lambda text: text.replace("fifth", "other")])
+def test_a_page_that_names_another_address_is_the_lesser_copy(change) -> None:
+    base = [f"{kind}{n}" for n in range(80) for kind in ("first", "second", "third")]
+    text = " ".join([*base, "fifth"])
+    texts = {"http://h/a": change(text), "http://h/its/own/long/address": text}
+    canonical = {
+        "http://h/a": "http://h/its/own/long/address",
+        # Its own address, spelt otherwise.
+        "http://h/its/own/long/address": "https://h:443/its/own/./long/address",
+    }
+    kept = unique(DeduplicateConfig(), documents(texts, canonical=canonical))
+    assert urls(kept) == ["http://h/its/own/long/address"]
+    without = unique(DeduplicateConfig(), documents(texts))
+    assert urls(without) == ["http://h/a"]
+    assert kept.rules == without.rules and sum(kept.rules.values()) == 1
+
+
 def test_the_longest_of_near_duplicates_stays() -> None:
     base = [f"word{n}" for n in range(300)]
     texts = {"http://h/short": " ".join(base[:250]), "http://h/long/address": " ".join(base)}
@@ -257,7 +274,9 @@ def labels_by_walking(count: int, pairs: set) -> list[int]:
     return labels
 
 
-def reference(texts: dict[str, str], threshold: float, cluster: float) -> tuple[dict, dict]:
+def reference(
+    texts: dict[str, str], canonical: dict[str, str], threshold: float, cluster: float
+) -> tuple[dict, dict]:
     """What must go and why, and each address's cluster: every pair compared in plain Python."""
 
     def shingles(text: str) -> set:
@@ -265,7 +284,8 @@ def reference(texts: dict[str, str], threshold: float, cluster: float) -> tuple[
         return {tuple(words[i : i + 5]) for i in range(max(len(words) - 4, min(len(words), 1)))}
 
     urls, sets = list(texts), [shingles(text) for text in texts.values()]
-    orders = order_of(urls, np.array([len(text.encode()) for text in texts.values()])).tolist()
+    sizes = np.array([len(text.encode()) for text in texts.values()])
+    orders = order_of(urls, [canonical.get(url) for url in urls], sizes).tolist()
     plain = [normalise(text) for text in texts.values()]
     best = sorted(range(len(urls)), key=lambda row: (orders[row], urls[row], row))
     gone: dict[str, str] = {}
@@ -315,14 +335,15 @@ def test_partitions_decide_as_if_every_pair_had_been_compared(
     names = list(texts)
     rng.shuffle(names)
     texts = {name: texts[name] for name in names}
-    gone, clusters = reference(texts, 0.7, 0.4)
+    canonical = {name: rng.choice(names) for name in names if rng.random() < 0.2}
+    gone, clusters = reference(texts, canonical, 0.7, 0.4)
     monkeypatch.setattr("tasks.corpus.dedup.SHARDS_PER_PARTITION", 1 + seed)
     if seed == 0:  # ranges are parts of slots
         monkeypatch.setattr("tasks.corpus.buckets.SLOTS", 4)
         monkeypatch.setattr("tasks.corpus.buckets._SLOT", 2**62)
         monkeypatch.setattr("tasks.corpus.dedup.partitions_of", lambda shards: 11)
     config = DeduplicateConfig(threshold=0.7, cluster_threshold=0.4, bands=128, rows=2)
-    manifest = unique(config, documents(texts))
+    manifest = unique(config, documents(texts, canonical=canonical))
     removed = {row["url"]: row["reason"] for row in rows(manifest, "rejected-")}
     assert removed == gone
     assert len(removed) > 5

@@ -7,11 +7,13 @@ from documents_of import documents, rows, unique, urls
 from inline_shards import run_inline
 
 from tasks.corpus.dedup import DeduplicateConfig
+from tasks.corpus.documents import document_shards
 from tasks.corpus.earlier import earlier_corpora
 from tasks.corpus.pii import PIIConfig, pii
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.planning import planning
+from tasks.runtime.stage import Outcome, Workspace, stage
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +57,22 @@ def test_what_an_earlier_corpus_had_is_removed_and_explained() -> None:
     assert reasons["http://h/0"] == f"same text as http://h/0 {known}"
     # The longer page would be the better copy, had the other not been trained on already.
     assert reasons["http://h/1"].endswith(f"with http://h/1 {known}")
+
+
+@stage("tested-older", version=1, retries=0)
+def older(config: DeduplicateConfig, work: Workspace, *, documents: Manifest) -> Outcome:
+    """The same documents as they were before they knew their canonical address."""
+    for name in document_shards(documents):
+        table = work.store.of(documents).read_table(name)
+        work.write_table(name, table.drop_columns(["canonical"]))
+    return Outcome()
+
+
+def test_a_corpus_of_before_canonical_addresses_serves() -> None:
+    before = older(DeduplicateConfig(), documents=documents(FIRST))
+    first = unique(DeduplicateConfig(), before)
+    assert "canonical" not in rows(first)[0]
+    assert urls(corpus(SECOND, first.fingerprint)) == ["http://h/7", "http://h/8"]
 
 
 def test_previous_means_all_that_came_before_and_the_same_when_repeated() -> None:

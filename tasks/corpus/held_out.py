@@ -6,7 +6,7 @@
     own_range     a range of marks      → without those that many groups have: boilerplate
 
 A task that asks about its own text goes through the ranges one after another (`among`): it holds
-the marks of its shard, 30 bytes a word, and of held-out text one range, `MARKS` of them at 8 bytes.
+the marks of its shard, 50 bytes a word, and of held-out text one range, `MARKS` of them at 8 bytes.
 Every shard reads all ranges twice. The driver holds counts.
 """
 

@@ -135,15 +135,18 @@ def walk(extractor: str, crawl: Manifest, timed: Callable[..., Manifest]) -> Non
     from tasks.corpus.measure import MeasureConfig, measure
     from tasks.corpus.pii import PIIConfig, pii
     from tasks.corpus.quality import QualityConfig, quality
+    from tasks.corpus.signatures import signatures
     from tasks.corpus.split import SplitConfig, split
 
     reading = ExtractConfig(extractor=extractor, shard_megabytes=SHARD_MB)
     documents = timed(extract, reading, crawl=crawl)
+    documents = timed(pii, PIIConfig(action="mask").masking(), documents=documents)
     attributes = timed(measure, MeasureConfig(), documents=documents)
+    deduplication = DeduplicateConfig()
+    signed = timed(signatures, deduplication.signatures(), documents=documents)
     for select, bounds in ((language, LanguageConfig()), (quality, QualityConfig())):
         documents = timed(select, bounds, documents=documents, attributes=attributes)
-    documents = timed(pii, PIIConfig(action="mask"), documents=documents)
-    documents = timed(deduplicate, DeduplicateConfig(), documents=documents)
+    documents = timed(deduplicate, deduplication, documents=documents, signatures=signed)
     timed(split, SplitConfig(), documents=documents)
 
 

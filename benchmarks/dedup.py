@@ -125,9 +125,10 @@ def write_shards(folder: Path, rows: list[dict[str, object]]) -> None:
 
 
 def run_ours(folder: Path, session: type[InlineSession] = InlineSession) -> dict[str, Any]:
-    """The deduplicate stage from Parquet to Parquet, in a process of its own."""
+    """Signatures and the deduplicate stage, from Parquet to Parquet, in a process of its own."""
     from tasks.corpus.dedup import DeduplicateConfig, deduplicate
     from tasks.corpus.documents import DOCUMENTS, document_id
+    from tasks.corpus.signatures import signatures
     from tasks.runtime.stage import Outcome, Workspace, stage
     from tasks.runtime.stage_config import StageConfig
     from tasks.runtime.store import Store
@@ -153,7 +154,8 @@ def run_ours(folder: Path, session: type[InlineSession] = InlineSession) -> dict
             documents = folder_of(FolderConfig(folder=str(folder)))
             config = DeduplicateConfig(threshold=THRESHOLD)
             with Stopwatch() as watch:
-                manifest = deduplicate(config, documents=documents)
+                signed = signatures(config.signatures(), documents=documents)
+                manifest = deduplicate(config, documents=documents, signatures=signed)
             removed = [
                 url
                 for table in Store.open().tables(manifest, "rejected-", ["url"])

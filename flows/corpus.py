@@ -18,7 +18,7 @@ from tasks.corpus.gather import GatherConfig, gather
 from tasks.corpus.language import LanguageConfig, language
 from tasks.corpus.line_edits import LinesConfig, edit_lines
 from tasks.corpus.measure import MeasureConfig, measure
-from tasks.corpus.pii import PIIConfig, pii
+from tasks.corpus.pii import PIIConfig, drop_pii, pii
 from tasks.corpus.quality import QualityConfig, quality
 from tasks.corpus.quality_model import (
     QualityModelConfig,
@@ -28,6 +28,7 @@ from tasks.corpus.quality_model import (
     train_quality_model,
 )
 from tasks.corpus.report import ReportConfig, report_corpus
+from tasks.corpus.signatures import signatures
 from tasks.corpus.source_config import SourceConfig
 from tasks.corpus.split import SplitConfig, split
 from tasks.corpus.tombstoned import forget, standing_tombstones
@@ -80,11 +81,13 @@ class CorpusParams(StageConfig):
 
 
 def build_corpus(params: CorpusParams) -> Manifest:
-    """crawl → extract → measure → language → quality → deduplicate → split, each cached by itself.
+    """Each stage is cached by itself; thresholds come last.
 
-    Sources are gathered after the pages of the seeds are extracted, and go the same way from there.
-    Where they are asked for: lines before measure, pii before deduplicate, boilerplate and
-    decontaminate after it.
+    First what is known of one document, of all of them: crawl → extract (sources are gathered after
+    it) → measure → signatures; where asked for, lines and pii before measure, scores after it. Then
+    the selection, which is all that another threshold runs again: language → quality → deduplicate
+    → split; where asked for, pii-drop and forget before deduplicate, boilerplate and decontaminate
+    after it.
     """
     inputs: dict[str, Manifest] = {}
     pages: dict[str, Manifest] = {}
@@ -98,19 +101,23 @@ def build_corpus(params: CorpusParams) -> Manifest:
         documents = inputs["crawled"]
     if params.lines.rules:
         documents = edit_lines(params.lines, documents=documents)
+    if params.pii.action != "keep":
+        documents = masked = pii(params.pii.masking(), documents=documents)
     measured = measure(MeasureConfig(), documents=documents)
-    identified = language(params.language, documents=documents, attributes=measured)
     scores: dict[str, Manifest] = {}
     if params.quality_model.examples:
         model = train_quality_model(QualityModelStageConfig(**params.quality_model.model_dump()))
         scores["scores"] = score(ScoreConfig(), documents=documents, model=model)
-    good = quality(params.quality, documents=identified, attributes=measured, **scores)
-    if params.pii.action != "keep":
-        good = pii(params.pii, documents=good)
+    signed = signatures(params.deduplicate.signatures(), documents=documents)
+
+    good = language(params.language, documents=documents, attributes=measured)
+    good = quality(params.quality, documents=good, attributes=measured, **scores)
+    if params.pii.action == "drop":
+        good = drop_pii(params.pii.limit(), documents=good, attributes=masked)
     if (forgotten := standing_tombstones()) is not None:
         good = forget(forgotten, documents=good, **pages)
     earlier = earlier_corpora(params.deduplicate, good)
-    unique = deduplicate(params.deduplicate, documents=good, **earlier)
+    unique = deduplicate(params.deduplicate, documents=good, signatures=signed, **earlier)
     if params.boilerplate.scope != "off":
         unique = boilerplate(params.boilerplate, documents=unique)
     if params.decontaminate.suites:

@@ -16,6 +16,7 @@ STAGES = [
     "crawl",
     "extract",
     "measure",
+    "signatures",
     "language",
     "quality",
     "deduplicate",

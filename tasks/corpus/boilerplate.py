@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from tasks.corpus.buckets import cut_by, ranges, read_part, read_range, write_parts, write_sorted
+from tasks.corpus.cuts import Cut, cut_rows, write_cuts
 from tasks.corpus.documents import (
     REMOVED,
     Removal,
@@ -85,13 +86,13 @@ class BoilerplateConfig(StageConfig):
         return self
 
 
-@stage("boilerplate", version=1)
+@stage("boilerplate", version=2)
 def boilerplate(config: BoilerplateConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """Cut lines and spans that too many documents share, except from the first of them."""
     names, where = document_shards(documents), work.store.of(documents)
     items = [(config, where, name) for name in names]
     entries = run_shards(work, "hashed", hash_shard, items, label="Lines and spans")
-    partitions = ranges(-(-sum(entries) // ENTRIES))
+    partitions = ranges(sum(entries), ENTRIES)
     found = run_shards(
         work,
         "counted",
@@ -224,12 +225,13 @@ def cut_shard(
     kept: list[dict[str, Any]] = []
     gone: list[dict[str, Any]] = []
     texts = _remaining(config, table, common) if len(common) else {}
+    cuts: list[dict[str, Any]] = []
     for row, document in enumerate(table.to_pylist()):
         if row not in texts:
             tally.keep(document["bytes"])
             kept.append(document)
             continue
-        text, what = texts[row]
+        text, what, pieces = texts[row]
         size = len(text.encode("utf-8", "replace"))
         changed, lost = changed + 1, lost + document["bytes"] - size
         if all(line.startswith("#") for line in text.split("\n") if line.strip()):
@@ -240,7 +242,10 @@ def cut_shard(
         for kind, amount in what.items():
             tally.mend(f"boilerplate-{kind}", amount)
         tally.keep(size)
-        kept.append(document | {"id": document_id(text), "text": text, "bytes": size})
+        left = document | {"id": document_id(text), "text": text, "bytes": size}
+        kept.append(left)
+        cuts += cut_rows(document, left["id"], pieces)
+    write_cuts(work, number, cuts)
     if texts:
         table = pa.Table.from_pylist(kept, table.schema)
     work.write_table(f"documents-{number:05d}.parquet", table)
@@ -251,8 +256,8 @@ def cut_shard(
 
 def _remaining(
     config: BoilerplateConfig, table: pa.Table, common: NDArray[np.void]
-) -> dict[int, tuple[str, Counter[str]]]:
-    """Row → (what is left of its text, how many units and spans went), where anything goes."""
+) -> dict[int, tuple[str, Counter[str], list[Cut]]]:
+    """Row → what is left of its text, how many units and spans went, and which; of changed ones."""
     hashed = _hashed(config, table)
     units = hashed.units
     theirs = _single(common["key"], place_of(common["row"]))
@@ -260,10 +265,13 @@ def _remaining(
     lines: dict[int, set[int]] = {}
     spans: dict[int, list[tuple[int, int, int]]] = {}
     what: dict[int, Counter[str]] = {}
+    cuts: dict[int, list[Cut]] = {}
     for number in np.flatnonzero(hit[: len(units.units)]).tolist():
         row, unit = units.units[number]
         lines.setdefault(row, set()).update(range(unit.first, unit.last))
         what.setdefault(row, Counter())[unit.kind] += 1
+        text = "\n".join(units.lines[row][unit.first : unit.last])
+        cuts.setdefault(row, []).append(Cut(f"boilerplate-{unit.kind}", unit.first, text))
     found = np.flatnonzero(hit[len(units.units) :])
     edges = np.flatnonzero(np.diff(hashed.segment[found], prepend=-1))
     for starts in np.split(found, edges[1:]) if len(found) else []:
@@ -272,8 +280,17 @@ def _remaining(
         cut, several = units.places(number, hashed.place[starts], config.span_words)
         spans.setdefault(row, []).extend(cut)
         what.setdefault(row, Counter())["span"] += several
+        cuts.setdefault(row, []).extend(
+            Cut("boilerplate-span", line, units.lines[row][line][start:end])
+            for line, start, end in cut
+            if line not in lines.get(row, ())
+        )
     return {
-        row: (without(units.lines[row], lines.get(row, set()), spans.get(row, ())), told)
+        row: (
+            without(units.lines[row], lines.get(row, set()), spans.get(row, ())),
+            told,
+            sorted(cuts[row], key=lambda cut: cut.line),
+        )
         for row, told in what.items()
     }
 

@@ -4,8 +4,9 @@ A task of one round writes one file, with a part for each task of the next; that
 of every file and nothing else, so it needs memory for its part of the whole and no more. Two forms:
  - numbered parts (`write_parts`), where the receivers are known: one for each shard, or for each
    document of a shard;
- - sorted rows (`write_sorted`) with an index of `SLOTS` ranges of their 64-bit keys, where the
-   number of receivers is chosen by the reader (`read_range`): an artifact keeps such files.
+ - sorted rows (`write_sorted`) with an index of `SLOTS` slots of their 64-bit keys, where the
+   number of receivers is chosen by the reader (`read_range`): an artifact keeps such files. There
+   may be more ranges than slots: a reader leaves out what is not its own of the slots at its ends.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from tasks.runtime.store import Directory
 
 SLOTS = 4096
-_SHIFT = np.uint64(64 - SLOTS.bit_length() + 1)
+_SLOT = 2**64 // SLOTS  # keys in one
 _OFFSET = np.dtype("<u8")
 _WHOLE = 8  # a file is read whole where more than an eighth of it is wanted
 
@@ -44,6 +45,9 @@ class Parts:
         index = self._file.read_at((count + 1) * _OFFSET.itemsize, _OFFSET.itemsize)
         self._offsets = np.frombuffer(index, _OFFSET).astype(np.int64)
         self._start = (count + 2) * _OFFSET.itemsize
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
 
     def read(self, numbers: NDArray[np.int64]) -> Iterator[bytes]:
         """The parts of these numbers, in their order."""
@@ -83,7 +87,8 @@ def read_all(directory: Directory, name: str) -> bytes:
 def write_sorted(directory: Directory, name: str, rows: NDArray[Any]) -> None:
     """Structured rows, sorted by their field `key` (uint64, spread evenly)."""
     rows = rows[np.argsort(rows["key"], kind="stable")]
-    edges = np.searchsorted(rows["key"] >> _SHIFT, np.arange(SLOTS + 1, dtype=np.uint64))
+    firsts = np.arange(SLOTS, dtype=np.uint64) * np.uint64(_SLOT)
+    edges = np.append(np.searchsorted(rows["key"], firsts), len(rows))
     offsets = (edges * rows.dtype.itemsize).astype(_OFFSET)
     directory.write_bytes(name, offsets.tobytes() + rows.tobytes())
 
@@ -93,16 +98,30 @@ def read_range(
 ) -> NDArray[Any]:
     """Range `number` of `count` equal ranges of the keys of a sorted file."""
     size = _OFFSET.itemsize
-    first, last = (SLOTS * edge // count for edge in (number, number + 1))
+    low, high = (edge_of(edge, count) for edge in (number, number + 1))
+    first, last = low // _SLOT, -(-high // _SLOT)
     with directory.filesystem.open_input_file(directory.location(name)) as file:
         index = np.frombuffer(file.read_at((last - first + 1) * size, first * size), _OFFSET)
         begin, end = int(index[0]), int(index[-1])
-        return np.frombuffer(file.read_at(end - begin, (SLOTS + 1) * size + begin), dtype)
+        rows = np.frombuffer(file.read_at(end - begin, (SLOTS + 1) * size + begin), dtype)
+    return rows[keys_within(rows["key"], low, high)]
 
 
-def ranges(wanted: int) -> int:
-    """As many ranges as wanted, as far as the index can tell them apart."""
-    return max(1, min(wanted, SLOTS))
+def edge_of(number: int, count: int) -> int:
+    """The first key of range `number` of `count`; of the one after the last 2^64."""
+    return -(-(number << 64) // count)
+
+
+def keys_within(keys: NDArray[np.uint64], low: int, high: int) -> slice:
+    """Where the sorted keys from `low` on and below `high` stand."""
+    first = np.searchsorted(keys, np.uint64(low)) if low < 2**64 else len(keys)
+    last = np.searchsorted(keys, np.uint64(high)) if high < 2**64 else len(keys)
+    return slice(int(first), int(last))
+
+
+def ranges(whole: int, each: int) -> int:
+    """How many ranges of about `each` there are in `whole`; one at least."""
+    return max(1, -(-whole // each))
 
 
 def cut_by(rows: NDArray[Any], part: NDArray[Any], count: int) -> list[bytes]:

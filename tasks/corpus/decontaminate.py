@@ -6,7 +6,7 @@ The index of the suites' n-grams is what every task holds, 16 bytes for each and
 of the corpus the driver holds nothing.
 
 Beside the documents the artifact has `contamination-NNNNN.parquet`: for every hit the document, the
-item, the share of it and the span of text.
+item, the share of it and the span of text; and `cut-NNNNN.parquet`, the lines that were cut.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pydantic import Field, field_validator
 
 from tasks.corpus.arrays import read_array, write_array
 from tasks.corpus.contamination import Contamination, Proof, contaminations
+from tasks.corpus.cuts import cut_rows, whole_lines, write_cuts
 from tasks.corpus.documents import (
     REMOVED,
     Removal,
@@ -43,11 +44,13 @@ from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Directory
 
 SHOWN = 20
-REMEDIES = {"": "crawl more pages", "contaminated": "set decontaminate.action=cut"}
+RULE = "contaminated"
+REMEDIES = {"": "crawl more pages", RULE: "set decontaminate.action=cut"}
 HITS = pa.schema(
     [
         ("url", pa.string()),
         ("id", pa.string()),  # of the document as it came
+        ("record_id", pa.string()),
         ("suite", pa.string()),
         ("item", pa.string()),  # row and field
         ("words", pa.int64()),  # of the item's that the document has
@@ -107,7 +110,7 @@ class ResolvedConfig(DecontaminateConfig):
         return self
 
 
-@stage("decontaminate", version=1)
+@stage("decontaminate", version=2)
 def decontaminate(config: DecontaminateConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """Drop or cut documents that hold items of evaluation suites, and say which."""
     settings = Settings.load()
@@ -188,6 +191,7 @@ def clean_shard(
     rare = ~read_array(work, "_common.npy")[grams]
     owners, places, grams = owners[rare], places[rare], grams[rare]
     tally, hits, found = Tally(), list[dict[str, Any]](), set[int]()
+    cuts: list[dict[str, Any]] = []
     kept: list[dict[str, Any]] = []
     gone: list[dict[str, Any]] = []
     index = Index.read(work, "_index-") if len(owners) else None
@@ -206,26 +210,30 @@ def clean_shard(
         told = [_hit(document, one, Item(**items[one.item]), words, config.action) for one in held]
         hits += told
         found |= {one.item for one in held}
-        text, lines = document["text"], 0
+        text, lines = document["text"], set[int]()
         if config.action == "cut":
             spans = [(words[a][0], words[b - 1][1]) for one in held for a, b in one.spans]
             text, lines = without_lines(text, spans)
         if config.action == "cut" and _has_prose(text):
             size = len(text.encode("utf-8", "replace"))
-            tally.mend("contaminated-lines", lines)
+            tally.mend("contaminated-lines", len(lines))
             tally.keep(size)
-            kept.append(document | {"id": document_id(text), "text": text, "bytes": size})
+            left = document | {"id": document_id(text), "text": text, "bytes": size}
+            kept.append(left)
+            whole = whole_lines(RULE, document["text"].split("\n"), lines)
+            cuts += cut_rows(document, left["id"], whole)
             continue
         first = max(told, key=lambda hit: hit["words"])
         removal = Removal(
-            "contaminated",
+            RULE,
             f"{first['share']:.0%} of {first['suite']} {first['item']}: “{first['span'][:120]}”",
         )
         tally.remove(removal, document["url"], document["text"])
         gone.append(document | {"rule": removal.rule, "reason": removal.reason})
     if hits:
-        table, whole = pa.Table.from_pylist(kept, table.schema), pa.Table.from_pylist(hits, HITS)
-        work.write_table(f"contamination-{number:05d}.parquet", whole)
+        table, told_of = pa.Table.from_pylist(kept, table.schema), pa.Table.from_pylist(hits, HITS)
+        work.write_table(f"contamination-{number:05d}.parquet", told_of)
+    write_cuts(work, number, cuts)
     rejected = pa.Table.from_pylist(gone, pa.schema([*table.schema, *REMOVED]))
     work.write_table(f"documents-{number:05d}.parquet", table)
     work.write_table(f"rejected-{number:05d}.parquet", rejected)
@@ -253,6 +261,7 @@ def _hit(
     return {
         "url": document["url"],
         "id": document["id"],
+        "record_id": document["record_id"],
         "suite": item.suite,
         "item": item.item,
         "words": one.words,

@@ -1,31 +1,35 @@
 """The deduplicate stage: exact and near duplicates, each removal verified against a kept document.
 
 Rounds, each a shard function on Ray that sees its part only:
-    signatures    a shard of documents     → digests, band keys, shingle sets   (signatures)
+    pick          a shard of documents     → their digests and band keys        (signatures)
     match         a range of keys          → exact copies, candidate pairs      (matching)
     verify        candidates of a shard    → pairs that resemble, exact Jaccard (matching)
     decide        the driver               → who goes, who belongs together     (decisions)
     select        a shard of documents     → what stays and what went, and why
 
-Nothing needs the whole corpus in one process. A match task holds the keys of about four shards, a
-verify task the shingle sets of two. The driver alone sees all pairs of duplicates, and at most one
-pair more for a document in each shard: about 100 bytes for each while it decides, nothing for a
-document that resembles no other, and never text or addresses.
+Digests, keys and sets were made before (the signatures stage); here no text is read but to be
+copied. Nothing needs the whole corpus in one process. A match task holds the keys of four to 128
+shards, a verify task the shingle sets of two. The driver alone sees all pairs of duplicates, and at
+most one pair more for a document in each shard: about 100 bytes for each while it decides, nothing
+for a document that resembles no other, and never text or addresses.
 
-Which copy stays: the longest text, in steps of a tenth; among equals the address that does not look
-like a copy's (`/latest/`, `/print/`, a query, …), then the shorter one, then alphabetical order. A
+Which copy stays: the longest text, in steps of a tenth; among equals the one that is not said to be
+a copy, neither by the page, which names another address as its canonical one, nor by its own
+address (`/latest/`, `/print/`, a query, …); then the shorter address, then alphabetical order. A
 document of an earlier corpus always stays.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from tasks.corpus.arrays import read_array
 from tasks.corpus.buckets import ranges, read_part
 from tasks.corpus.decisions import BELONGS, GONE, clusters_report, decide, write_clusters
 from tasks.corpus.documents import (
@@ -40,14 +44,16 @@ from tasks.corpus.documents import (
 from tasks.corpus.matching import copies_for, match_partition, verify_shard
 from tasks.corpus.minhash import Bands
 from tasks.corpus.sharding import run_shards
-from tasks.corpus.signatures import SHARD, SignatureConfig, Signed, Sources, sign_shard
+from tasks.corpus.signatures import SignatureConfig, Signed, Sources, pick_shard, place_of
 from tasks.runtime.fingerprint import place
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Directory
 
-SHARDS_PER_PARTITION = 4  # whose keys a match task holds: about 4 KB a document
+SHARDS_PER_PARTITION = 4  # whose keys a match task holds: about 4 KB a document while it works
+ENOUGH_PARTITIONS = 4096
+MOST_SHARDS = 128  # the same where there are more than enough: 1.8 GB with parts of 16 MB
 _KNOWN = "all of it was known; name fewer corpora in deduplicate.against, or none"
 REMEDIES = {
     "": "crawl more pages",
@@ -93,23 +99,30 @@ class DeduplicateConfig(StageConfig):
         return SignatureConfig(shingle_words=self.shingle_words, bands=self.bands, rows=self.rows)
 
 
-@stage("deduplicate", version=2)
+@stage("deduplicate", version=3)
 def deduplicate(
-    config: DeduplicateConfig, work: Workspace, *, documents: Manifest, **earlier: Manifest
+    config: DeduplicateConfig,
+    work: Workspace,
+    *,
+    documents: Manifest,
+    signatures: Manifest,
+    **earlier: Manifest,
 ) -> Outcome:
     """Remove exact and near duplicates and say which documents belong together.
 
-    `earlier` are signatures of other corpora (`earlier.earlier_corpora`), whose documents stay.
+    `signatures` are those of all documents of which these are a selection. `earlier` are those of
+    other corpora (`earlier.earlier_corpora`), whose documents stay.
     """
+    wanted = config.signatures().model_dump(mode="json")
+    if signatures.config != wanted:
+        raise ValueError(
+            f"the signatures were made with {signatures.config} and {wanted} is asked for; "
+            "make them with DeduplicateConfig.signatures()"
+        )
     names, where = document_shards(documents), work.store.of(documents)
-    signing = config.signatures()
-    signed = run_shards(
-        work,
-        "signed",
-        sign_shard,
-        [(signing, "_", where, name) for name in names],
-        label="Signatures",
-    )
+    signed = Signed(work.store.of(signatures), len(names))
+    items = [(signed, where, name) for name in names]
+    picked = run_shards(work, "picked", pick_shard, items, label="Pick signatures")
     known = tuple(
         Signed(
             work.store.of(manifest),
@@ -118,8 +131,8 @@ def deduplicate(
         )
         for _, manifest in sorted(earlier.items())
     )
-    sources = Sources(Signed(work, len(names), "_"), known)
-    partitions = ranges(-(-sources.shards // SHARDS_PER_PARTITION))
+    sources = Sources(replace(signed, picked=work), known)
+    partitions = partitions_of(sources.shards)
     matched = run_shards(
         work,
         "matched",
@@ -150,7 +163,7 @@ def deduplicate(
     copies = sum(report["copies"] for report in matched)
     write_clusters(work, decisions, sources)
     return Outcome(
-        counts=counts(tally) | {"clusters": sum(signed) - copies - decisions.joined},
+        counts=counts(tally) | {"clusters": sum(picked) - copies - decisions.joined},
         rules=tally.rules,
         metrics={"candidate_pairs": sum(looked_at), "pairs_verified": decisions.pairs},
         reports=(
@@ -158,6 +171,16 @@ def deduplicate(
             clusters_report(work, config.cluster_threshold),
         ),
     )
+
+
+def partitions_of(shards: int) -> int:
+    """How many ranges of keys there are for so many shards.
+
+    Small ones as long as there are few: each is a task. Every range is read from every shard, so
+    they then grow, to what a task can hold; from there on there are more of them.
+    """
+    small, large = ranges(shards, SHARDS_PER_PARTITION), ranges(shards, MOST_SHARDS)
+    return max(min(small, ENOUGH_PARTITIONS), large)
 
 
 def select_shard(
@@ -169,18 +192,23 @@ def select_shard(
     gone = np.frombuffer(read_part(work, "_gone", number), GONE)
     belongs = np.frombuffer(read_part(work, "_belongs", number), BELONGS)
     told = sources.names(np.concatenate([copies["kept"], gone["kept"], belongs["root"]]))
-    first = number << int(SHARD)
+    places = read_array(work, f"_places-{number:05d}.npy")
+
+    def rows(found: NDArray[np.void]) -> list[int]:
+        """Where these stand in the table: what is gone since they were signed is not counted."""
+        return np.searchsorted(places, place_of(found["row"])).tolist()
+
     removals: list[Removal | None] = [None] * table.num_rows
-    for row, kept in zip(copies["row"].tolist(), copies["kept"].tolist(), strict=True):
-        removals[row - first] = _removal("exact-duplicate", "same text as", told, kept, sources)
+    for row, kept in zip(rows(copies), copies["kept"].tolist(), strict=True):
+        removals[row] = _removal("exact-duplicate", "same text as", told, kept, sources)
     for row, kept, score in zip(
-        gone["row"].tolist(), gone["kept"].tolist(), gone["similarity"].tolist(), strict=True
+        rows(gone), gone["kept"].tolist(), gone["similarity"].tolist(), strict=True
     ):
         seen = f"Jaccard similarity {score:.2f} with"
-        removals[row - first] = _removal("near-duplicate", seen, told, kept, sources)
+        removals[row] = _removal("near-duplicate", seen, told, kept, sources)
     clusters = table["id"].to_pylist()
-    for row, root in zip(belongs["row"].tolist(), belongs["root"].tolist(), strict=True):
-        clusters[row - first] = told[root][0]
+    for row, root in zip(rows(belongs), belongs["root"].tolist(), strict=True):
+        clusters[row] = told[root][0]
     table = table.append_column("cluster", pa.array(clusters, pa.string()))
     return asdict(write_selection(work, number, table, removals))
 

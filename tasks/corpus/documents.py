@@ -3,6 +3,7 @@
 A documents artifact holds
     documents-00000.parquet …   the documents that stayed (DOCUMENTS, and what a stage adds)
     rejected-00000.parquet …    those this stage removed, whole, with `rule` and `reason`
+    cut-00000.parquet …         what it cut out of those that stayed, if anything (`cuts`)
 
 Every removal is counted by rule and can be looked up with its text.
 """
@@ -10,11 +11,13 @@ Every removal is counted by rule and can be looked up with its text.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
@@ -24,6 +27,7 @@ DOCUMENTS = pa.schema(
     [
         ("id", pa.string()),  # first 16 hex digits of the SHA-256 of `text`
         ("url", pa.string()),
+        ("canonical", pa.string()),  # what the page calls its canonical address, or empty
         ("title", pa.string()),
         ("text", pa.string()),  # Markdown: headings, lists, fenced code
         ("language", pa.string()),  # ISO 639-1 or "und"; what the page says, then what it is
@@ -174,6 +178,20 @@ def selection_reports(stage: str, tally: Tally, unit: str = "documents") -> tupl
 
 def counts(tally: Tally) -> dict[str, int]:
     return {"documents": tally.kept, "bytes": tally.bytes, "seen": tally.seen}
+
+
+def places_among(whole: Iterable[Hashable], some: Sequence[Hashable]) -> NDArray[np.int64]:
+    """Where `some` stand in `whole`, of which they are a selection in the same order: (len(some),).
+
+    What is there twice is found twice, one place after the other. Raises ValueError when one is not
+    there.
+    """
+    following = enumerate(whole)
+    places = [next((place for place, one in following if one == it), -1) for it in some]
+    if places and min(places) < 0:
+        missing = some[places.index(-1)]
+        raise ValueError(f"{missing!r} is none of the documents that were measured, in their order")
+    return np.array(places, np.int64)
 
 
 def document_shards(documents: Manifest) -> list[str]:

@@ -1,8 +1,9 @@
 """Earlier corpora that a new one is compared with: found by name, their signatures made once.
 
-Nothing of a corpus is kept for this in advance. Its signatures are a stage of their own, made from
-its documents when a later corpus first asks for them, and cached like any other artifact. So a
-corpus made before there was any such wish serves as well as one made after.
+Nothing of a corpus is kept for this in advance. What it was deduplicated by are signatures of all
+that was measured; those of what it kept are made from its documents when a later corpus first asks
+for them, and cached like any other artifact. So a corpus made before there was any such wish serves
+as well as one made after.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ DERIVED = frozenset({"signatures", "token-shards", "pairs", "evaluate"})
 TOLD_BY_TABLES = frozenset({"crawl", "pretrain", "finetune"})
 PAGE = "report.html"  # of a corpus report, which quotes what any stage removed
 KEPT = ("documents-", "train-", "heldout-", "pages.parquet")  # what later stages read
-KEYS = ("url", "fetch_url", "id", "record_id", "digest", "host")
+KEYS = ("url", "fetch_url", "id", "before", "record_id", "digest", "host")
 TEXTS = ("reason", "source", "location", "canonical")  # may name the address in another's row
 READERS = 8  # tables at a time: each waits for its place of storage
 ERASED = "(erased)"
@@ -240,7 +240,8 @@ def _rows(
         table = parquet.read(keys)
     possible = forgotten.possibly(table["url" if "url" in keys else "host"])
     ids = pa.array(sorted(forgotten.digests), pa.string())
-    for key, values in (("id", ids), ("digest", ids), ("record_id", sorted(records))):
+    looked_for = {"id": ids, "before": ids, "digest": ids, "record_id": sorted(records)}
+    for key, values in looked_for.items():
         if key in keys:
             column = pc.utf8_rtrim(table[key], "=") if key == "digest" else table[key]
             known = pa.array(values, pa.string())
@@ -260,7 +261,7 @@ def _is_forgotten(row: dict[str, Any], forgotten: Forgotten, records: set[str]) 
         return forgotten.host(row["host"]) is not None
     return (
         forgotten.address(row["url"] or "") is not None
-        or forgotten.digest(row.get("id"), row.get("digest")) is not None
+        or forgotten.digest(row.get("id"), row.get("before"), row.get("digest")) is not None
         or row.get("record_id") in records
     )
 

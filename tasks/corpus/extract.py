@@ -27,7 +27,7 @@ from tasks.corpus.documents import (
     writable,
 )
 from tasks.corpus.killable import ChildDied, ChildTimeout, KillableChild
-from tasks.corpus.links import robots_directives
+from tasks.corpus.links import header_canonical, robots_directives
 from tasks.corpus.opt_out import headers_reserve
 from tasks.corpus.page_about import AGENT
 from tasks.corpus.page_text import PDF_TYPE, PLAIN_TYPES, Extractor
@@ -43,7 +43,7 @@ PAGES = "pages.parquet"
 HTML_TYPES = ("text/html", "application/xhtml+xml")
 READ_AHEAD = 1 << 20  # bytes of neighbouring records that one request to a remote store asks for
 EXCERPT = 2000  # characters of a rejected page's HTML that are kept for inspection
-FROM_PAGE = ("title", "text", "language", "date", "licence")
+FROM_PAGE = ("title", "text", "language", "date", "licence", "canonical")
 REMEDIES = {
     "": "check the seeds and the crawl's report of failures",
     "status": "check that the seeds answer with 200",
@@ -75,13 +75,13 @@ class ExtractConfig(StageConfig):
     """HTML in one shard: the grain of parallelism and of resuming."""
 
 
-@stage("extract", version=5)
+@stage("extract", version=6)
 def extract(config: ExtractConfig, work: Workspace, *, crawl: Manifest) -> Outcome:
     """Take the text out of every crawled page."""
     damaged = 0
     if PAGES in crawl.names():
         table = page_rows(work.store.of(crawl)).select(
-            ["url", "fetched_at", "warc", "offset", "length", "record_id", "bytes"]
+            ["url", "canonical", "fetched_at", "warc", "offset", "length", "record_id", "bytes"]
         )
     else:
         table, damaged = _scanned(work, crawl)
@@ -174,6 +174,8 @@ def extract_shard(
         else:
             document["html_bytes"] = len(found.body)
             removal = read_into(child, document, found, tally, honour)
+        if "canonical" in row:  # as the crawl says it, which calls some sites by other names
+            document["canonical"] = row["canonical"] or ""
         text = document["text"]
         size = len(text.encode("utf-8", "replace"))
         document |= {"id": document_id(text), "bytes": size}
@@ -275,6 +277,9 @@ def read_into(
         return Removal("no-text", "no text found in the page")
     for name in FROM_PAGE:
         document[name] = writable(answer[name])
+    if not document["canonical"]:
+        links = found.headers.get("link", "")
+        document["canonical"] = header_canonical([links], document["url"])
     return None
 
 

@@ -78,7 +78,7 @@ def choose(rule: Rule, work: Workspace, where: Directory, names: list[str]) -> C
     shards = len(names)
     items = [(rule, where, name) for name in names]
     sizes = run_shards(work, "keyed", key_shard, items, label="Groups")
-    count = ranges(-(-shards // SHARDS_PER_RANGE))
+    count = ranges(shards, SHARDS_PER_RANGE)
     run_shards(
         work, "joined", join_range, [(count, shards)] * count, label="Join groups", unit="ranges"
     )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.corpus.arrays import distinct, is_among
+from tasks.corpus.arrays import distinct
 from tasks.corpus.shingles import Hashes, normalise
 from tasks.corpus.word_hashes import lines_of
 
@@ -84,27 +84,22 @@ def line_marks(text: str) -> LineMarks:
     )
 
 
-def shared_marks(marks: LineMarks, held: Marks) -> Marks:
-    """Which of the held-out marks this text has."""
-    return Marks(
-        distinct(marks.windows[is_among(marks.windows, held.windows)]),
-        distinct(marks.names[is_among(marks.names, held.names)]),
-    )
-
-
-def without_leaks(marks: LineMarks, held: Marks) -> tuple[str, int]:
-    """The text without the lines that share a mark with `held`, and how many lines went."""
-    hit = is_among(marks.windows, held.windows)
-    gone = set(marks.name_line[is_among(marks.names, held.names)].tolist())
+def without_leaks(
+    marks: LineMarks, windows: NDArray[np.bool_], names: NDArray[np.bool_]
+) -> tuple[str, set[int]]:
+    """The text without the lines of these windows (K,) and names (M,), and which lines went; blank
+    ones are not counted.
+    """
+    gone = set(marks.name_line[names].tolist())
     for first, last in zip(
-        marks.window_line[hit].tolist(), marks.window_end_line[hit].tolist(), strict=True
+        marks.window_line[windows].tolist(), marks.window_end_line[windows].tolist(), strict=True
     ):
         gone.update(range(first, last + 1))
     return _rest(marks.lines, gone)
 
 
-def without_lines(text: str, spans: Iterable[tuple[int, int]]) -> tuple[str, int]:
-    """The text without the lines that hold a character of these ranges, and how many went.
+def without_lines(text: str, spans: Iterable[tuple[int, int]]) -> tuple[str, set[int]]:
+    """The text without the lines that hold a character of these ranges, and which lines went.
 
     Code fences stay as long as there is something between them.
     """
@@ -118,9 +113,9 @@ def without_lines(text: str, spans: Iterable[tuple[int, int]]) -> tuple[str, int
     return _rest(lines, gone)
 
 
-def _rest(lines: list[str], gone: set[int]) -> tuple[str, int]:
+def _rest(lines: list[str], gone: set[int]) -> tuple[str, set[int]]:
     kept = [line for number, line in enumerate(lines) if number not in gone]
-    removed = sum(bool(lines[number].strip()) for number in gone)
+    removed = {number for number in gone if lines[number].strip()}
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(_without_empty_fences(kept))).strip()
     return text, removed
 

@@ -7,8 +7,9 @@ tokens, so none is on by default; as bounds on whole pages they stand with `qual
 (`filters/colossal.py`).
 
 Aware of code: code blocks and tables are never cut, pages of which a tenth is code stay as they
-are, and a heading goes only when nothing is left below it. Every line is counted by the first rule
-that drops it. The stage stands before measuring: all that follows sees the text as it stays.
+are, and a heading goes only when nothing is left below it (rule heading). Every line is counted by
+the first rule that drops it, and told in `cut-NNNNN.parquet`. The stage stands before measuring:
+all that follows sees the text as it stays.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
+from tasks.corpus.cuts import Cut, cut_rows, write_cuts
 from tasks.corpus.documents import (
     Removal,
     Tally,
@@ -41,6 +43,7 @@ from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Directory
 
 LineRule = Literal["punctuation", "words", "javascript", "policy"]
+HEADING = "heading"  # the rule by which one with nothing left below it goes
 TERMINAL = (".", "!", "?", '"', "”", "。", "！", "？", "」")
 # The phrases of C4's published code.
 POLICY = (
@@ -68,7 +71,7 @@ class LinesConfig(StageConfig):
     """A document left with fewer sentences goes (rule few-sentences); 0 keeps all with any text."""
 
 
-@stage("lines", version=1)
+@stage("lines", version=2)
 def edit_lines(config: LinesConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """Cut lines by C4's rules out of documents that are no code."""
     where = work.store.of(documents)
@@ -104,19 +107,26 @@ def edit_shard(
     work: Workspace, number: int, config: LinesConfig, where: Directory, name: str
 ) -> dict[str, Any]:
     table = where.read_table(name)
+    cuts: list[dict[str, Any]] = []
     texts: list[str] = []
     removals: list[Removal | None] = []
     cut: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
-    for text in table["text"].to_pylist():
+    for document in table.select(["id", "url", "record_id", "text"]).to_pylist():
+        text = document["text"]
         left, dropped = edited(text, config)
-        for rule, line in dropped:
-            cut[rule] += 1
-            if len(examples.setdefault(rule, [])) < EXAMPLES:
-                examples[rule].append(line.strip()[:EXCERPT])
+        for one in dropped:
+            if one.rule == HEADING:
+                continue
+            cut[one.rule] += 1
+            if len(examples.setdefault(one.rule, [])) < EXAMPLES:
+                examples[one.rule].append(one.text.strip()[:EXCERPT])
         few = _few_sentences(left, config)
         removals.append(few)
         texts.append(text if few else left)  # what goes can be looked at whole
+        if dropped and not few:
+            cuts += cut_rows(document, document_id(left), dropped)
+    write_cuts(work, number, cuts)
     for column, values in (
         ("id", pa.array(map(document_id, texts), pa.string())),
         ("text", pa.array(texts, pa.string())),
@@ -129,14 +139,14 @@ def edit_shard(
     return {"tally": asdict(tally), "examples": examples}
 
 
-def edited(text: str, config: LinesConfig) -> tuple[str, list[tuple[str, str]]]:
+def edited(text: str, config: LinesConfig) -> tuple[str, list[Cut]]:
     """What is left of a text, and each line that went with the rule that dropped it."""
     if Reading.of(text).is_technical:
         return text, []
     lines = text.split("\n")
     checks = [(rule, _CHECKS[rule]) for rule in config.rules]
     gone: set[int] = set()
-    dropped: list[tuple[str, str]] = []
+    rules: dict[int, str] = {}
     headings: list[tuple[int, int]] = []  # level and line of those with nothing below them yet
     for unit in units_of(lines):
         line = lines[unit.first]
@@ -148,12 +158,13 @@ def edited(text: str, config: LinesConfig) -> tuple[str, list[tuple[str, str]]]:
             broken = next((rule for rule, check in checks if check(line.rstrip(), config)), None)
         if broken:
             gone.add(unit.first)
-            dropped.append((broken, line))
+            rules[unit.first] = broken
         else:
             headings = []
-    if not dropped:
+    if not rules:
         return text, []
     _open(headings, 1, gone)
+    dropped = [Cut(rules.get(number, HEADING), number, lines[number]) for number in sorted(gone)]
     return without(lines, gone, ()), dropped
 
 

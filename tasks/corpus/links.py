@@ -13,7 +13,7 @@ from lxml import html as lxml_html
 from tasks.corpus.charset import decode
 from tasks.corpus.content_coding import CodingError, Decoder
 from tasks.corpus.opt_out import meta_reserves
-from tasks.corpus.urls import canonical_url, link_target
+from tasks.corpus.urls import canonical_or_empty, link_target
 
 MAX_LINKS = 10_000  # of one page
 MAX_SITEMAP_LINKS = 50_000  # sitemaps.org's own limit
@@ -63,7 +63,7 @@ def page_links(
     for element in tree.iter("base", "meta", "link", "a", "area"):
         tag = element.tag
         if tag == "base" and base == url and element.get("href"):
-            base = _canonical(element.get("href"), url) or url
+            base = canonical_or_empty(element.get("href"), url) or url
         elif tag == "meta":
             name, content = (element.get("name") or "").lower(), element.get("content") or ""
             reserved = reserved or meta_reserves(name, content)
@@ -74,7 +74,7 @@ def page_links(
                 found = robots_directives([content], agent)
                 noindex, nofollow = noindex or found[0], nofollow or found[1]
         elif tag == "link" and "canonical" in (element.get("rel") or "").lower().split():
-            canonical = _canonical(element.get("href") or "", base)
+            canonical = canonical_or_empty(element.get("href") or "", base)
         elif (
             tag in ("a", "area")
             and element.get("href")
@@ -91,7 +91,7 @@ def header_canonical(lines: Iterable[str], url: str) -> str:
         for target, parameters in _LINK.findall(line):
             rel = _REL.search(parameters)
             if rel and "canonical" in "".join(rel.groups("")).lower().split():
-                return _canonical(target, url)
+                return canonical_or_empty(target, url)
     return ""
 
 
@@ -107,13 +107,6 @@ def robots_directives(lines: Iterable[str], agent: str) -> tuple[bool, bool]:
             text = text[addressee.end() :]
         words |= {word.strip() for word in text.split(",")}
     return bool(words & {"noindex", "none"}), bool(words & {"nofollow", "none"})
-
-
-def _canonical(href: str, base: str) -> str:
-    try:
-        return canonical_url(href, base)
-    except ValueError:
-        return ""
 
 
 def _resolve(hrefs: Sequence[str], base: str, most: int) -> tuple[tuple[str, ...], int, int]:
@@ -173,7 +166,7 @@ def sitemap_links(body: bytes, url: str) -> SitemapLinks:
             continue
         if len(found["url"]) + len(found["sitemap"]) >= MAX_SITEMAP_LINKS:
             left_out += 1
-        elif address := _canonical(element.text or "", url):
+        elif address := canonical_or_empty(element.text or "", url):
             found[name].setdefault(address)
         else:
             invalid += 1

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.corpus.arrays import distinct, is_among
-from tasks.corpus.buckets import cut_by, read_all, read_part, read_range, write_parts
+from tasks.corpus.buckets import cut_by, read_all, read_part, write_parts
 from tasks.corpus.clusters import connected
 from tasks.corpus.minhash import Folded, candidate_pairs
 from tasks.corpus.signatures import ENTRY, SHARD, Sources, place_of, shard_of
@@ -46,7 +46,7 @@ def _entries(sources: Sources, kind: str, number: int, count: int) -> NDArray[np
     parts = [np.zeros(0, ENTRY)]
     for signed, start in sources.corpora():
         for shard in range(signed.shards):
-            part = read_range(signed.where, signed.name(kind, shard), number, count, ENTRY)
+            part = signed.entries(kind, shard, number, count)
             if signed is not sources.current:
                 part = part.copy()
                 part["order"] = 0

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tasks.corpus.documents import document_shards
+from tasks.corpus.documents import document_shards, places_among
 from tasks.corpus.filters.catalogue import RULES
 from tasks.corpus.language_id import identify
 from tasks.corpus.reading import Readings
@@ -96,15 +96,16 @@ def attributes_of(
 ) -> pa.Table:
     """The attributes of the documents of shard `number`, row by row.
 
-    They are found by the documents' ids: stages between may have removed some. Raises ValueError
-    when one was never measured.
+    They are found by id and address: stages between may have removed some, and a text may stand
+    there twice. Raises ValueError when one was never measured.
     """
-    name = f"attributes-{number:05d}.parquet"
-    table = measured.read_table(name, ["id", *columns])
-    places = pc.index_in(documents["id"], value_set=table["id"].combine_chunks())
-    if places.null_count:
-        raise ValueError(f"{places.null_count} documents of shard {number} are not in {name}")
-    return table.take(places)
+    table = measured.read_table(f"attributes-{number:05d}.parquet", ["id", "url", *columns])
+    places = places_among(_keys(table), _keys(documents))
+    return table.select(columns).take(places)
+
+
+def _keys(table: pa.Table) -> list[tuple[str, str]]:
+    return list(zip(table["id"].to_pylist(), table["url"].to_pylist(), strict=True))
 
 
 def _range(column: pa.Array) -> dict[str, float] | None:

@@ -1,4 +1,5 @@
-"""What a page says about itself, whichever parser reads it: title, date, language, licence, wishes.
+"""What a page says about itself, whichever parser reads it: title, date, language, licence, wishes,
+canonical address.
 
 The parsers hand over elements in document order; here is decided what they mean.
 """
@@ -9,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 
 from tasks.corpus.opt_out import meta_reserves
+from tasks.corpus.urls import canonical_or_empty
 
 AGENT = "gristmill"  # our product token, by which a page may address us
 _DATE = re.compile(r"(\d{4})-(\d\d)-(\d\d)")
@@ -47,6 +49,8 @@ class About:
     title: str = ""
     noindex: bool = False
     reserved: str = ""  # how it reserves itself from text mining, or empty
+    _canonical: str = ""
+    _base: str = ""
     _language: str = ""
     _dates: dict[str, str] = field(default_factory=dict)
     _licences: dict[str, str] = field(default_factory=dict)
@@ -79,12 +83,26 @@ class About:
         elif equivalent.lower() == "content-language":
             self.add_language(content)
 
+    def add_base(self, address: str) -> None:
+        """A base element, by which the page's relative addresses are meant."""
+        self._base = self._base or address
+
     def add_link(self, relation: str, address: str) -> None:
-        """A link or anchor: rel=license (RFC 4946) names a licence, so does an address of CC's."""
-        if "license" in relation.lower().split():
+        """A link or anchor: rel=license (RFC 4946) names a licence, so does an address of CC's;
+        rel=canonical (RFC 6596) names the address that the page is better known by.
+        """
+        relations = relation.lower().split()
+        if "canonical" in relations:
+            self._canonical = self._canonical or address.strip()
+        if "license" in relations:
             self._licences.setdefault("rel", address.strip())
         elif _COMMONS.match(address.strip()):
             self._licences.setdefault("commons", address.strip())
+
+    def canonical(self, url: str) -> str:
+        """The canonical address that the page at `url` names, or empty."""
+        base = canonical_or_empty(self._base, url) if self._base else ""
+        return canonical_or_empty(self._canonical, base or url) if self._canonical else ""
 
     @property
     def language(self) -> str:

@@ -38,6 +38,7 @@ class PageText:
     mended: tuple[str, ...] = ()
     reserved: str = ""  # how it reserves itself from text mining, or empty
     licence: str = ""  # what it says of its licence: an address or a sentence, or empty
+    canonical: str = ""  # the canonical address it names, or empty
 
 
 def read_page(
@@ -63,6 +64,7 @@ def read_page(
         mended,
         about.reserved,
         about.licence,
+        about.canonical(url),
     )
 
 

@@ -1,11 +1,16 @@
-"""The pii stage: documents with personal data or secrets masked, or removed.
+"""Personal data and secrets: masked in every document, and documents with many of them dropped.
 
-Text and title are looked at. An address stays as it is: it is what a document is known by, found
-again in its WARC record, and forgotten.
+The pii stage masks text and title, and writes beside the documents how many finds of each kind they
+had: `attributes-NNNNN.parquet` with `id` (of the masked text), `url` and a column for each kind. It
+stands before measuring and knows no threshold. The pii-drop stage applies `most` to those columns.
+
+An address stays as it is: it is what a document is known by, found again in its WARC record, and
+forgotten.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -22,9 +27,9 @@ from tasks.corpus.documents import (
     selection_reports,
     write_selection,
 )
+from tasks.corpus.measure import attributes_of
 from tasks.corpus.personal import KINDS, mask
 from tasks.corpus.sharding import run_shards
-from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
@@ -37,8 +42,8 @@ class PIIConfig(StageConfig):
     """What happens to personal data and secrets in documents."""
 
     action: Literal["keep", "mask", "drop"] = "keep"
-    """keep: the stage is left out. mask: each find becomes a word such as <email>. drop: a document
-    with more finds than `most` is removed (rule pii), the finds of the others are masked."""
+    """keep: nothing is looked for. mask: each find becomes a word such as <email>. drop: the same,
+    and a document with more finds than `most` is removed (rule pii)."""
     kinds: tuple[str, ...] = NAMES
     """Which kinds count: secrets, emails, ibans, cards, ip_addresses, telephones."""
     most: int = Field(0, ge=0)
@@ -52,55 +57,103 @@ class PIIConfig(StageConfig):
             raise ValueError(f"kinds {unknown or 'are none'}; there are {', '.join(NAMES)}")
         return value
 
+    def masking(self) -> MaskConfig:
+        return MaskConfig(kinds=self.kinds)
 
-@stage("pii", version=2)
-def pii(config: PIIConfig, work: Workspace, *, documents: Manifest) -> Outcome:
-    """Mask personal data and secrets, or remove the documents that have them."""
-    if config.action == "keep":
-        raise UserError("pii.action is 'keep', which needs no stage; choose 'mask' or 'drop'")
+    def limit(self) -> LimitConfig:
+        return LimitConfig(most=self.most)
+
+
+class MaskConfig(StageConfig):
+    """Which kinds of personal data are masked, of those that PIIConfig lists."""
+
+    kinds: tuple[str, ...]
+
+
+class LimitConfig(StageConfig):
+    """How many finds a document may have."""
+
+    most: int
+
+
+@stage("pii", version=3)
+def pii(config: MaskConfig, work: Workspace, *, documents: Manifest) -> Outcome:
+    """Mask personal data and secrets, and count them beside the documents."""
     where = work.store.of(documents)
     items = [(config, where, name) for name in document_shards(documents)]
-    tally = Tally.total(run_shards(work, "masked", pii_shard, items, label="Personal data"))
-    remedies = {"": "crawl more pages", "pii": f"raise pii.most (now: {config.most})"}
-    require_some("pii", tally, remedies, "documents")
+    tally = Tally.total(run_shards(work, "masked", mask_shard, items, label="Personal data"))
     return Outcome(
         counts=counts(tally),
-        rules=tally.rules,
         metrics={f"masked_{name}": number for name, number in tally.mended.items()},
         reports=selection_reports("pii", tally),
     )
 
 
-def pii_shard(
-    work: Workspace, number: int, config: PIIConfig, where: Directory, name: str
+def mask_shard(
+    work: Workspace, number: int, config: MaskConfig, where: Directory, name: str
 ) -> dict[str, Any]:
-    """One shard masked; what is removed for its finds is written masked too."""
+    """One shard masked, and its attributes."""
     table = where.read_table(name)
     kinds = frozenset(config.kinds)
     texts: list[str] = []
     titles: list[str] = []
-    removals: list[Removal | None] = []
-    masked = Tally()
+    found: list[Counter[str]] = []
     for text, title in zip(table["text"].to_pylist(), table["title"].to_pylist(), strict=True):
         clean, finds = mask(text, kinds)
         clean_title, in_title = mask(title or "", kinds)
-        found = sum(finds.values()) + sum(in_title.values())
-        removal = None
-        if config.action == "drop" and found > config.most:
-            removal = Removal("pii", f"{found} finds > {config.most}")
-        removals.append(removal)
         texts.append(clean)
         titles.append(clean_title)
-        if removal is None:
-            for kind, number_found in (*finds.items(), *in_title.items()):
-                masked.mend(kind, number_found)
+        found.append(Counter(finds) + Counter(in_title))
+    sizes = [len(text.encode("utf-8", "replace")) for text in texts]
     for column, values in (
         ("text", pa.array(texts, pa.string())),
         ("title", pa.array(titles, pa.string())),
-        ("id", pa.array([document_id(text) for text in texts], pa.string())),
-        ("bytes", pa.array([len(t.encode("utf-8", "replace")) for t in texts], pa.int64())),
+        ("id", pa.array(map(document_id, texts), pa.string())),
+        ("bytes", pa.array(sizes, pa.int64())),
     ):
         table = table.set_column(table.schema.get_field_index(column), column, values)
-    tally = write_selection(work, number, table, removals)
-    tally.add(masked)
+    counted = {kind: pa.array([one[kind] for one in found], pa.int64()) for kind in config.kinds}
+    beside = pa.table({"id": table["id"], "url": table["url"]} | counted)
+    work.write_table(f"attributes-{number:05d}.parquet", beside)
+    work.write_table(f"documents-{number:05d}.parquet", table)
+    tally = Tally()
+    for size, one in zip(sizes, found, strict=True):
+        tally.keep(size)
+        for kind, several in one.items():
+            tally.mend(kind, several)
     return asdict(tally)
+
+
+@stage("pii-drop", version=1)
+def drop_pii(
+    config: LimitConfig, work: Workspace, *, documents: Manifest, attributes: Manifest
+) -> Outcome:
+    """Remove the documents that had too much personal data; `attributes` are the pii stage's."""
+    where, counted = work.store.of(documents), work.store.of(attributes)
+    kinds = attributes.config["kinds"]
+    items = [(config, where, name, counted, kinds) for name in document_shards(documents)]
+    tally = Tally.total(run_shards(work, "selected", drop_shard, items, label="Personal data"))
+    remedies = {"": "crawl more pages", "pii": f"raise pii.most (now: {config.most})"}
+    require_some("pii-drop", tally, remedies, "documents")
+    return Outcome(
+        counts=counts(tally), rules=tally.rules, reports=selection_reports("pii-drop", tally)
+    )
+
+
+def drop_shard(
+    work: Workspace,
+    number: int,
+    config: LimitConfig,
+    where: Directory,
+    name: str,
+    attributes: Directory,
+    kinds: list[str],
+) -> dict[str, Any]:
+    table = where.read_table(name)
+    columns = attributes_of(attributes, number, table, kinds).to_pydict().values()
+    finds = [sum(row) for row in zip(*columns, strict=True)]
+    removals = [
+        Removal("pii", f"{found} finds > {config.most}") if found > config.most else None
+        for found in finds
+    ]
+    return asdict(write_selection(work, number, table, removals))

@@ -347,7 +347,9 @@ def _datasheet(
     if personal is None:
         tell("Personal data", "not looked for (pii.action=keep)")
     else:
-        tell("Personal data", f"pii.action={personal.config.get('action')}, {personal.metrics}")
+        tell("Personal data", f"masked, {personal.metrics}")
+        limit = by_stage.get("pii-drop")
+        tell("Most finds of it in a document", limit and limit.config["most"])
     forgotten = by_stage.get("forget")
     tell("Tombstones that stood", forgotten.config.get("tombstones") if forgotten else 0)
     tell("Documents left out for them", forgotten.rules.get("tombstoned", 0) if forgotten else 0)

@@ -21,6 +21,7 @@ _LARGEST_TABLE = 200_000  # characters of text; larger ones lay out a page
 # Every element handed to Python costs 4 µs; the parser finds those that matter in C.
 _NAMES = [f'[{named}="{name}" i]' for named in ("name", "property") for name in META_NAMES]
 _METAS = f"meta:is({', '.join(_NAMES)}, [http-equiv=content-language i])"
+_LINKS = 'link[rel~="canonical" i], [rel*=icense], [href*="creativecommons.org/"]'
 _MENUS = "nav, header, footer, aside, li"  # a list in one of these is no content by itself
 _BLOCKS = "pre, h1, h2, h3, h4, h5, h6"  # code in one of these needs no marks of its own
 _CODE = ", ".join(f"{name}:not(:is({_BLOCKS}) {name})" for name in ("code", "tt"))
@@ -56,7 +57,9 @@ def _look_over(tree: HTMLTree) -> About:
         about.add_heading(heading.text)
     if not about.date and (moment := document.query_selector("time")):
         about.add_time(moment.getattr("datetime", ""))
-    for element in _all(document, '[rel*=icense], [href*="creativecommons.org/"]'):
+    if base := document.query_selector("base[href]"):
+        about.add_base(base.getattr("href", ""))
+    for element in _all(document, _LINKS):
         about.add_link(element.getattr("rel", ""), element.getattr("href", ""))
     return about
 

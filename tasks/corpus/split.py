@@ -4,8 +4,8 @@ Documents are divided by groups: clusters of similar documents (`cluster`, from 
 pages of one subject (`group_urls`: a module's page and its source). A group is held out when the
 hash of its smallest address falls below `fraction`, so the choice does not depend on how many
 documents there are, and holds in the next epoch (`groups`). Then lines of training that also stand
-in held-out documents are cut out (`leakage`): every task holds their marks, 8 bytes for each
-held-out word, so a very large corpus wants a small fraction.
+in held-out documents are cut out (`leakage`), found without all held-out text in one process
+(`held_out`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from tasks.corpus.arrays import distinct, read_array, write_array
-from tasks.corpus.buckets import ranges, read_range, write_sorted
+from tasks.corpus.arrays import read_array
+from tasks.corpus.cuts import cut_rows, whole_lines, write_cuts
 from tasks.corpus.documents import (
     REMOVED,
     Removal,
@@ -30,9 +29,9 @@ from tasks.corpus.documents import (
     selection_reports,
 )
 from tasks.corpus.groups import Choice, Rule, choose, chosen
-from tasks.corpus.leakage import Marks, line_marks, own_marks, shared_marks, without_leaks
+from tasks.corpus.held_out import find_own_marks, leaks
+from tasks.corpus.leakage import line_marks, without_leaks
 from tasks.corpus.sharding import run_shards
-from tasks.corpus.shingles import Hashes
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Report, Workspace, stage
@@ -40,9 +39,7 @@ from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Directory
 
 EXAMPLES = 5
-KINDS = ("windows", "names")
-MARKS = 1 << 22  # counted by a task at a time, more or less: 64 MB
-MARK = np.dtype([("key", "<u8"), ("group", "<u8")])
+LEAK = "heldout-leak"
 
 
 class SplitConfig(StageConfig):
@@ -75,7 +72,7 @@ class SplitConfig(StageConfig):
         return value
 
 
-@stage("split", version=1)
+@stage("split", version=2)
 def split(config: SplitConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """Hold whole groups of similar documents out and cut their text out of the rest."""
     names, where = document_shards(documents), work.store.of(documents)
@@ -86,123 +83,52 @@ def split(config: SplitConfig, work: Workspace, *, documents: Manifest) -> Outco
             f"{choice.documents} documents form {choice.groups} group of similar ones, and a "
             "held-out split needs two; crawl more pages, or raise deduplicate.cluster_threshold"
         )
-    items = [(where, name) for name in names]
-    run_shards(work, "marked", mark_shard, items, label="Held-out marks")
-    for kind in KINDS:
-        parts = [read_array(work, f"_{kind}-{number:05d}.npy") for number in range(len(names))]
-        write_array(work, f"_{kind}.npy", distinct(np.concatenate(parts)))
-    entries = run_shards(work, "shared", shared_shard, items, label="Shared passages")
-    common = _drop_common(work, entries, config)
+    own = find_own_marks(work, where, names, config.common_groups)
+    items = [(where, name, own.ranges) for name in names]
     reports = run_shards(work, "divided", divide_shard, items, label="Split")
-    return _outcome(choice, reports, common)
+    return _outcome(choice, reports, own.common)
 
 
-def mark_shard(work: Workspace, number: int, where: Directory, name: str) -> int:
-    """Marks of the held-out documents of one shard: `_windows-NNNNN.npy`, `_names-NNNNN.npy`."""
-    held = chosen(work, number).held
-    texts = where.read_table(name, ["text"])["text"].to_pylist()
-    marks = [own_marks(text) for text, is_held in zip(texts, held, strict=True) if is_held]
-    none = np.zeros(0, np.uint64)
-    for kind in ("windows", "names"):
-        parts = [none, *(getattr(mark, kind) for mark in marks)]
-        write_array(work, f"_{kind}-{number:05d}.npy", distinct(np.concatenate(parts)))
-    return len(marks)
+def divide_shard(
+    work: Workspace, number: int, where: Directory, name: str, own: dict[str, int]
+) -> dict[str, Any]:
+    """One shard divided: `train-`, `heldout-`, `rejected-` and `cut-NNNNN.parquet` where not empty.
 
-
-def shared_shard(work: Workspace, number: int, where: Directory, name: str) -> dict[str, int]:
-    """(mark, group) for the held-out marks that documents of one shard have: `_shared-…`; and which
-    documents have any: `_touched-NNNNN.npy`.
+    `own` says in how many ranges the marks of held-out text stand.
     """
-    held = Marks(read_array(work, "_windows.npy"), read_array(work, "_names.npy"))
-    groups = chosen(work, number).groups
-    texts = where.read_table(name, ["text"])["text"].to_pylist()
-    found: dict[str, list[NDArray[np.void]]] = {kind: [np.zeros(0, MARK)] for kind in KINDS}
-    touched = np.zeros(len(texts), bool)
-    for place, (text, group) in enumerate(zip(texts, groups, strict=True)):
-        shared = shared_marks(line_marks(text), held)
-        touched[place] = len(shared.windows) + len(shared.names) > 0
-        for kind, parts in found.items():
-            marks: Hashes = getattr(shared, kind)
-            entries = np.zeros(len(marks), MARK)
-            entries["key"], entries["group"] = marks, group
-            parts.append(entries)
-    write_array(work, f"_touched-{number:05d}.npy", touched)
-    for kind, parts in found.items():
-        write_sorted(work, f"_shared-{kind}-{number:05d}", np.concatenate(parts))
-    return {kind: sum(map(len, parts)) for kind, parts in found.items()}
-
-
-def _drop_common(
-    work: Workspace, entries: list[dict[str, int]], config: SplitConfig
-) -> dict[str, int]:
-    """Leave only those held-out marks that few groups have; returns how many were common."""
-    counts = {kind: ranges(-(-sum(e[kind] for e in entries) // MARKS)) for kind in KINDS}
-    items = [
-        (kind, part, count, len(entries), config.common_groups)
-        for kind, count in counts.items()
-        for part in range(count)
-    ]
-    run_shards(work, "common", common_range, items, label="Common passages", unit="ranges")
-    dropped = {}
-    for kind, count in counts.items():
-        parts = [read_array(work, f"_common-{kind}-{part:05d}.npy") for part in range(count)]
-        common = np.concatenate(parts)
-        write_array(
-            work, f"_own-{kind}.npy", np.setdiff1d(read_array(work, f"_{kind}.npy"), common)
-        )
-        dropped[kind] = len(common)
-    return dropped
-
-
-def common_range(
-    work: Workspace, number: int, kind: str, part: int, count: int, shards: int, least: int
-) -> int:
-    """`_common-…npy`: marks of one range that at least so many groups have."""
-    del number
-    parts = [
-        read_range(work, f"_shared-{kind}-{shard:05d}", part, count, MARK)
-        for shard in range(shards)
-    ]
-    entries = np.concatenate([np.zeros(0, MARK), *parts])
-    entries = entries[np.lexsort((entries["group"], entries["key"]))]
-    new = np.ones(len(entries), bool)
-    same = [entries[field][1:] == entries[field][:-1] for field in ("key", "group")]
-    new[1:] = ~np.logical_and.reduce(same)
-    marks, groups = np.unique(entries["key"][new], return_counts=True)
-    write_array(work, f"_common-{kind}-{part:05d}.npy", marks[groups >= least])
-    return len(entries)
-
-
-def divide_shard(work: Workspace, number: int, where: Directory, name: str) -> dict[str, Any]:
-    """One shard divided: `train-`, `heldout-` and `rejected-NNNNN.parquet` where not empty."""
-    marks = Marks(read_array(work, "_own-windows.npy"), read_array(work, "_own-names.npy"))
     held = chosen(work, number).held
     table = where.read_table(name)
-    tally, trimmed = Tally(), list[dict[str, Any]]()
+    tally, trimmed, cuts = Tally(), list[dict[str, Any]](), list[dict[str, Any]]()
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": [], "rejected": []}
-    touched = read_array(work, f"_touched-{number:05d}.npy")
-    for document, is_held, shares in zip(table.to_pylist(), held, touched, strict=True):
-        if is_held or not shares:
+    documents = table.to_pylist()
+    touched = np.flatnonzero(read_array(work, f"_touched-{number:05d}.npy") & ~held).tolist()
+    marks = [line_marks(documents[row]["text"]) for row in touched]
+    found = dict(zip(touched, zip(marks, leaks(work, own, marks), strict=True), strict=True))
+    for row, document in enumerate(documents):
+        lines: set[int] = set()
+        if row in found:
+            mine, hits = found[row]
+            text, lines = without_leaks(mine, *hits)
+        if not lines:
             tally.keep(document["bytes"])
-            parts["heldout" if is_held else "train"].append(document)
-            continue
-        text, lines = without_leaks(line_marks(document["text"]), marks)
-        if lines == 0:
-            tally.keep(document["bytes"])
-            parts["train"].append(document)
+            parts["heldout" if held[row] else "train"].append(document)
             continue
         if all(line.startswith("#") for line in text.split("\n") if line.strip()):
-            removal = Removal("heldout-leak", f"all but headings stands in held-out text ({lines})")
+            reason = f"all but headings stands in held-out text ({len(lines)})"
+            removal = Removal(LEAK, reason)
             tally.remove(removal, document["url"], document["text"])
             parts["rejected"].append(document | {"rule": removal.rule, "reason": removal.reason})
             continue
         size = len(text.encode("utf-8", "replace"))
-        tally.mend("lines-shared-with-heldout", lines)
+        tally.mend("lines-shared-with-heldout", len(lines))
         trimmed.append(
-            {"document": document["url"], "lines": lines, "bytes": document["bytes"] - size}
+            {"document": document["url"], "lines": len(lines), "bytes": document["bytes"] - size}
         )
         tally.keep(size)
-        parts["train"].append(document | {"id": document_id(text), "text": text, "bytes": size})
+        left = document | {"id": document_id(text), "text": text, "bytes": size}
+        parts["train"].append(left)
+        cuts += cut_rows(document, left["id"], whole_lines(LEAK, mine.lines, lines))
+    write_cuts(work, number, cuts)
     schema = table.schema.remove_metadata()
     for part, rows in parts.items():
         if rows:

@@ -8,7 +8,6 @@ the crawl.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 from collections.abc import Iterable
@@ -30,7 +29,7 @@ from tasks.corpus.documents import (
     selection_reports,
 )
 from tasks.corpus.sharding import run_shards
-from tasks.corpus.urls import canonical_url
+from tasks.corpus.urls import address_key, canonical_url
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
@@ -73,15 +72,6 @@ def parse(what: str) -> tuple[str, str]:
             "digest (16 or 64 hex digits, or sha256:…); write it as one of them"
         )
     return "domain", host
-
-
-def address_key(url: str) -> str:
-    """What an address is known by: its canonical form without http or https."""
-    if not url.startswith(("http://", "https://")):
-        return url
-    with contextlib.suppress(ValueError):  # archives hold addresses that nobody could ask for
-        url = canonical_url(url)
-    return url.partition(":")[2]
 
 
 @dataclass(frozen=True)

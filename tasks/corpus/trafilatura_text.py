@@ -96,12 +96,14 @@ def _look_over(tree: HtmlElement) -> tuple[About, list[tuple[HtmlElement, HtmlEl
     """One walk over the elements that matter, in document order."""
     about = About()
     anchors: dict[HtmlElement, HtmlElement] = {}
-    for element in tree.iter("html", "title", "meta", "time", *_HEADINGS, "a", "link"):
+    for element in tree.iter("html", "base", "title", "meta", "time", *_HEADINGS, "a", "link"):
         tag = element.tag
         if tag in ("a", "link"):
             relation, address = element.get("rel") or "", element.get("href") or ""
-            if "icense" in relation or "creativecommons.org/" in address:
+            if tag == "link" or "icense" in relation or "creativecommons.org/" in address:
                 about.add_link(relation, address)
+        elif tag == "base":
+            about.add_base(element.get("href") or "")
         elif tag == "html":
             about.add_language(element.get("lang") or element.get("xml:lang") or "")
         elif tag == "title":

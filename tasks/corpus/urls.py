@@ -68,6 +68,22 @@ def canonical_url(url: str, base: str | None = None) -> str:
     return result
 
 
+def canonical_or_empty(href: str, base: str = "") -> str:
+    """`canonical_url`, or empty for what is no address of a page."""
+    try:
+        return canonical_url(href, base)
+    except ValueError:
+        return ""
+
+
+def address_key(url: str) -> str:
+    """What an address is known by: its canonical form without http or https."""
+    if not url.startswith(("http://", "https://")):
+        return url
+    # Archives hold addresses that nobody could ask for.
+    return (canonical_or_empty(url) or url).partition(":")[2]
+
+
 def link_target(href: str, base: str) -> str | None:
     """The canonical address a link on the page `base` leads to.
 

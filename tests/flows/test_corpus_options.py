@@ -101,7 +101,7 @@ def test_every_option_is_a_stage_of_the_chain_and_none_by_default(home: Path) ->
     assert not any(ITEM in text for text in texts)
     # What a corpus was compared with is no part of it: the report tells of one chain.
     stages = [made.stage for made in Store.open().lineage(built)]
-    assert sorted(stages) == sorted(set(stages)) and "signatures" not in stages
+    assert sorted(stages) == sorted(set(stages))
     report = report_corpus(ReportConfig(), corpus=built)
     page = Store.open().of(report).read_bytes("report.html").decode()
     assert "earlier-exact-duplicate" in page and "contaminated" in page
@@ -136,3 +136,52 @@ def test_a_quality_model_scores_and_another_bound_runs_only_the_selection(home: 
         build_corpus(CorpusParams.model_validate(params | {"quality": {"min_words": 60}}))
     again = [step.stage for step in planned if step.status != "cached"]
     assert again == ["quality", "deduplicate", "split"]
+
+
+# All that is known of one document; no threshold is among them.
+KNOWN_OF_EACH = ["gather", "lines", "pii", "measure", "signatures"]
+
+
+def of_all_documents(home: Path) -> dict:
+    """Parameters of a corpus with every kind of document that a threshold may take out."""
+    texts = [prose(n) for n in range(12)]
+    texts += [f"{prose(20)}\n\nAsk jane{n}@company.io about it." for n in range(3)]
+    texts += [f"Of the few words that there are in number {n} this is one.\n\n" * 2 for n in (1, 2)]
+    texts += [texts[3], texts[4] + "\n\nAnd a line of its own in the second copy of the text."]
+    mixed = "Das ist the house of the man und die Frau with the Kind in the garden der Stadt. "
+    texts += [f"{mixed}{mixed}It is number 3."]
+    lines = {"rules": ["javascript"], "min_sentences": 0}
+    return {
+        "seeds": [],
+        "sources": [source(home, "all", texts)],
+        "lines": lines,
+        "pii": {"action": "drop", "most": 1},
+        "quality": {"min_words": 20, "max_duplicate_lines": 1, "max_duplicate_grams": 9}
+        | {"max_duplicate_line_characters": 1, "max_duplicate_paragraphs": 1, "max_top_grams": 9},
+    }
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"quality": {"min_words": 60}}, {"pii": {"most": 0}}, {"language": {"threshold": 0.97}}],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_another_threshold_runs_nothing_but_the_selection(
+    home: Path, monkeypatch: pytest.MonkeyPatch, changed: dict
+) -> None:
+    params = of_all_documents(home)
+    before = texts_of(build_corpus(CorpusParams.model_validate(params)))
+    asked = params | {name: params.get(name, {}) | bound for name, bound in changed.items()}
+    with planning() as planned:
+        build_corpus(CorpusParams.model_validate(asked))
+    assert [step.stage for step in planned if step.status == "cached"][:5] == KNOWN_OF_EACH
+    ran = [step.stage for step in planned if step.stage not in KNOWN_OF_EACH]
+    assert ran == ["language", "quality", "pii-drop", "deduplicate", "split"]
+    again = build_corpus(CorpusParams.model_validate(asked))
+    monkeypatch.setenv("GRISTMILL_HOME", str(home.parent / "other"))
+    monkeypatch.setenv("GRISTMILL_SOURCE_ROOTS", str(home))
+    fresh = build_corpus(CorpusParams.model_validate(asked))
+    assert fresh.fingerprint == again.fingerprint
+    tables = [entry for entry in fresh.files if entry.name.endswith(".parquet")]
+    assert tables == [entry for entry in again.files if entry.name.endswith(".parquet")]
+    assert texts_of(fresh) != before

@@ -24,6 +24,7 @@ class Page(StageConfig):
     url: str
     body: str
     status: int = 200
+    canonical: str = ""
     content_type: str = "text/html; charset=utf-8"
     headers: tuple[tuple[str, str], ...] = ()
 
@@ -57,6 +58,7 @@ def crawl_of(config: PagesConfig, work: Workspace) -> Outcome:
                 dict.fromkeys(PAGES.names)
                 | {
                     "url": page.url,
+                    "canonical": page.canonical,
                     "fetched_at": DATE,
                     "bytes": len(body),
                     "warc": "warc/00000.warc.gz",

@@ -56,6 +56,15 @@ def test_what_more_documents_share_stays_in_the_first() -> None:
         whole = pages[url].split("\n\n")
         assert texts[url] == "\n\n".join([*whole[:2], whole[-1]])
     assert manifest.metrics["common_texts"] == 3 and manifest.metrics["documents_cut"] == 5
+    cuts = rows(manifest, "cut-")
+    assert Counter(cut["rule"] for cut in cuts) == dict.fromkeys(
+        ("boilerplate-line", "boilerplate-code", "boilerplate-table"), 5
+    )
+    for cut in cuts:
+        whole = pages[cut["url"]].split("\n")[cut["line"] - 1 :]
+        assert "\n".join(whole).startswith(cut["text"])
+        assert cut["before"] == document_id(pages[cut["url"]])
+        assert cut["id"] == document_id(texts[cut["url"]])
     row = rows(manifest)[1]
     assert row["bytes"] == len(row["text"].encode()) and row["id"] != rows(manifest)[0]["id"]
     shown = Store.open().of(manifest).read_table("boilerplate.parquet").to_pylist()
@@ -93,7 +102,11 @@ def test_spans_are_cut_out_of_lines() -> None:
     }
     pages["http://a/9"] = f"{own(9, 20)} {' '.join(passage.split()[:30])} {own(59, 20)}"
     config = BoilerplateConfig(scope="corpus", documents=3, span_words=30)
-    texts = texts_of(boilerplate(config, documents=documents(pages)))
+    made = boilerplate(config, documents=documents(pages))
+    texts = texts_of(made)
+    spans = [cut for cut in rows(made, "cut-") if cut["rule"] == "boilerplate-span"]
+    assert [cut["text"].rstrip(". ") for cut in spans[:-1]] == [passage.title()] * 4
+    assert spans[-1]["url"] == "http://a/9" and spans[-1]["line"] == 1
     assert texts["http://a/0"] == pages["http://a/0"]
     for n in range(1, 5):
         # The code block is another document's first to have it whole, in the first page.
@@ -150,4 +163,4 @@ def test_what_the_stage_makes_changes_only_with_its_version() -> None:
     config = BoilerplateConfig(scope="host", documents=1, span_words=25)
     manifest = boilerplate(config, documents=documents(pages))
     said = "\n".join(f"{url}\n{text}" for url, text in texts_of(manifest).items())
-    assert (manifest.version, document_id(said)) == (1, "08bfe0ff22a7b3f7")
+    assert (manifest.version, document_id(said)) == (2, "08bfe0ff22a7b3f7")

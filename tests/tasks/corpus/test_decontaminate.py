@@ -160,6 +160,8 @@ def test_cut_takes_the_lines_and_leaves_the_page(tmp_path: Path) -> None:
     (kept,) = rows(manifest)
     assert kept["text"] == "# Clocks\n\nBefore it.\n\nAfter it."
     assert kept["bytes"] == len(kept["text"])
+    cuts = [(cut["id"], cut["line"], cut["text"]) for cut in rows(manifest, "cut-")]
+    assert cuts == [(kept["id"], 5, f"> {ITEM}"), (kept["id"], 8, ITEM)]
     assert manifest.rules == {"contaminated": 1}
     assert {row["url"] for row in rows(manifest, "rejected-")} == {"http://h/only"}
 

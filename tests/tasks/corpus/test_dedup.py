@@ -5,8 +5,9 @@ import re
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from documents_of import documents, rows, urls
+from documents_of import TextsConfig, documents, rows, texts_of, unique, urls
 from hypothesis import given
 from hypothesis import strategies as st
 from inline_shards import run_inline
@@ -15,7 +16,7 @@ from shared_data import shared
 
 from tasks.corpus.clusters import connected, keep_best
 from tasks.corpus.dedup import DeduplicateConfig, deduplicate, select_shard
-from tasks.corpus.documents import document_id
+from tasks.corpus.documents import document_id, document_shards
 from tasks.corpus.matching import (
     RESEMBLING,
     Sets,
@@ -26,8 +27,11 @@ from tasks.corpus.matching import (
 )
 from tasks.corpus.minhash import Bands, candidate_pairs, minima
 from tasks.corpus.shingles import normalise
-from tasks.corpus.signatures import order_of, sign_shard
+from tasks.corpus.signatures import order_of, pick_shard, signatures
 from tasks.corpus.word_hashes import words_of
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.stage import Outcome, Workspace, stage
+from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Store
 
 
@@ -64,7 +68,7 @@ def test_planted_edits_are_found_above_and_left_below_the_threshold() -> None:
         truth[number] = similarity(texts[f"http://a/{number}"], copy)
     threshold = 0.7
     config = DeduplicateConfig(threshold=threshold, cluster_threshold=0.5)
-    manifest = deduplicate(config, documents=documents(texts))
+    manifest = unique(config, documents(texts))
     gone = {row["url"]: row for row in rows(manifest, "rejected-")}
     removed = {
         number
@@ -92,7 +96,7 @@ def test_a_run_that_failed_goes_on_with_the_shards_that_are_missing(
     base = [f"w{n}" for n in range(200)]
     texts = {f"http://h/{n}": edited(base, n % 5, rng) for n in range(20)}
     given = documents(texts)
-    whole = deduplicate(DeduplicateConfig(shingle_words=4), documents=given)
+    whole = unique(DeduplicateConfig(shingle_words=4), given)
     ran: Counter[str] = Counter()
 
     def counted(function, fails_at: int = -1):
@@ -105,23 +109,67 @@ def test_a_run_that_failed_goes_on_with_the_shards_that_are_missing(
 
         return shard
 
-    for function, fails_at in ((sign_shard, -1), (verify_shard, 3), (select_shard, -1)):
+    for function, fails_at in ((pick_shard, -1), (verify_shard, 3), (select_shard, -1)):
         monkeypatch.setattr(f"tasks.corpus.dedup.{function.__name__}", counted(function, fails_at))
     monkeypatch.setattr("tasks.corpus.dedup.SHARDS_PER_PARTITION", 2)
     with pytest.raises(RuntimeError, match="killed"):
-        deduplicate(DeduplicateConfig(), documents=given)
-    again = deduplicate(DeduplicateConfig(), documents=given)
-    assert ran == {"sign_shard": 5, "verify_shard": 5, "select_shard": 5, "failures": 1}
+        unique(DeduplicateConfig(), given)
+    again = unique(DeduplicateConfig(), given)
+    assert ran == {"pick_shard": 5, "verify_shard": 5, "select_shard": 5, "failures": 1}
     assert len(rows(again, "rejected-")) == len(rows(whole, "rejected-")) > 5
     assert not [name for name in Store.open().of(again).names() if name.startswith("_")]
+
+
+class KeptConfig(StageConfig):
+    kept: tuple[tuple[bool, ...], ...]  # of each shard
+
+
+@stage("tested-selection", version=1, retries=0)
+def selection(config: KeptConfig, work: Workspace, *, documents: Manifest) -> Outcome:
+    for name, kept in zip(document_shards(documents), config.kept, strict=True):
+        table = work.store.of(documents).read_table(name)
+        work.write_table(name, table.filter(pa.array(kept)))
+    return Outcome()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_selection_is_decided_as_if_nothing_else_had_been_signed(seed: int) -> None:
+    rng = random.Random(seed)
+    bases = [[f"w{rng.randrange(99)}" for _ in range(60)] for _ in range(5)]
+    texts = [
+        (f"http://h/{n}", edited(rng.choice(bases), rng.randint(0, 1), rng)) for n in range(30)
+    ]
+    # The same text at the same address, twice in a shard and again in others.
+    for place in rng.sample(range(30), 12):
+        texts[place] = texts[rng.choice([place, place - place % 4])]
+    everything = texts_of(TextsConfig(texts=tuple(texts)))
+    drawn = [rng.random() < 0.7 for _ in texts]
+    kept = tuple(tuple(drawn[start : start + 4]) for start in range(0, 30, 4))
+    selected = selection(KeptConfig(kept=kept), documents=everything)
+    config = DeduplicateConfig()
+    signed = signatures(config.signatures(), documents=everything)
+    assert signed.counts["documents"] > len(rows(selected))
+    found = deduplicate(config, documents=selected, signatures=signed)
+    expected = unique(config, selected)
+    assert sum(found.rules.values()) > 3
+    assert found.fingerprint != expected.fingerprint and found.counts == expected.counts
+    for prefix in ("documents-", "rejected-", "clusters"):
+        assert rows(found, prefix) == rows(expected, prefix)
+
+
+def test_signatures_of_another_kind_are_refused() -> None:
+    given = documents({"http://h/a": "some text"})
+    signed = signatures(DeduplicateConfig(shingle_words=3).signatures(), documents=given)
+    with pytest.raises(ValueError, match=r"signatures were made with .*'shingle_words': 3"):
+        deduplicate(DeduplicateConfig(), documents=given, signatures=signed)
 
 
 def test_exact_copies_leave_the_address_that_is_no_copy() -> None:
     text = "The same text on several pages, with enough words to be a document. " * 5
     other = "Another text altogether that has nothing to do with the first one at all. " * 5
-    manifest = deduplicate(
+    manifest = unique(
         DeduplicateConfig(),
-        documents=documents(
+        documents(
             {
                 "http://h/latest/a.html": text,
                 "http://h/a.html?print=1": text.upper(),
@@ -136,10 +184,27 @@ def test_exact_copies_leave_the_address_that_is_no_copy() -> None:
     assert reasons == {"same text as http://h/library/a.html"}
 
 
+@pytest.mark.parametrize("change", [str.upper, lambda text: text.replace("fifth", "other")])
+def test_a_page_that_names_another_address_is_the_lesser_copy(change) -> None:
+    base = [f"{kind}{n}" for n in range(80) for kind in ("first", "second", "third")]
+    text = " ".join([*base, "fifth"])
+    texts = {"http://h/a": change(text), "http://h/its/own/long/address": text}
+    canonical = {
+        "http://h/a": "http://h/its/own/long/address",
+        # Its own address, spelt otherwise.
+        "http://h/its/own/long/address": "https://h:443/its/own/./long/address",
+    }
+    kept = unique(DeduplicateConfig(), documents(texts, canonical=canonical))
+    assert urls(kept) == ["http://h/its/own/long/address"]
+    without = unique(DeduplicateConfig(), documents(texts))
+    assert urls(without) == ["http://h/a"]
+    assert kept.rules == without.rules and sum(kept.rules.values()) == 1
+
+
 def test_the_longest_of_near_duplicates_stays() -> None:
     base = [f"word{n}" for n in range(300)]
     texts = {"http://h/short": " ".join(base[:250]), "http://h/long/address": " ".join(base)}
-    manifest = deduplicate(DeduplicateConfig(), documents=documents(texts))
+    manifest = unique(DeduplicateConfig(), documents(texts))
     assert urls(manifest) == ["http://h/long/address"]
     assert manifest.rules == {"near-duplicate": 1}
 
@@ -209,7 +274,9 @@ def labels_by_walking(count: int, pairs: set) -> list[int]:
     return labels
 
 
-def reference(texts: dict[str, str], threshold: float, cluster: float) -> tuple[dict, dict]:
+def reference(
+    texts: dict[str, str], canonical: dict[str, str], threshold: float, cluster: float
+) -> tuple[dict, dict]:
     """What must go and why, and each address's cluster: every pair compared in plain Python."""
 
     def shingles(text: str) -> set:
@@ -217,7 +284,8 @@ def reference(texts: dict[str, str], threshold: float, cluster: float) -> tuple[
         return {tuple(words[i : i + 5]) for i in range(max(len(words) - 4, min(len(words), 1)))}
 
     urls, sets = list(texts), [shingles(text) for text in texts.values()]
-    orders = order_of(urls, np.array([len(text.encode()) for text in texts.values()])).tolist()
+    sizes = np.array([len(text.encode()) for text in texts.values()])
+    orders = order_of(urls, [canonical.get(url) for url in urls], sizes).tolist()
     plain = [normalise(text) for text in texts.values()]
     best = sorted(range(len(urls)), key=lambda row: (orders[row], urls[row], row))
     gone: dict[str, str] = {}
@@ -267,10 +335,15 @@ def test_partitions_decide_as_if_every_pair_had_been_compared(
     names = list(texts)
     rng.shuffle(names)
     texts = {name: texts[name] for name in names}
-    gone, clusters = reference(texts, 0.7, 0.4)
+    canonical = {name: rng.choice(names) for name in names if rng.random() < 0.2}
+    gone, clusters = reference(texts, canonical, 0.7, 0.4)
     monkeypatch.setattr("tasks.corpus.dedup.SHARDS_PER_PARTITION", 1 + seed)
+    if seed == 0:  # ranges are parts of slots
+        monkeypatch.setattr("tasks.corpus.buckets.SLOTS", 4)
+        monkeypatch.setattr("tasks.corpus.buckets._SLOT", 2**62)
+        monkeypatch.setattr("tasks.corpus.dedup.partitions_of", lambda shards: 11)
     config = DeduplicateConfig(threshold=0.7, cluster_threshold=0.4, bands=128, rows=2)
-    manifest = deduplicate(config, documents=documents(texts))
+    manifest = unique(config, documents(texts, canonical=canonical))
     removed = {row["url"]: row["reason"] for row in rows(manifest, "rejected-")}
     assert removed == gone
     assert len(removed) > 5

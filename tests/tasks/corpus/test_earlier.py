@@ -3,15 +3,17 @@
 import random
 
 import pytest
-from documents_of import documents, rows, urls
+from documents_of import documents, rows, unique, urls
 from inline_shards import run_inline
 
-from tasks.corpus.dedup import DeduplicateConfig, deduplicate
+from tasks.corpus.dedup import DeduplicateConfig
+from tasks.corpus.documents import document_shards
 from tasks.corpus.earlier import earlier_corpora
 from tasks.corpus.pii import PIIConfig, pii
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.planning import planning
+from tasks.runtime.stage import Outcome, Workspace, stage
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,7 @@ def text(seed: int, words: int = 200) -> str:
 def corpus(texts: dict[str, str], *against: str) -> Manifest:
     config = DeduplicateConfig(against=against)
     given = documents(texts)
-    return deduplicate(config, documents=given, **earlier_corpora(config, given))
+    return unique(config, given, **earlier_corpora(config, given))
 
 
 FIRST = {f"http://h/{n}": text(n) for n in range(6)}
@@ -57,6 +59,22 @@ def test_what_an_earlier_corpus_had_is_removed_and_explained() -> None:
     assert reasons["http://h/1"].endswith(f"with http://h/1 {known}")
 
 
+@stage("tested-older", version=1, retries=0)
+def older(config: DeduplicateConfig, work: Workspace, *, documents: Manifest) -> Outcome:
+    """The same documents as they were before they knew their canonical address."""
+    for name in document_shards(documents):
+        table = work.store.of(documents).read_table(name)
+        work.write_table(name, table.drop_columns(["canonical"]))
+    return Outcome()
+
+
+def test_a_corpus_of_before_canonical_addresses_serves() -> None:
+    before = older(DeduplicateConfig(), documents=documents(FIRST))
+    first = unique(DeduplicateConfig(), before)
+    assert "canonical" not in rows(first)[0]
+    assert urls(corpus(SECOND, first.fingerprint)) == ["http://h/7", "http://h/8"]
+
+
 def test_previous_means_all_that_came_before_and_the_same_when_repeated() -> None:
     first = corpus(FIRST, "previous")
     assert first.rules == {}
@@ -73,10 +91,10 @@ def test_previous_means_all_that_came_before_and_the_same_when_repeated() -> Non
 def test_another_filter_over_the_same_pages_is_no_later_corpus() -> None:
     corpus(FIRST)
     given = documents(SECOND)
-    masked = pii(PIIConfig(action="mask"), documents=given)
+    masked = pii(PIIConfig(action="mask").masking(), documents=given)
     config = DeduplicateConfig(against=("previous",))
     corpus(SECOND, "previous")
-    again = deduplicate(config, documents=masked, **earlier_corpora(config, masked))
+    again = unique(config, masked, **earlier_corpora(config, masked))
     assert urls(again) == ["http://h/7", "http://h/8"]
 
 

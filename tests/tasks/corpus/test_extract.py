@@ -46,6 +46,27 @@ def test_documents_point_at_their_record() -> None:
     assert first["record_id"] == "<urn:uuid:0>"
 
 
+LINKED = (("Link", '<https://h/plain>; rel="canonical"'),)
+
+
+def test_documents_know_their_canonical_address() -> None:
+    head = '<link rel="canonical" href="/better">'
+    pages = (
+        Page(url="http://h/a", body=html("A", PARAGRAPH, head=head)),
+        Page(url="http://h/b", body="Plain text.", content_type="text/plain", headers=LINKED),
+        Page(url="http://h/c", body=html("C", PARAGRAPH)),
+    )
+    made = crawl(*pages)
+    segment = Store.open().of(made).location("warc/00000.warc.gz")
+    scanned = extract(ExtractConfig(), crawl=segments_of(SegmentsConfig(segments=(segment,))))
+    assert [row["canonical"] for row in rows(scanned)] == ["http://h/better", "https://h/plain", ""]
+    # A crawl has looked already, and may know the site by another name.
+    known = Page(
+        url="embedded://x/a", canonical="embedded://x/b", body=html("A", PARAGRAPH, head=head)
+    )
+    assert rows(extract(ExtractConfig(), crawl=crawl(known)))[0]["canonical"] == "embedded://x/b"
+
+
 def test_every_removed_page_is_counted_by_rule_and_kept_for_inspection() -> None:
     noindex = html("n", PARAGRAPH, head='<meta name="robots" content="noindex">')
     manifest = extract(

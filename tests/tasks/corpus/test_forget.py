@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from documents_of import rows, urls
+from documents_of import documents, rows, urls
 from fastwarc.warc import ArchiveIterator
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +23,7 @@ from test_corpus_chain import THINGS, module
 from flows import forget as forget_commands
 from flows.corpus import CorpusParams, build_corpus
 from tasks.corpus.erase import Done, _names, erase
+from tasks.corpus.line_edits import LinesConfig, edit_lines
 from tasks.corpus.pages import page_rows, read_pages
 from tasks.corpus.report import ReportConfig, report_corpus
 from tasks.corpus.same_document import known_ids
@@ -119,7 +120,7 @@ def test_a_forgotten_page_is_not_in_the_next_corpus(site: LoopbackSite) -> None:
         bury(url)
     plan = planned(site)
     assert [name for name, stage in plan.items() if stage.status == "cached"] == [
-        *("crawl", "extract", "measure", "language", "quality")
+        *("crawl", "extract", "measure", "signatures", "language", "quality")
     ]
     assert plan["forget"].status == "run"
     assert {plan[name].status for name in ("deduplicate", "split")} == {"unknown"}
@@ -191,6 +192,26 @@ def test_a_purge_leaves_nothing_behind_and_all_else_whole(site: LoopbackSite) ->
     }
     assert everything(after) and VICTIM not in "".join(everything(after))
     assert purge() == []
+
+
+@pytest.mark.parametrize("what", ["http://h/gone", "before", "id"])
+def test_what_was_cut_out_of_a_document_is_erased_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    with stages_inline(monkeypatch, tmp_path / "home"):
+        texts = {
+            f"http://h/{name}": f"A whole sentence of some words about {name}.\nHome of {name}"
+            for name in ("stays", "gone")
+        }
+        made = edit_lines(
+            LinesConfig(rules=("punctuation",), min_sentences=0), documents=documents(texts)
+        )
+        kept, cut = (row for row in rows(made, "cut-"))
+        assert (kept["text"], cut["text"]) == ("Home of stays", "Home of gone")
+        bury(cut.get(what, what))
+        purge()
+        (left,) = Store.open().all("lines")
+        assert rows(left, "cut-") == [kept]
 
 
 @pytest.mark.parametrize("by", ["url", "digest"])

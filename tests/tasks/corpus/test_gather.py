@@ -180,6 +180,8 @@ def test_warc_files_and_lists_of_them(inbox: Path) -> None:
     with open(inbox / first["warc"].removeprefix("w:"), "rb") as file:
         file.seek(first["offset"])
         assert file.read(2) == b"\x1f\x8b"
+    stated = {row["url"]: row["canonical"] for row in rows(one)}
+    assert sum(bool(canonical) for canonical in stated.values()) > 3
     plain = gathered(SourceConfig(name="w", path=str(inbox / "plain.warc"), format="warc"))
     assert [row["text"] for row in rows(plain)] == [row["text"] for row in rows(one)]
     every = gathered(SourceConfig(name="w", path=str(inbox), format="warc"))

@@ -6,7 +6,7 @@ from inline_shards import run_inline
 from test_quality import CONSTANTS, DOCUMENTATION, PROSE
 
 from tasks.corpus.documents import document_id
-from tasks.corpus.line_edits import LinesConfig, edit_lines, edited
+from tasks.corpus.line_edits import HEADING, LinesConfig, edit_lines, edited
 from tasks.runtime.store import REPORT, Store
 
 ALL = LinesConfig(rules=("punctuation", "words", "javascript", "policy"))
@@ -57,8 +57,9 @@ def home(tmp_path, monkeypatch):
 def test_every_line_goes_by_the_first_rule_that_drops_it() -> None:
     left, dropped = edited(PAGE, ALL)
     assert left == LEFT
-    assert [(rule, line.split()[0]) for rule, line in dropped] == [
+    assert [(cut.rule, cut.text.split()[0]) for cut in dropped] == [
         ("punctuation", "Home"),
+        ("heading", "##"),
         ("punctuation", "-"),
         ("words", "-"),
         ("words", "It"),
@@ -71,9 +72,9 @@ def test_every_line_goes_by_the_first_rule_that_drops_it() -> None:
 def test_a_rule_alone_drops_its_own_lines(rule) -> None:
     config = LinesConfig(rules=(rule,))
     left, dropped = edited(PAGE, config)
-    assert {name for name, _ in dropped} == {rule}
+    assert {cut.rule for cut in dropped} - {HEADING} == {rule}
     assert edited(left, config) == (left, [])
-    assert not any(line in left.split("\n") for _, line in dropped)
+    assert not any(cut.text in left.split("\n") for cut in dropped)
 
 
 def test_code_is_never_torn_and_documentation_stays() -> None:
@@ -102,6 +103,14 @@ def test_what_went_is_counted_by_rule_and_what_is_left_is_a_document() -> None:
     gone = rows(made, "rejected-")
     assert [row["text"] for row in gone] == [menu, "Home"]  # whole, to be looked at
     assert gone[0]["reason"] == "1 sentences are left < 3"
+    cuts = rows(made, "cut-")  # of what stayed; what went is whole among the rejected
+    lines = PAGE.split("\n")
+    assert [cut["text"] for cut in cuts] == [lines[cut["line"] - 1] for cut in cuts]
+    assert {cut["text"] for cut in cuts} == {line for line in lines if line} - {*LEFT.split("\n")}
+    assert {cut["rule"] for cut in cuts} == {*ALL.rules, HEADING}
+    assert {(cut["url"], cut["before"], cut["id"]) for cut in cuts} == {
+        ("http://h/a", document_id(PAGE), document_id(LEFT))
+    }
     told = Store.open().of(made).read_bytes(REPORT).decode()
     assert "Home | News | Contact" in told
 

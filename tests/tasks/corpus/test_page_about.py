@@ -32,6 +32,23 @@ def test_licence_hints(extractor, head: str, block: str, licence: str) -> None:
     assert read_page(page.encode(), "text/html", "", extractor).licence == licence
 
 
+@pytest.mark.parametrize("extractor", ["trafilatura", "resiliparse"])
+@pytest.mark.parametrize(
+    ("head", "canonical"),
+    [
+        ('<link rel="canonical" href="HTTP://Example.org:80/a#top">', "http://example.org/a"),
+        ('<LINK REL="alternate Canonical" href="b.html?utm_source=x">', "http://h/d/b.html"),
+        ('<base href="/other/"><link rel="canonical" href="b">', "http://h/other/b"),
+        ('<link rel="canonical" href="mailto:a@b.org">', ""),
+        ('<link rel="stylesheet" href="/canonical">', ""),
+        ("", ""),
+    ],
+)
+def test_canonical_addresses(extractor, head: str, canonical: str) -> None:
+    page = html("T", PARAGRAPH, head=head).encode()
+    assert read_page(page, "text/html", "http://h/d/c.html", extractor).canonical == canonical
+
+
 def test_the_first_of_several_statements_counts() -> None:
     about = About()
     about.add_heading("  The\n title ")

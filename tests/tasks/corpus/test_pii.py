@@ -5,14 +5,14 @@ from itertools import pairwise
 
 import pyarrow as pa
 import pytest
-from documents_of import documents, rows
+from documents_of import documents, rows, urls
 from hypothesis import given
 from hypothesis import strategies as st
 from inline_shards import run_inline
 from pydantic import ValidationError
 
 from tasks.corpus.personal import KINDS, count, find, is_card, luhn, mask
-from tasks.corpus.pii import PIIConfig, pii
+from tasks.corpus.pii import PIIConfig, drop_pii, pii
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Workspace, stage
 
@@ -74,24 +74,45 @@ def test_any_text_is_masked_once_and_for_all(text: str) -> None:
     assert mask(clean, EVERY)[0] == clean
 
 
+def masked(documents: Manifest, **options) -> Manifest:
+    return pii(PIIConfig(action="mask", **options).masking(), documents=documents)
+
+
+def dropped(documents: Manifest, most: int) -> Manifest:
+    config = PIIConfig(action="drop", most=most)
+    clean = pii(config.masking(), documents=documents)
+    return drop_pii(config.limit(), documents=clean, attributes=clean)
+
+
 def test_documents_are_masked_or_dropped_by_configuration() -> None:
-    texts = {
-        "http://h/a": "Ask jane@company.io or call +49 30 901820.",
-        "http://h/b": "Nobody is named here.",
-    }
-    masked = pii(PIIConfig(action="mask"), documents=documents(texts))
-    assert rows(masked)[0]["text"] == "Ask <email> or call <telephone>."
-    assert rows(masked)[0]["bytes"] == len("Ask <email> or call <telephone>.")
-    assert masked.metrics == {"masked_emails": 1, "masked_telephones": 1}
-    only = pii(PIIConfig(action="mask", kinds=("emails",)), documents=documents(texts))
+    given = documents(
+        {
+            "http://h/a": "Ask jane@company.io or call +49 30 901820.",
+            "http://h/b": "Nobody is named here.",
+        }
+    )
+    clean = masked(given)
+    assert rows(clean)[0]["text"] == "Ask <email> or call <telephone>."
+    assert rows(clean)[0]["bytes"] == len("Ask <email> or call <telephone>.")
+    assert clean.metrics == {"masked_emails": 1, "masked_telephones": 1}
+    told = [(row["url"], row["emails"], row["ibans"]) for row in rows(clean, "attributes-")]
+    assert told == [("http://h/a", 1, 0), ("http://h/b", 0, 0)]
+    only = masked(given, kinds=("emails",))
     assert rows(only)[0]["text"] == "Ask <email> or call +49 30 901820."
-    dropped = pii(PIIConfig(action="drop", most=1), documents=documents(texts))
-    assert [row["url"] for row in rows(dropped)] == ["http://h/b"]
-    (gone,) = rows(dropped, "rejected-")
+    assert urls(dropped(given, 2)) == ["http://h/a", "http://h/b"]
+    assert urls(dropped(given, 1)) == ["http://h/b"]
+    (gone,) = rows(dropped(given, 1), "rejected-")
     assert (gone["rule"], gone["reason"]) == ("pii", "2 finds > 1")
     assert "jane" not in gone["text"]
     with pytest.raises(ValidationError, match="there are secrets, emails"):
         PIIConfig(kinds=("names",))
+
+
+def test_texts_that_are_one_when_masked_are_judged_each_by_its_own_finds() -> None:
+    texts = {"http://h/a": "Ask <email>.", "http://h/b": "Ask jane@company.io."}
+    given = documents(texts)
+    assert len({row["id"] for row in rows(masked(given))}) == 1
+    assert urls(dropped(given, 0)) == ["http://h/a"]
 
 
 def test_a_card_needs_more_than_a_checksum() -> None:
@@ -125,9 +146,9 @@ def titled(config: PIIConfig, work: Workspace, *, documents: Manifest) -> Outcom
 
 
 def test_titles_are_masked_like_text() -> None:
-    made = titled(PIIConfig(), documents=documents({"http://h/a": "One.", "http://h/b": "Two."}))
-    masked = pii(PIIConfig(action="mask"), documents=made)
-    assert [row["title"] for row in rows(masked)] == ["Contact <email>", "A title"]
-    assert masked.metrics == {"masked_emails": 1}
-    dropped = pii(PIIConfig(action="drop"), documents=made)
-    assert [row["url"] for row in rows(dropped)] == ["http://h/b"]
+    texts = {"http://h/a": "One.", "http://h/b": "Two."}
+    made = titled(PIIConfig(), documents=documents(texts))
+    clean = masked(made)
+    assert [row["title"] for row in rows(clean)] == ["Contact <email>", "A title"]
+    assert clean.metrics == {"masked_emails": 1}
+    assert urls(dropped(made, 0)) == ["http://h/b"]

@@ -2,7 +2,9 @@
 
 import random
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 from documents_of import documents, rows, urls
 from hypothesis import given, settings
@@ -10,11 +12,14 @@ from hypothesis import strategies as st
 from inline_shards import run_inline
 from pydantic import ValidationError
 
+from tasks.corpus import held_out
+from tasks.corpus.arrays import is_among, read_array
 from tasks.corpus.groups import draw, stable_key
 from tasks.corpus.leakage import Marks, line_marks, own_marks, without_leaks
 from tasks.corpus.shingles import normalise
 from tasks.corpus.split import SplitConfig, split
 from tasks.runtime.errors import UserError
+from tasks.runtime.store import Directory
 
 NOTICE = "Copyright of the example foundation, all of the rights are reserved for ever."
 WORDS = [
@@ -76,6 +81,13 @@ def own_clusters(texts: dict[str, str]) -> tuple[str, ...]:
     return tuple(str(number) for number in range(len(texts)))
 
 
+def cut_by(text: str, held: Marks) -> tuple[str, int]:
+    marks = line_marks(text)
+    hits = is_among(marks.windows, held.windows), is_among(marks.names, held.names)
+    left, lines = without_leaks(marks, *hits)
+    return left, len(lines)
+
+
 def divided(texts: dict[str, str], **options):
     return split(SplitConfig(**options), documents=documents(texts, own_clusters(texts)))
 
@@ -90,7 +102,12 @@ def test_no_line_of_a_held_out_document_is_in_training_however_it_is_broken() ->
     leaked = {line for line in long if normalise(line) in seen}
     assert leaked == {NOTICE}  # everybody's, and so nobody's own
     assert sum(NOTICE in row["text"] for row in train) > 20
-    assert manifest.metrics["leaked_lines_cut"] > 0
+    cuts = rows(manifest, "cut-")
+    assert len(cuts) == manifest.metrics["leaked_lines_cut"] > 0
+    texts, left = site(), {row["url"]: row["id"] for row in train}
+    for cut in cuts:
+        assert texts[cut["url"]].split("\n")[cut["line"] - 1] == cut["text"]
+        assert cut["id"] == left[cut["url"]] != cut["before"]
 
 
 def test_summaries_tell_nothing_of_what_is_held_out_and_all_of_the_rest() -> None:
@@ -100,6 +117,29 @@ def test_summaries_tell_nothing_of_what_is_held_out_and_all_of_the_rest() -> Non
     told = set(re.findall(r"module(\d+)\.", summary["text"]))
     assert told == {str(n) for n in range(40)} - numbers
     assert summary["text"].count("short fact") == 40 - len(numbers)
+
+
+def test_many_tiny_ranges_of_marks_cut_what_one_range_cuts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = divided(site())
+    assert whole.metrics["leaked_lines_cut"] > 0 < whole.metrics["common_passages"]
+    read = []
+
+    def counted(directory: Directory, name: str) -> np.ndarray:
+        array = read_array(directory, name)
+        read.append((name, len(array)))
+        return array
+
+    monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path / "other"))
+    monkeypatch.setattr(held_out, "MARKS", 3)
+    monkeypatch.setattr(held_out, "read_array", counted)
+    cut_up = divided(site())
+    assert cut_up.files == whole.files
+    assert (cut_up.metrics, cut_up.counts) == (whole.metrics, whole.counts)
+    # Nobody reads more held-out marks at a time than a range has.
+    assert len({name for name, _ in read if name.startswith("_marks-windows-")}) > 50
+    assert max(size for _, size in read) < 20
 
 
 def test_a_page_and_its_source_are_never_divided() -> None:
@@ -212,7 +252,7 @@ def test_whatever_is_planted_is_cut(
     broken = re.sub(rf"(.{{{width},}}?) ", r"\1\n    # ", planted)
     text = "\n".join([*train[:place], broken, *train[place:]])
     marks = own_marks("\n".join(held))
-    cut, _ = without_leaks(line_marks(text), marks)
+    cut, _ = cut_by(text, marks)
     for line in held:
         if len(normalise(line)) >= 40:
             assert f" {normalise(line)} " not in f" {normalise(cut)} "
@@ -222,8 +262,8 @@ def test_only_what_is_shared_is_cut_and_empty_code_goes_with_it() -> None:
     fact = "Return the absolute value of the number that is given as x."
     text = f"# page\n\nOf its own.\n\n```\n{fact}\n```\n\n- keep this\n- math.fabs: see there"
     marks = own_marks(f"# math\n\n## math.fabs(x)\n\n{fact}")
-    assert without_leaks(line_marks(text), marks) == ("# page\n\nOf its own.\n\n- keep this", 2)
-    untouched = without_leaks(line_marks(text), Marks(marks.windows[:0], marks.names[:0]))
+    assert cut_by(text, marks) == ("# page\n\nOf its own.\n\n- keep this", 2)
+    untouched = cut_by(text, Marks(marks.windows[:0], marks.names[:0]))
     assert untouched == (text, 0)
 
 
@@ -231,6 +271,6 @@ def test_a_page_keeps_its_text_when_a_held_out_list_quotes_it() -> None:
     fact = "Return the absolute value of the number that is given as x."
     page = f"# math\n\n## math.fabs(x)\n\n{fact}"
     quoting = f"# other\n\n## other.own(x)\n\n{NOTICE}\n\n- `math.fabs(x)`: {fact}"
-    assert without_leaks(line_marks(page), own_marks(quoting)) == (page, 0)
+    assert cut_by(page, own_marks(quoting)) == (page, 0)
     summary = "# all\n\n- other.own(x): something\n- math.fabs(x): kept"
-    assert without_leaks(line_marks(summary), own_marks(quoting))[1] == 1
+    assert cut_by(summary, own_marks(quoting))[1] == 1

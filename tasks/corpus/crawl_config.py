@@ -11,6 +11,9 @@ from tasks.runtime.fingerprint import place
 from tasks.runtime.stage_config import StageConfig
 
 EMBEDDED = "embedded:stdlib"
+# With another of these an address is another page: asked otherwise, or judged otherwise. With all
+# others (pace, limits, scope) a later epoch goes on from what is known.
+PAGE_SETTINGS = ("seeds", "user_agent", "sites", "content_types", "honour_opt_outs")
 
 
 class CrawlOptions(StageConfig):
@@ -46,6 +49,12 @@ class CrawlOptions(StageConfig):
         le=1,
         description="In a later epoch, pages that are less likely to have changed, by how often "
         "they did so far, are taken over without asking. 0 asks for every page.",
+    )
+    keep_stale: int = Field(
+        3,
+        ge=0,
+        description="Later epochs in a row in which a page that cannot be had for a passing reason "
+        "(no answer, 429, 5xx) stays as it was. 404, 410 and opt-outs remove it at once.",
     )
     max_redirects: int = Field(5, ge=0, description="Redirects in a row that are followed.")
     max_bytes: int = Field(
@@ -117,7 +126,9 @@ class CrawlConfig(CrawlOptions):
         0,
         ge=0,
         description="Raise it to crawl again: pages are asked for with If-None-Match and "
-        "If-Modified-Since, and if none changed nothing after the crawl runs again.",
+        "If-Modified-Since, and if none changed nothing after the crawl runs again. Pace, limits "
+        "and scope may be others; with other seeds, user_agent, sites, content_types or "
+        "honour_opt_outs it starts anew, and says so.",
     )
 
     @field_validator("seeds")

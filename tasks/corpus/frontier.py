@@ -12,29 +12,28 @@ import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-from tasks.corpus.addresses import DOCUMENT_STATES, HOSTS, URLS, Address, Earlier, Host
+from tasks.corpus.addresses import (
+    CARRIED_STATES,
+    DOCUMENT_STATES,
+    HOSTS,
+    URLS,
+    Address,
+    Earlier,
+    Host,
+)
 from tasks.corpus.fetch_plan import HostPlan, HostResult, Outcome, Request
+from tasks.corpus.revisit import NOT_ASKED, Revisit, remember, take_over
 from tasks.corpus.robots import Robots
 from tasks.corpus.urls import Scope, host_of
 
 MAX_QUERIES = 500  # distinct query strings below one path; more is an endless space
 CIRCLE = "redirects in a circle"
 MAX_REQUESTS_PER_ROUND = 1000  # of one host
-
-
-@dataclass(frozen=True)
-class Revisit:
-    """Which known pages are taken over without asking: those less likely to have changed than
-    `chance`, where `allowed` says that robots.txt as it is now lets us have them."""
-
-    chance: float = 0.0
-    allowed: Callable[[Host, str], bool] = lambda host, url: False
 
 
 class Frontier:
@@ -185,17 +184,15 @@ class Frontier:
         return (
             address.depth > 0
             and address.url in self.earlier
+            and not self.earlier[address.url].address.stale
             and self._chance(address) < self.revisit.chance
             and self.revisit.allowed(self.hosts[host_of(address.url)], address.url)
         )
 
     def _take_over(self, address: Address) -> None:
         known = self.earlier[address.url].address
-        outcome = Outcome(address.url, "page", "not_modified", "not asked", digest=known.digest)
+        outcome = Outcome(address.url, "page", "not_modified", NOT_ASKED, digest=known.digest)
         self._follow(address, outcome, self._merge(address, outcome))
-        history = known.history
-        address.visits, address.changes = history.visits, history.changes
-        address.first, address.checked = history.first, history.checked
         self.counts["pages not asked for again"] += 1
 
     def _room(self, host: str) -> int:
@@ -228,19 +225,22 @@ class Frontier:
     def update(
         self, plans: Iterable[HostPlan], outcomes: Iterable[Outcome], hosts: Iterable[HostResult]
     ) -> dict[str, tuple[str, ...]]:
-        """Merge a round's outcomes in the order of its plan; returns the links of pages read."""
+        """Merge a round's outcomes in the order of its plan; returns the links of pages read.
+
+        Outcomes beyond the plan follow: of a round that was longer before it was taken up again.
+        """
         by_url = {outcome.url: outcome for outcome in outcomes}
+        planned = [request.url for plan in plans for request in plan.requests]
         links: dict[str, tuple[str, ...]] = {}
-        for plan in plans:
-            for request in plan.requests:
-                outcome = by_url.get(request.url)
-                if outcome is None:
-                    continue
-                address = self.addresses[request.url]
-                found = self._merge(address, outcome)
-                if found:
-                    links[address.url] = found
-                self._follow(address, outcome, found)
+        for url in dict.fromkeys([*planned, *sorted(by_url)]):
+            address, outcome = self.addresses.get(url), by_url.get(url)
+            if outcome is None or address is None or address.state != "queued":
+                continue
+            outcome, address.stale = self.revisit.kept(outcome, self.earlier.get(url))
+            found = self._merge(address, outcome)
+            if found:
+                links[url] = found
+            self._follow(address, outcome, found)
         for result in hosts:
             row = self.hosts[result.host]
             row.delay, row.backoff = result.delay, result.backoff
@@ -269,7 +269,7 @@ class Frontier:
         if not unsaid:
             return
         for address in self.addresses.values():
-            unasked = address.state in ("denied", "error") and not address.fetched_at
+            unasked = address.state in ("denied", "error", "stale") and not address.seconds
             if unasked and host_of(address.url) in unsaid:
                 address.state, address.reason = "queued", ""
 
@@ -285,30 +285,13 @@ class Frontier:
             address.robots = ""
         self.counts["links that are no address"] += outcome.links_invalid
         self.counts["links left out"] += outcome.links_left_out
-        links = outcome.links
         earlier = self.earlier.get(address.url)
-        self._remember(address, outcome, earlier)
-        if outcome.state == "not_modified" and earlier is not None:
-            known, links = earlier.address, earlier.links
-            address.content_type, address.bytes = known.content_type, known.bytes
-            address.canonical, address.noindex = known.canonical, known.noindex
-            address.etag = address.etag or known.etag
-            address.modified = address.modified or known.modified
-            # The body stands in the earlier epoch's record.
-            address.record_id, address.fetched_at = known.record_id, known.fetched_at
-            address.segment, address.offset, address.length = "", known.offset, known.length
-        return links
-
-    def _remember(self, address: Address, outcome: Outcome, earlier: Earlier | None) -> None:
-        """What this visit says of how often the page changes."""
-        if outcome.state not in DOCUMENT_STATES:
-            return
-        address.first = address.checked = outcome.fetched_at
-        if earlier is not None:
-            changed = outcome.digest != earlier.address.digest
-            history = earlier.address.history.after(changed, outcome.fetched_at)
-            address.visits, address.changes = history.visits, history.changes
-            address.first, address.checked = history.first, history.checked
+        if outcome.state in DOCUMENT_STATES:
+            remember(address, outcome, earlier.address if earlier else None)
+        if outcome.state in CARRIED_STATES and earlier is not None:
+            take_over(address, outcome, earlier.address)
+            return earlier.links
+        return outcome.links
 
     def _follow(self, address: Address, outcome: Outcome, links: tuple[str, ...]) -> None:
         if outcome.location:

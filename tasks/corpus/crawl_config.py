@@ -75,6 +75,10 @@ class CrawlOptions(StageConfig):
         description="Leave out what is reserved from text mining: sites whose robots.txt shuts out "
         "several crawlers of AI companies or says ai-train=no, pages with tdm-reservation or noai.",
     )
+    try_sitemap: bool = Field(
+        True,
+        description="Ask a host once for /sitemap.xml where its robots.txt names no sitemap.",
+    )
     sites: tuple[SiteOptions, ...] = Field(
         (), description="Headers, cookies, proxy and delay for single sites."
     )
@@ -165,5 +169,6 @@ class CrawlConfig(CrawlOptions):
             parallel=self.parallel,
             content_types=self.content_types,
             honour_opt_outs=self.honour_opt_outs,
+            try_sitemap=self.try_sitemap,
             sites=tuple(site.resolved() for site in self.sites),
         )

@@ -32,6 +32,7 @@ from tasks.corpus.robots import Robots
 from tasks.corpus.urls import Scope, host_of
 
 MAX_QUERIES = 500  # distinct query strings below one path; more is an endless space
+TRIED = "tried, as robots.txt names no sitemap"
 CIRCLE = "redirects in a circle"
 MAX_REQUESTS_PER_ROUND = 1000  # of one host
 
@@ -83,7 +84,10 @@ class Frontier:
             if known.state == "queued" and known.kind == address.kind:
                 if address.depth < known.depth:
                     known.depth, known.source = address.depth, address.source
+                known.lastmod = max(known.lastmod, address.lastmod)
                 return
+            if known.reason == NOT_ASKED and address.lastmod > known.checked:
+                known.state, known.reason, known.lastmod = "queued", "", address.lastmod
             if known.reason != "too deep" or address.depth >= known.depth:
                 return  # else a shorter way was found to it: it is judged anew
         reason = self._out_of_scope(address)
@@ -160,10 +164,13 @@ class Frontier:
         """The addresses to ask for; on the way, those that need no asking are done with."""
         queued: list[Address] = []
         todo = deque(a for a in self.addresses.values() if a.state == "queued")
+        unread = {host_of(a.url) for a in todo if a.kind == "sitemap"}
         while todo:
             address = todo.popleft()
             if self.forgotten(address.url):  # asked here: a tombstone may be younger than the crawl
                 address.state, address.reason = "skipped", "tombstoned"
+            elif address.depth and address.url in self.earlier and host_of(address.url) in unread:
+                continue  # till its sitemap has said whether it changed
             elif self._needs_no_visit(address):
                 known = len(self.addresses)
                 self._take_over(address)
@@ -177,6 +184,9 @@ class Frontier:
         """How likely another visit finds something new."""
         earlier = self.earlier.get(address.url)
         if earlier is None or address.kind != "page":
+            return 1.0
+        # A sitemap is believed where it says that a page changed, not where it says it did not.
+        if address.lastmod > earlier.address.checked:
             return 1.0
         return earlier.address.history.chance_of_change(self.begun)
 
@@ -231,11 +241,14 @@ class Frontier:
         """
         by_url = {outcome.url: outcome for outcome in outcomes}
         planned = [request.url for plan in plans for request in plan.requests]
+        known = self.addresses
+        further = (u for u in sorted(by_url) if u in known and known[u].state == "queued")
         links: dict[str, tuple[str, ...]] = {}
-        for url in dict.fromkeys([*planned, *sorted(by_url)]):
-            address, outcome = self.addresses.get(url), by_url.get(url)
-            if outcome is None or address is None or address.state != "queued":
+        for url in dict.fromkeys([*planned, *further]):
+            address, outcome = known[url], by_url.get(url)
+            if outcome is None:
                 continue
+            outcome = without_failure(address, outcome)
             outcome, address.stale = self.revisit.kept(outcome, self.earlier.get(url))
             found = self._merge(address, outcome)
             if found:
@@ -249,9 +262,11 @@ class Frontier:
             row.requests += result.requests
             row.bytes += result.bytes
             row.paused += result.paused
-            for sitemap in result.sitemaps:
-                if sitemap not in self.addresses:
-                    self._add(Address(sitemap, "sitemap", source=f"robots.txt of {result.host}"))
+            named = f"robots.txt of {result.host}"
+            for source, sitemaps in ((TRIED, result.tried), (named, result.sitemaps)):
+                for sitemap in sitemaps:
+                    if sitemap not in self.addresses:
+                        self._add(Address(sitemap, "sitemap", source=source))
         self._ask_again(time.time())
         return links
 
@@ -310,14 +325,14 @@ class Frontier:
                     address.kind,
                     depth=address.depth,
                     redirects=address.redirects + 1,
-                    source=address.url,
+                    source=TRIED if address.source == TRIED else address.url,
                 )
             )
         if address.canonical and address.canonical != address.url:
             # Its own name for itself: where that exists, deduplication has the choice.
             self._add(Address(address.canonical, depth=address.depth + 1, source=address.url))
-        for link in links:
-            self._add(Address(link, depth=address.depth + 1, source=address.url))
+        for link, lastmod in itertools.zip_longest(links, outcome.lastmods, fillvalue=""):
+            self._add(Address(link, depth=address.depth + 1, source=address.url, lastmod=lastmod))
         for sitemap in outcome.sitemaps:
             if address.depth < 3:  # an index of indexes, and no deeper
                 self._add(Address(sitemap, "sitemap", depth=address.depth + 1, source=address.url))
@@ -368,6 +383,16 @@ class Frontier:
         for address in self.addresses.values():
             if not self._out_of_scope(address):
                 self._count_query(address.url)
+
+
+def without_failure(address: Address, outcome: Outcome) -> Outcome:
+    """A sitemap nobody promised: where there is none, nothing failed."""
+    if address.source != TRIED or outcome.status >= 500 or not outcome.status:
+        return outcome
+    elsewhere = outcome.state == "redirect" and "sitemap" in outcome.location
+    if elsewhere or outcome.links or outcome.sitemaps or outcome.state == "not_modified":
+        return outcome
+    return dataclasses.replace(outcome, state="skipped", reason="no sitemap", location="")
 
 
 def _host(row: dict[str, Any]) -> Host:

@@ -85,6 +85,7 @@ class HostFetcher:
             time.time() + max(self._pause(), 0),
             self._robots,
             tuple(self._sitemaps()),
+            tuple(self._tried()) if self._limits.try_sitemap else (),
             self._left,
             self._requests,
             self._bytes,
@@ -96,6 +97,15 @@ class HostFetcher:
             for url in robots.sitemaps:
                 with contextlib.suppress(ValueError):
                     yield self._aliases.name(canonical_url(url, self._aliases.place(f"{origin}/")))
+
+    def _tried(self) -> Iterator[str]:
+        """/sitemap.xml of origins whose robots.txt names none and lets us have it."""
+        for origin, robots in self._robots.items():
+            url = f"{origin}/sitemap.xml"
+            place = self._aliases.place(url)
+            reserved = self._limits.honour_opt_outs and robots.opts_out(place)
+            if not robots.sitemaps and robots.allows(place, self._limits.token) and not reserved:
+                yield url
 
     async def run(self) -> None:
         running: set[asyncio.Task[None]] = set()

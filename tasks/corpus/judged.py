@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from tasks.corpus import warc
 from tasks.corpus.client import Answer
 from tasks.corpus.fetch_plan import Limits, Outcome, Request
-from tasks.corpus.links import header_canonical, page_links, sitemap_links
+from tasks.corpus.links import header_canonical, page_links
 from tasks.corpus.opt_out import OPT_OUT, headers_reserve
+from tasks.corpus.sitemaps import sitemap_links
 from tasks.corpus.urls import Aliases, canonical_url
 
 HTML_TYPES = frozenset({"text/html", "application/xhtml+xml"})
@@ -94,6 +95,7 @@ def _sitemap(outcome: Outcome, answer: Answer, place: str, aliases: Aliases) -> 
         reason=f"sitemap: {named.damage}" if named.damage else "",
         links=tuple(map(aliases.name, named.pages)),
         sitemaps=tuple(map(aliases.name, named.maps)),
+        lastmods=named.lastmods,
         links_invalid=named.invalid,
         links_left_out=named.left_out,
     )

@@ -19,7 +19,7 @@ def frontier(**scope: Any) -> Frontier:
 def answer(on: Frontier, url: str, *links: str, backoff: float = 0.0, **more: Any) -> None:
     """A round in which `url` alone was asked for and had these links."""
     outcome = Outcome(url, "page", "fetched", status=200, links=links, **more)
-    host = HostResult("e.org", 0.0, backoff, 0.0, {}, (), "", 1, 1, 0.0)
+    host = HostResult("e.org", 0.0, backoff, 0.0, {}, (), (), "", 1, 1, 0.0)
     on.update([HostPlan("e.org", (Request(url),))], [outcome], [host])
 
 

@@ -37,7 +37,7 @@ from tasks.corpus import warc
 
 PARALLEL = 16
 HOSTS = 4
-KILLS, QUICK_KILLS = 10, 5
+KILLS, QUICK_KILLS = 10, 4
 LATENCY = 0.02
 """Seconds an answer of the server takes, at most: then requests are really in flight."""
 PATIENCE = 60.0

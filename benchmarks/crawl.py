@@ -162,7 +162,7 @@ def main() -> None:
             result = crawl_here(rest[3:], int(rest[0]), rest[1], rest[2])
         print(json.dumps(result))
         return
-    pages, rounds, kills = (1200, 1, QUICK_KILLS) if arguments.quick else (3000, 3, KILLS)
+    pages, rounds, kills = (2000, 1, QUICK_KILLS) if arguments.quick else (3000, 3, KILLS)
     folder = Path(tempfile.mkdtemp(prefix="gristmill-bench-"))
     ours, peer = [], []
     try:
@@ -171,8 +171,8 @@ def main() -> None:
                 ours.append(worker(__file__, "ours", *server.seeds, str(pages)))
                 peer.append(worker(__file__, "scrapy", *server.seeds))
             served = server.cpu() / (2 * rounds)
-        with running(pages // 2 // HOSTS, folder, HOSTS, LATENCY) as server:
-            killed = killed_and_resumed(__file__, server, pages // 2, kills)
+        with running(25 * kills, folder, HOSTS, LATENCY) as server:
+            killed = killed_and_resumed(__file__, server, 25 * kills * HOSTS, kills)
     finally:
         shutil.rmtree(folder)
     # Scrapy takes the seed twice: a start request is not remembered as seen.

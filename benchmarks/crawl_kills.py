@@ -110,13 +110,13 @@ class Killed:
                 stderr=subprocess.DEVNULL,
             )
             try:
-                self._wait(process, (self.pages - self._asked()) // (kills - number))
-                if process.poll() is not None:
-                    return  # it was through before its tenth kill
+                self._wait(process, (self.pages - self._asked()) // (kills - number + 1))
                 answers = self.server.answers()
                 self._kill(victim, process)
-                self.killed[victim] += 1
                 self._wait_for_the_end(process)
+                if process.returncode == 0:
+                    return  # it was through before it could be killed
+                self.killed[victim] += 1
             finally:
                 process.kill()
             self._note_in_flight(answers)
@@ -174,11 +174,11 @@ class Killed:
 
     def _recorded(self) -> set[str]:
         """The addresses that have a commit in a segment, open or whole."""
-        paths = [*self.home.glob("work/*/open/*.warc.gz"), *self.home.glob("store/crawl/*/_seg*/*")]
+        places = ("work/*/open", "store/crawl/*/_segments", "store/crawl/*/warc")
         return {
             str(values["url"])
-            for path in paths
-            if path.name.endswith(".warc.gz")
+            for place in places
+            for path in self.home.glob(f"{place}/*.warc.gz")
             for values, _ in warc.commits(path.read_bytes())
         }
 

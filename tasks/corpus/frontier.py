@@ -235,10 +235,8 @@ class Frontier:
     def update(
         self, plans: Iterable[HostPlan], outcomes: Iterable[Outcome], hosts: Iterable[HostResult]
     ) -> dict[str, tuple[str, ...]]:
-        """Merge a round's outcomes in the order of its plan; returns the links of pages read.
-
-        Outcomes beyond the plan follow: of a round that was longer before it was taken up again.
-        """
+        """Merge a round's outcomes in the order of its plan, then those of a round that was longer
+        before it was taken up again; returns the links of pages read."""
         by_url = {outcome.url: outcome for outcome in outcomes}
         planned = [request.url for plan in plans for request in plan.requests]
         known = self.addresses
@@ -265,7 +263,11 @@ class Frontier:
             named = f"robots.txt of {result.host}"
             for source, sitemaps in ((TRIED, result.tried), (named, result.sitemaps)):
                 for sitemap in sitemaps:
-                    if sitemap not in self.addresses:
+                    names = {sitemap}
+                    if source == TRIED:  # once for a host, not for http and for https
+                        bare = sitemap.partition(":")[2]
+                        names |= {f"http:{bare}", f"https:{bare}"}
+                    if not names & self.addresses.keys():
                         self._add(Address(sitemap, "sitemap", source=source))
         self._ask_again(time.time())
         return links

@@ -23,6 +23,15 @@ def answer(on: Frontier, url: str, *links: str, backoff: float = 0.0, **more: An
     on.update([HostPlan("e.org", (Request(url),))], [outcome], [host])
 
 
+def test_a_host_is_tried_once_for_a_sitemap_whatever_its_scheme() -> None:
+    made = frontier()
+    for scheme in ("http", "https", "http"):
+        tried = (f"{scheme}://e.org/sitemap.xml",)
+        made.update([], [], [HostResult("e.org", 0.0, 0.0, 0.0, {}, (), tried, "", 1, 1, 0.0)])
+    sitemaps = [url for url, address in made.addresses.items() if address.kind == "sitemap"]
+    assert sitemaps == ["http://e.org/sitemap.xml"]
+
+
 def restarted(before: Frontier, **scope: Any) -> Frontier:
     after = Frontier(Scope(frozenset(), **scope), 1_000_000, 5, 10.0)
     after.restore(before.url_table(), before.host_table(), before.counts)

@@ -162,7 +162,7 @@ def main() -> None:
             result = crawl_here(rest[3:], int(rest[0]), rest[1], rest[2])
         print(json.dumps(result))
         return
-    pages, rounds, kills = (2000, 1, QUICK_KILLS) if arguments.quick else (3000, 3, KILLS)
+    pages, rounds, kills = (2000, 1, QUICK_KILLS) if arguments.quick else (4000, 2, KILLS)
     folder = Path(tempfile.mkdtemp(prefix="gristmill-bench-"))
     ours, peer = [], []
     try:

@@ -12,8 +12,8 @@ from tasks.runtime.stage_config import StageConfig
 
 EMBEDDED = "embedded:stdlib"
 # With another of these an address is another page: asked otherwise, or judged otherwise. With all
-# others (pace, limits, scope) a later epoch goes on from what is known.
-PAGE_SETTINGS = ("seeds", "user_agent", "sites", "content_types", "honour_opt_outs")
+# others (pace, limits, scope, seeds) a later epoch goes on from what is known.
+PAGE_SETTINGS = ("user_agent", "sites", "content_types", "honour_opt_outs")
 
 
 class CrawlOptions(StageConfig):
@@ -131,8 +131,8 @@ class CrawlConfig(CrawlOptions):
         ge=0,
         description="Raise it to crawl again: pages are asked for with If-None-Match and "
         "If-Modified-Since, and if none changed nothing after the crawl runs again. Pace, limits "
-        "and scope may be others; with other seeds, user_agent, sites, content_types or "
-        "honour_opt_outs it starts anew, and says so.",
+        "and scope may be others, seeds be added; with another user_agent, sites, content_types "
+        "or honour_opt_outs it starts anew, and says so.",
     )
 
     @field_validator("seeds")

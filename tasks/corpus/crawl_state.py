@@ -72,7 +72,8 @@ class Rounds:
 
 @dataclass(frozen=True)
 class EarlierEpoch:
-    """The latest earlier epoch of the same crawl, if the store still has one.
+    """The latest earlier epoch of the same crawl, if the store still has one: with the same seeds,
+    or else with one of them.
 
     `note` says, in a later epoch, what it goes on from, or which settings make it start anew.
     """
@@ -86,18 +87,18 @@ class EarlierEpoch:
         for manifest in work.store.all(work.stage):
             with contextlib.suppress(ValidationError):  # made by another version of this stage
                 other = CrawlConfig(**manifest.config)
-                if other.epoch < config.epoch:
+                if other.epoch < config.epoch and {*other.seeds} & {*config.seeds}:
                     found.append((other.epoch, manifest, other))
-        found.sort(key=lambda epoch: epoch[0])  # stable: the last made of the same number
+        # Stable: of the same number the last that was made.
+        found.sort(key=lambda epoch: (epoch[2].seeds == config.seeds, epoch[0]))
         same = [epoch for epoch in found if page_settings(epoch[2]) == page_settings(config)]
         if same:
             number, manifest, other = same[-1]
             changed = _changes(identity(other), identity(config))
             said = f"epoch {config.epoch} goes on from epoch {number}"
             return cls(work.store.of(manifest), f"{said}; with other settings: {changed}")
-        of_seeds = [epoch for epoch in found if epoch[2].seeds == config.seeds]
-        if of_seeds:
-            number, _, other = of_seeds[-1]
+        if found:
+            number, _, other = found[-1]
             changed = _changes(page_settings(other), page_settings(config))
             said = f"epoch {config.epoch} asks for every page anew, not as epoch {number} left it"
             return cls(None, f"{said}: {changed}")

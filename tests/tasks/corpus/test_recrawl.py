@@ -149,7 +149,11 @@ def test_other_pace_limits_and_scope_lose_nothing_and_others_start_anew_saying_s
         assert second.counts["not_modified"] == 4
         assert "goes on from epoch 0" in note(second) and "max_pages 2000 → 100" in note(second)
         asked.clear()
-        third = crawler.crawl(site.url, epoch=2, user_agent="Other/2.0")
+        more = crawler.crawl(site.url, f"{site.url}/c", epoch=2)
+        assert sorted(asked) == ["/", "/a", "/b", "/c"]
+        assert "goes on from epoch 1" in note(more) and "crawl.seeds" in note(more)
+        asked.clear()
+        third = crawler.crawl(site.url, epoch=3, user_agent="Other/2.0")
         assert not asked and third.counts["fetched"] == 4
         assert "asks for every page anew" in note(third)
         assert 'crawl.user_agent "Gristmill/1.0" → "Other/2.0"' in note(third)

@@ -33,6 +33,7 @@ from tasks.runtime.progress import Progress, run_logger
 from tasks.runtime.ray_session import ray_session
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Workspace, stage
+from tasks.runtime.store import Store
 
 __all__ = ["EMBEDDED", "CrawlConfig", "CrawlOptions", "SiteDown", "crawl", "crawl_site"]
 
@@ -42,7 +43,12 @@ EMBEDDED_NAME = "embedded://stdlib"
 Mapper = Callable[[Callable[..., Any], list[tuple[Any, ...]]], Iterable[tuple[int, Any]]]
 
 
-@stage("crawl", version=4, retries=3, content_addressed=True)
+def foreseen(config: CrawlConfig, store: Store) -> str:
+    """What a later epoch goes on from, or why it starts anew: for its plan."""
+    return EarlierEpoch.of(config, store).note
+
+
+@stage("crawl", version=4, retries=3, content_addressed=True, foresee=foreseen)
 def crawl(config: CrawlConfig, work: Workspace) -> Outcome:
     """Fetch the seeds' sites politely into WARC files."""
     settings = Settings.load()
@@ -99,7 +105,7 @@ def crawl_site(
         run_logger().warning(
             "crawl.contact is empty: owners of the sites cannot reach you; set an e-mail or address"
         )
-    before = EarlierEpoch.of(config, work)
+    before = EarlierEpoch.of(config, work.store)
     if before.note:
         run_logger().info(before.note)
     frontier = Frontier(

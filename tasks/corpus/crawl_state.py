@@ -20,7 +20,7 @@ from tasks.runtime.fingerprint import identity
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.planning import differences
 from tasks.runtime.stage import Workspace
-from tasks.runtime.store import Directory
+from tasks.runtime.store import Directory, Store
 
 ROUNDS = "_rounds"
 
@@ -82,9 +82,9 @@ class EarlierEpoch:
     note: str = ""
 
     @classmethod
-    def of(cls, config: CrawlConfig, work: Workspace) -> EarlierEpoch:
+    def of(cls, config: CrawlConfig, store: Store) -> EarlierEpoch:
         found: list[tuple[int, Manifest, CrawlConfig]] = []
-        for manifest in work.store.all(work.stage):
+        for manifest in store.all("crawl"):
             with contextlib.suppress(ValidationError):  # made by another version of this stage
                 other = CrawlConfig(**manifest.config)
                 if other.epoch < config.epoch and {*other.seeds} & {*config.seeds}:
@@ -96,7 +96,7 @@ class EarlierEpoch:
             number, manifest, other = same[-1]
             changed = _changes(identity(other), identity(config))
             said = f"epoch {config.epoch} goes on from epoch {number}"
-            return cls(work.store.of(manifest), f"{said}; with other settings: {changed}")
+            return cls(store.of(manifest), f"{said}; with other settings: {changed}")
         if found:
             number, _, other = found[-1]
             changed = _changes(page_settings(other), page_settings(config))

@@ -8,7 +8,10 @@ import pytest
 from aiohttp import web
 from loopback_site import Crawler, LoopbackSite, page, redirect, small_site
 
+from tasks.corpus.crawl import crawl
+from tasks.corpus.crawl_config import CrawlConfig
 from tasks.runtime.errors import UserError
+from tasks.runtime.planning import planning
 
 
 @pytest.fixture
@@ -137,8 +140,9 @@ def note(result: Any) -> str:
 
 
 def test_other_pace_limits_and_scope_lose_nothing_and_others_start_anew_saying_so(
-    crawler: Crawler,
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("GRISTMILL_HOME", str(crawler.home))
     asked: list[str] = []
     pages = {path: conditional(body, asked) for path, body in small_site().items()}
     with LoopbackSite(pages) as site:
@@ -153,6 +157,9 @@ def test_other_pace_limits_and_scope_lose_nothing_and_others_start_anew_saying_s
         assert sorted(asked) == ["/", "/a", "/b", "/c"]
         assert "goes on from epoch 1" in note(more) and "crawl.seeds" in note(more)
         asked.clear()
+        with planning() as planned:
+            crawl(CrawlConfig(seeds=(site.url,), epoch=3, user_agent="Other/2.0"))
+        assert "epoch 3 asks for every page anew, not as epoch 1" in planned[0].why
         third = crawler.crawl(site.url, epoch=3, user_agent="Other/2.0")
         assert not asked and third.counts["fetched"] == 4
         assert "asks for every page anew" in note(third)

@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,9 +35,9 @@ import psutil
 import pyarrow as pa
 
 from benchmarks.one_core import one_core, worker
+from benchmarks.ray_node import Node
 from benchmarks.report import Targets, finish, table
 from benchmarks.samples import pages_without_end, samples
-from benchmarks.stack import free_ports
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Stage, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
@@ -85,32 +84,6 @@ def crawl_of(config: PagesConfig, work: Workspace) -> Outcome:
     work.put(path, "warc/00000.warc.gz")
     work.write_table("pages.parquet", pa.Table.from_pylist(rows, PAGES))
     return Outcome(counts={"documents": len(rows), "bytes": sum(row["bytes"] for row in rows)})
-
-
-@contextlib.contextmanager
-def ray_node(workers: int) -> Iterator[str]:
-    """The address of a Ray node with so many CPUs, started here and taken down at the end."""
-    (port,) = free_ports(1)
-    folder = tempfile.mkdtemp(prefix="gmb-")  # sockets lie below it: their paths must be short
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-    command += ["--node-ip-address", "127.0.0.1", "--port", str(port), "--temp-dir", folder]
-    command += ["--num-cpus", str(workers), "--include-dashboard", "false"]
-    command += ["--object-store-memory", str(256 * 2**20), "--disable-usage-stats"]
-    with open(Path(folder) / "output.txt", "wb") as output:
-        node = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        started = psutil.Process(node.pid).children(recursive=True)
-        node.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            node.wait(10)
-        for process in started:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        node.kill()
-        node.wait()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def cpu_seconds() -> dict[str, float]:
@@ -164,8 +137,8 @@ def run(crawls: Path, extractor: str, workers: int) -> list[dict[str, Any]]:
         rows.setdefault(step.name, []).append({"documents": kept} | took | spent)
         return manifest
 
-    with ray_node(workers) as address, home_of(crawls) as home:
-        os.environ |= {"GRISTMILL_HOME": str(home), "GRISTMILL_RAY_ADDRESS": address}
+    with Node(workers) as node, home_of(crawls) as home:
+        os.environ |= {"GRISTMILL_HOME": str(home), "GRISTMILL_RAY_ADDRESS": node.address}
         for crawled in rounds(home):
             walk(extractor, crawled, timed)
     return [

@@ -8,8 +8,8 @@ and every Ray worker from start to end, imports, robots.txt, WARC files, tables 
 included; Ray's own daemons are told apart. Scrapy is a spider that follows the links of each page
 (`response.follow_all`), asks for no robots.txt and keeps nothing: its whole process.
 
-Then the crawl is killed at random moments, ten times, and started again each time. What the server
-noted says whether a page was lost or asked for twice beyond the requests in flight at a kill.
+Then a crawl of several hosts is killed at random moments, ten times, and started again each time
+(`crawl_kills`): was a page lost, or asked for more often than it was in flight at a kill?
 """
 
 from __future__ import annotations
@@ -17,32 +17,37 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psutil
 
-from benchmarks.crawl_server import Server, running
-from benchmarks.one_core import CHECKOUT, InlineSession, worker
-from benchmarks.report import Targets, finish
+from benchmarks.crawl_kills import (
+    HOSTS,
+    KILLS,
+    LATENCY,
+    PARALLEL,
+    QUICK_KILLS,
+    crawl_here,
+    killed_and_resumed,
+)
+from benchmarks.crawl_server import running
+from benchmarks.one_core import worker
+from benchmarks.report import finish
 
-PARALLEL = 16
-KILLS = 10
-TARGETS: Targets = {
+TARGETS: dict[str, tuple[str, float]] = {
     "cpu_of_scrapy": ("<=", 2 / 3),
     "pages_lost": ("<=", 0),
+    "pages_differ": ("<=", 0),
+    "most_in_flight_of_a_host": ("<=", PARALLEL),
     "refetched_beyond_in_flight": ("<=", 0),
 }
 
@@ -89,12 +94,16 @@ def crawl_ours(seed: str, pages: int) -> dict[str, Any]:
     }
     watched = Processes()
     try:
-        from tasks.corpus.crawl import crawl
+        from tasks.corpus.crawl import CrawlConfig, crawl
         from tasks.runtime.ray_session import leave_ray, ray_session
 
         with ray_session():
             connected, begun = time.process_time(), time.monotonic()
-            manifest = crawl(config(seed, pages))
+            manifest = crawl(
+                CrawlConfig(
+                    seeds=(seed,), exclude=(), delay=0.0, parallel=PARALLEL, max_pages=2 * pages
+                )
+            )
             seconds, stage = time.monotonic() - begun, time.process_time() - connected
         cpu = watched.end()
         leave_ray()
@@ -138,91 +147,32 @@ def crawl_scrapy(seed: str) -> dict[str, Any]:
     return {"pages": Spider.pages, "cpu": time.process_time(), "seconds": seconds}
 
 
-def crawl_here(seed: str, pages: int, home: str) -> dict[str, Any]:
-    """The crawl stage with its partitions fetched in this process, which will be killed."""
-    os.environ["GRISTMILL_HOME"] = home
-    from tasks.corpus import crawl as module
-    from tasks.runtime.store import Store
-
-    with mock.patch.object(module, "ray_session", lambda _: InlineSession()):
-        manifest = module.crawl(config(seed, pages, round_seconds=0.2))
-    Store.open().verify(manifest)
-    return {"pages": manifest.counts["pages"], "content": manifest.content}
-
-
-def config(seed: str, pages: int, **options: Any) -> Any:
-    from tasks.corpus.crawl_config import CrawlConfig
-
-    limits: dict[str, Any] = {"delay": 0.0, "parallel": PARALLEL, "max_pages": 2 * pages}
-    return CrawlConfig(seeds=(seed,), exclude=(), **limits, **options)
-
-
-def killed_and_resumed(server: Server, pages: int) -> dict[str, float]:
-    """Kill the crawl KILLS times, let it end, and compare with one that was left alone."""
-    chance = random.Random()
-    home = tempfile.mkdtemp(prefix="gristmill-bench-")
-    try:
-        whole = worker(__file__, "here", server.seed, str(pages), f"{home}/whole")
-        server.forget()
-        killed = 0
-        command = [sys.executable, __file__, "--worker", "here", server.seed, str(pages)]
-        while killed < KILLS:
-            process = subprocess.Popen(
-                [*command, f"{home}/killed"],
-                cwd=CHECKOUT,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            before = server.requests().total()
-            wanted = before + chance.randint(1, max((pages - before) // (KILLS - killed), 1))
-            while process.poll() is None and server.requests().total() < wanted:
-                time.sleep(0.002)
-            time.sleep(chance.random() * 0.1)  # also between the requests, and while it packs
-            if process.poll() is not None:
-                break  # it was through before its tenth kill
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            killed += 1
-        resumed = worker(__file__, "here", server.seed, str(pages), f"{home}/killed")
-        asked = server.requests()
-        refetched = sum(count - 1 for count in asked.values())
-        lost = pages - resumed["pages"] + (whole["content"] != resumed["content"])
-        return {
-            "kills": killed,
-            "pages_lost": lost,
-            "refetched": refetched,
-            "refetched_beyond_in_flight": max(refetched - killed * PARALLEL, 0),
-        }
-    finally:
-        shutil.rmtree(home)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a smaller site, one round of each")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        kind, seed, *rest = arguments.worker
+        kind, *rest = arguments.worker
         if kind == "ours":
-            result = crawl_ours(seed, int(rest[0]))
+            result = crawl_ours(rest[0], int(rest[1]))
         elif kind == "scrapy":
-            result = crawl_scrapy(seed)
+            result = crawl_scrapy(rest[0])
         else:
-            result = crawl_here(seed, int(rest[0]), rest[1])
+            result = crawl_here(rest[3:], int(rest[0]), rest[1], rest[2])
         print(json.dumps(result))
         return
-    pages, rounds = (2000, 1) if arguments.quick else (4000, 3)
+    pages, rounds, kills = (2000, 1, QUICK_KILLS) if arguments.quick else (4000, 2, KILLS)
     folder = Path(tempfile.mkdtemp(prefix="gristmill-bench-"))
     ours, peer = [], []
     try:
         with running(pages, folder) as server:
             for _ in range(rounds):
-                ours.append(worker(__file__, "ours", server.seed, str(pages)))
-                peer.append(worker(__file__, "scrapy", server.seed))
+                ours.append(worker(__file__, "ours", *server.seeds, str(pages)))
+                peer.append(worker(__file__, "scrapy", *server.seeds))
             served = server.cpu() / (2 * rounds)
-        with running(pages // 2, folder) as server:
-            kills = killed_and_resumed(server, pages // 2)
+        with running(25 * kills, folder, HOSTS, LATENCY) as server:
+            killed = killed_and_resumed(__file__, server, 25 * kills * HOSTS, kills)
     finally:
         shutil.rmtree(folder)
     # Scrapy takes the seed twice: a start request is not remembered as seen.
@@ -248,9 +198,9 @@ def main() -> None:
             "scrapy_pages_per_second": round(
                 pages / statistics.median(r["seconds"] for r in peer), 1
             ),
-            **kills,
+            **killed,
         },
-        TARGETS,
+        TARGETS | {"kills": (">=", kills)},
     )
 
 

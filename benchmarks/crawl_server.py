@@ -1,7 +1,8 @@
 """The site that crawl benchmarks fetch: generated, served from memory by a process of its own.
 
-It writes one line to its log for every request that arrives, before the answer: what was asked for
-is known from the server, whatever a crawler says of itself.
+It writes a line to its log when a request arrives, `+ PORT PATH`, and one when it has answered,
+`- PORT PATH`: what was asked for is known from the server, whatever a crawler says of itself. The
+same pages stand at every one of its ports, each a host of its own to a crawler.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ WORDS = 2500
 START = """
 import asyncio, sys
 from benchmarks.crawl_server import serve
-asyncio.run(serve(int(sys.argv[1]), sys.argv[2]))
+asyncio.run(serve(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])))
 """
 
 
@@ -65,52 +66,79 @@ def pages(count: int) -> dict[str, bytes]:
 
 
 class Answering(asyncio.Protocol):
-    """HTTP/1.1 with keep-alive, GET only."""
+    """HTTP/1.1 with keep-alive, GET only; each answer takes up to `latency` seconds."""
 
-    def __init__(self, site: dict[str, bytes], log: int) -> None:
-        self._site, self._log, self._data = site, log, b""
+    def __init__(self, site: dict[str, bytes], log: int, latency: float) -> None:
+        self._site, self._log, self._latency = site, log, latency
+        self._data = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)  # of a socket
         self._transport = transport
+        self._port = transport.get_extra_info("sockname")[1]
 
     def data_received(self, data: bytes) -> None:
         self._data += data
         while (end := self._data.find(b"\r\n\r\n")) >= 0:
             path = self._data.split(b" ", 2)[1].decode()
             self._data = self._data[end + 4 :]
-            os.write(self._log, f"{path}\n".encode())
-            body = self._site.get(path)
-            status, kind = b"200 OK", b"text/html; charset=utf-8"
-            if body is None:
-                status, kind, body = b"404 Not Found", b"text/plain", b"no such page\n"
-            self._transport.write(
-                b"HTTP/1.1 %s\r\nServer: benchmark\r\nContent-Type: %s\r\nContent-Length: %d\r\n"
-                b"\r\n%s" % (status, kind, len(body), body)
-            )
+            self._note("+", path)
+            if self._latency:
+                pause = self._latency * random.random()
+                asyncio.get_running_loop().call_later(pause, self._answer, path)
+            else:
+                self._answer(path)
+
+    def _note(self, what: str, path: str) -> None:
+        os.write(self._log, f"{what} {self._port} {path}\n".encode())
+
+    def _answer(self, path: str) -> None:
+        if self._transport.is_closing():  # who asked is gone
+            return
+        body = self._site.get(path)
+        status, kind = b"200 OK", b"text/html; charset=utf-8"
+        if body is None:
+            status, kind, body = b"404 Not Found", b"text/plain", b"no such page\n"
+        self._transport.write(
+            b"HTTP/1.1 %s\r\nServer: benchmark\r\nContent-Type: %s\r\nContent-Length: %d\r\n"
+            b"\r\n%s" % (status, kind, len(body), body)
+        )
+        self._note("-", path)
 
 
-async def serve(count: int, log: str) -> None:
-    """Serve until killed; prints the port."""
+async def serve(count: int, log: str, hosts: int, latency: float) -> None:
+    """Serve until killed; prints the ports."""
     site = pages(count)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    server = await asyncio.get_running_loop().create_server(
-        lambda: Answering(site, descriptor), "127.0.0.1", 0
-    )
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
+    loop = asyncio.get_running_loop()
+    servers = [
+        await loop.create_server(lambda: Answering(site, descriptor, latency), "127.0.0.1", 0)
+        for _ in range(hosts)
+    ]
+    print(*(server.sockets[0].getsockname()[1] for server in servers), flush=True)
+    await asyncio.gather(*(server.serve_forever() for server in servers))
 
 
 class Server:
     """The running server as its measurers see it."""
 
-    def __init__(self, port: int, log: Path, process: psutil.Process) -> None:
-        self.seed = f"http://127.0.0.1:{port}/page/0.html"
+    def __init__(self, ports: list[int], log: Path, process: psutil.Process) -> None:
+        self.seeds = [f"http://127.0.0.1:{port}/page/0.html" for port in ports]
         self.log, self.process = log, process
 
     def requests(self) -> Counter[str]:
         """How often each address was asked for since `forget`."""
-        return Counter(self.log.read_text().split())
+        return self._noted("+")
+
+    def answers(self) -> Counter[str]:
+        """How often each address was answered; a request on a dead connection never is."""
+        return self._noted("-")
+
+    def _noted(self, what: str) -> Counter[str]:
+        lines = (line.split() for line in self.log.read_text().splitlines())
+        return Counter(
+            f"http://127.0.0.1:{port}{path}" for sign, port, path in lines if sign == what
+        )
 
     def forget(self) -> None:
         os.truncate(self.log, 0)
@@ -121,18 +149,20 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(count: int, folder: Path) -> Iterator[Server]:
+def running(count: int, folder: Path, hosts: int = 1, latency: float = 0.0) -> Iterator[Server]:
+    """A server of `count` pages at each of so many hosts."""
     log = folder / "requests.log"
     log.touch()
     process = subprocess.Popen(
-        [sys.executable, "-c", START, str(count), str(log)],
+        [sys.executable, "-c", START, str(count), str(log), str(hosts), str(latency)],
         cwd=CHECKOUT,
         stdout=subprocess.PIPE,
         text=True,
     )
     try:
         assert process.stdout is not None
-        yield Server(int(process.stdout.readline()), log, psutil.Process(process.pid))
+        ports = [int(word) for word in process.stdout.readline().split()]
+        yield Server(ports, log, psutil.Process(process.pid))
     finally:
         process.terminate()
         process.wait(10)

@@ -11,9 +11,9 @@ from tasks.runtime.run_pages import forget_reports
 from tasks.runtime.settings import Settings
 from tasks.state.tombstones import Tombstones
 
-ONLY_CRAWLED = (
-    "a payload digest finds pages of our own crawls only: forget a document from a WARC source "
-    "(corpus.sources) by its address or its id"
+AS_RECORDED = (
+    "a payload digest finds pages whose record has it: sha256 in our own crawls, mostly sha1 in "
+    "WARC files of others; forget any other document by its address or its id"
 )
 
 
@@ -37,8 +37,8 @@ def forget(settings: Settings, arguments: argparse.Namespace) -> int:
         for one in values:
             stone = state.add(kind, one, arguments.reason)
             print(f"tombstone {stone.id}: {stone.kind} {stone.value}")
-        if value.startswith("sha256:"):
-            print(ONLY_CRAWLED)
+        if kind == "digest" and ":" in value:
+            print(AS_RECORDED)
     if arguments.purge:
         forgotten, named = Forgotten.standing(settings), set[str]()
         done = erase(settings, forgotten, tell, named)

@@ -9,14 +9,17 @@ import pyarrow as pa
 from tasks.corpus.change_rate import History
 from tasks.corpus.robots import Robots
 
-DOCUMENT_STATES = frozenset({"fetched", "not_modified"})
+# The body of these stands in a record of the epoch before; a stale one could not be had for a
+# passing reason.
+CARRIED_STATES = frozenset({"not_modified", "stale"})
+DOCUMENT_STATES = CARRIED_STATES | {"fetched"}
 
 URLS = pa.schema(
     [
         ("url", pa.string()),
         ("kind", pa.string()),  # page or sitemap
-        ("state", pa.string()),  # queued, or as in tasks.corpus.fetch_plan.Outcome
-        ("reason", pa.string()),  # why it is not a document
+        ("state", pa.string()),  # queued, stale, or as in tasks.corpus.fetch_plan.Outcome
+        ("reason", pa.string()),  # why it is not a document, or stale
         ("status", pa.int32()),  # HTTP
         ("depth", pa.int32()),  # links from a seed
         ("redirects", pa.int32()),  # hops that led here
@@ -40,6 +43,8 @@ URLS = pa.schema(
         ("changes", pa.int32()),
         ("first", pa.string()),
         ("checked", pa.string()),
+        ("stale", pa.int32()),  # epochs in a row in which it could not be had
+        ("lastmod", pa.string()),  # when it changed last by its sitemap, ISO 8601, or empty
     ]
 )
 HOSTS = pa.schema(
@@ -90,6 +95,8 @@ class Address:
     changes: int = 0
     first: str = ""
     checked: str = ""
+    stale: int = 0
+    lastmod: str = ""
 
     @property
     def history(self) -> History:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
 import aiohttp
+from aiohttp.connector import Connection
 from yarl import URL
 
 from tasks.corpus import warc
@@ -100,6 +101,7 @@ class Client:
             ),
             max_line_size=16_384,
             max_field_size=32_768,
+            response_class=_Response,
         ) as session:
             # aiohttp would repeat a request on a dropped connection by itself, without the delay.
             session._retry_connection = False
@@ -146,7 +148,8 @@ class Client:
         async with self._session.get(
             URL(url, encoded=True), headers=headers, allow_redirects=False, proxy=proxy
         ) as response:
-            address = "" if proxy else _peer(response)  # behind a proxy, the site's is not known
+            # Behind a proxy, the site's address is not known.
+            address = response.peer if isinstance(response, _Response) and not proxy else ""
             content_type = response.headers.get("Content-Type", "")
             refused = ""
             if response.status == 200 and types is not None:
@@ -243,12 +246,16 @@ def _media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower() or "text/html"
 
 
-def _peer(response: aiohttp.ClientResponse) -> str:
-    connection = response.connection
-    if connection is None or connection.transport is None:
-        return ""
-    peer = connection.transport.get_extra_info("peername")
-    return str(peer[0]) if peer else ""
+class _Response(aiohttp.ClientResponse):
+    """Knows who answered: a short answer has let go of its connection before anyone can ask."""
+
+    peer = ""
+
+    async def start(self, connection: Connection) -> aiohttp.ClientResponse:
+        if connection.transport is not None:
+            peer = connection.transport.get_extra_info("peername")
+            self.peer = str(peer[0]) if peer else ""
+        return await super().start(connection)
 
 
 def _retry_after(value: str) -> float | None:

@@ -15,16 +15,17 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-from tasks.corpus.addresses import DOCUMENT_STATES, Address, Host
+from tasks.corpus.addresses import CARRIED_STATES, DOCUMENT_STATES, Address, Host
 from tasks.corpus.crawl_config import EMBEDDED, CrawlConfig, CrawlOptions
 from tasks.corpus.crawl_report import crawl_outcome
-from tasks.corpus.crawl_state import Rounds, earlier_epoch, earlier_pages
+from tasks.corpus.crawl_state import EarlierEpoch, Rounds
 from tasks.corpus.fetch import fetch_partition
 from tasks.corpus.fetch_plan import DOWN, SEGMENTS, PartitionResult, Plan
-from tasks.corpus.frontier import Frontier, Revisit
+from tasks.corpus.frontier import Frontier
 from tasks.corpus.guard import endpoint, private_seeds
 from tasks.corpus.pack import pack_segments
 from tasks.corpus.pages import PAGES
+from tasks.corpus.revisit import Revisit
 from tasks.corpus.tombstoned import Forgotten
 from tasks.corpus.urls import Aliases, Scope, canonical_url, host_of
 from tasks.runtime.errors import UserError
@@ -32,7 +33,7 @@ from tasks.runtime.progress import Progress, run_logger
 from tasks.runtime.ray_session import ray_session
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Workspace, stage
-from tasks.runtime.store import Directory
+from tasks.runtime.store import Store
 
 __all__ = ["EMBEDDED", "CrawlConfig", "CrawlOptions", "SiteDown", "crawl", "crawl_site"]
 
@@ -42,7 +43,12 @@ EMBEDDED_NAME = "embedded://stdlib"
 Mapper = Callable[[Callable[..., Any], list[tuple[Any, ...]]], Iterable[tuple[int, Any]]]
 
 
-@stage("crawl", version=3, retries=3, content_addressed=True)
+def foreseen(config: CrawlConfig, store: Store) -> str:
+    """What a later epoch goes on from, or why it starts anew: for its plan."""
+    return EarlierEpoch.of(config, store).note
+
+
+@stage("crawl", version=4, retries=3, content_addressed=True, foresee=foreseen)
 def crawl(config: CrawlConfig, work: Workspace) -> Outcome:
     """Fetch the seeds' sites politely into WARC files."""
     settings = Settings.load()
@@ -99,8 +105,9 @@ def crawl_site(
         run_logger().warning(
             "crawl.contact is empty: owners of the sites cannot reach you; set an e-mail or address"
         )
-    earlier_manifest = earlier_epoch(config, work)
-    earlier_directory = work.store.of(earlier_manifest) if earlier_manifest else None
+    before = EarlierEpoch.of(config, work.store)
+    if before.note:
+        run_logger().info(before.note)
     frontier = Frontier(
         Scope(
             frozenset(),
@@ -113,9 +120,14 @@ def crawl_site(
         config.max_pages,
         config.max_redirects,
         config.round_seconds,
-        earlier_pages(earlier_directory) if earlier_directory else None,
+        before.pages(config.max_bytes),
         forgotten,
-        Revisit(config.revisit_chance, partial(_allowed, config, aliases)),
+        Revisit(
+            config.revisit_chance,
+            partial(_allowed, config, aliases),
+            config.keep_stale,
+            before.leads(),
+        ),
         config.max_pages_per_host,
     )
     saved = Rounds(work)
@@ -144,9 +156,10 @@ def crawl_site(
         progress.update(_documents(frontier), min(known, config.max_pages))
     progress.finish()
     frontier.close()
-    if not _documents(frontier):
+    # With nothing but stale pages it is our own network that is down, as likely as not.
+    if not any(a.is_document and not a.stale for a in frontier.addresses.values()):
         raise UserError(_nothing_found(frontier, seeds))
-    return _finish(config, work, run, frontier, saved, aliases, earlier_directory)
+    return _finish(config, work, run, frontier, saved, aliases, before)
 
 
 def _allowed(config: CrawlConfig, aliases: Aliases, host: Host, url: str) -> bool:
@@ -178,7 +191,7 @@ def _require_an_answer(frontier: Frontier, results: list[PartitionResult]) -> No
     """
     down = {host.host: host.left for result in results for host in result.hosts if host.left}
     down |= {name: host.left for name, host in frontier.hosts.items() if host.left}
-    fetched = {a.url for a in frontier.addresses.values() if a.is_document}
+    fetched = {a.url for a in frontier.addresses.values() if a.is_document and not a.stale}
     fetched |= {o.url for r in results for o in r.outcomes if o.state in DOCUMENT_STATES}
     if DOWN & set(down.values()) and fetched and not {host_of(url) for url in fetched} - set(down):
         hosts = ", ".join(f"{name}: {reason}" for name, reason in sorted(down.items()))
@@ -240,7 +253,7 @@ def _finish(
     frontier: Frontier,
     saved: Rounds,
     aliases: Aliases,
-    earlier: Directory | None,
+    before: EarlierEpoch,
 ) -> Outcome:
     addresses = sorted(frontier.addresses.values(), key=lambda address: address.url)
     documents = [address for address in addresses if address.is_document]
@@ -248,13 +261,13 @@ def _finish(
     carried = [
         (frontier.earlier[a.url].address.segment, a.offset, a.length)
         for a in documents
-        if a.state == "not_modified"
+        if a.state in CARRIED_STATES
     ]
-    places = pack_segments(work, run, segments, earlier, carried, config.segment_bytes)
+    places = pack_segments(work, run, segments, before.directory, carried, config.segment_bytes)
     rows = []
     for address in addresses:
         key = (f"{SEGMENTS}/{address.segment}", address.offset)
-        if address.state == "not_modified":
+        if address.state in CARRIED_STATES:
             key = (frontier.earlier[address.url].address.segment, address.offset)
         warc, offset = places(*key) if address.length else ("", 0)
         rows.append((address, warc, offset))
@@ -268,7 +281,7 @@ def _finish(
     work.write_table("urls.parquet", _url_table(frontier, rows))
     work.write_table("hosts.parquet", frontier.host_table())
     work.write_table("links.parquet", saved.links())
-    return crawl_outcome(frontier, documents, saved.number)
+    return crawl_outcome(frontier, documents, saved.number, before.note)
 
 
 def _url_table(frontier: Frontier, rows: list[tuple[Address, str, int]]) -> pa.Table:

@@ -11,6 +11,9 @@ from tasks.runtime.fingerprint import place
 from tasks.runtime.stage_config import StageConfig
 
 EMBEDDED = "embedded:stdlib"
+# With another of these an address is another page: asked otherwise, or judged otherwise. With all
+# others (pace, limits, scope, seeds) a later epoch goes on from what is known.
+PAGE_SETTINGS = ("user_agent", "sites", "content_types", "honour_opt_outs")
 
 
 class CrawlOptions(StageConfig):
@@ -47,6 +50,12 @@ class CrawlOptions(StageConfig):
         description="In a later epoch, pages that are less likely to have changed, by how often "
         "they did so far, are taken over without asking. 0 asks for every page.",
     )
+    keep_stale: int = Field(
+        3,
+        ge=0,
+        description="Later epochs in a row in which a page that cannot be had for a passing reason "
+        "(no answer, 429, 5xx) stays as it was. 404, 410 and opt-outs remove it at once.",
+    )
     max_redirects: int = Field(5, ge=0, description="Redirects in a row that are followed.")
     max_bytes: int = Field(
         10_000_000, ge=1, description="Size in bytes, after decompression, of the largest page."
@@ -65,6 +74,10 @@ class CrawlOptions(StageConfig):
         True,
         description="Leave out what is reserved from text mining: sites whose robots.txt shuts out "
         "several crawlers of AI companies or says ai-train=no, pages with tdm-reservation or noai.",
+    )
+    try_sitemap: bool = Field(
+        True,
+        description="Ask a host once for /sitemap.xml where its robots.txt names no sitemap.",
     )
     sites: tuple[SiteOptions, ...] = Field(
         (), description="Headers, cookies, proxy and delay for single sites."
@@ -117,7 +130,9 @@ class CrawlConfig(CrawlOptions):
         0,
         ge=0,
         description="Raise it to crawl again: pages are asked for with If-None-Match and "
-        "If-Modified-Since, and if none changed nothing after the crawl runs again.",
+        "If-Modified-Since, and if none changed nothing after the crawl runs again. Pace, limits "
+        "and scope may be others, seeds be added; with another user_agent, sites, content_types "
+        "or honour_opt_outs it starts anew, and says so.",
     )
 
     @field_validator("seeds")
@@ -154,5 +169,6 @@ class CrawlConfig(CrawlOptions):
             parallel=self.parallel,
             content_types=self.content_types,
             honour_opt_outs=self.honour_opt_outs,
+            try_sitemap=self.try_sitemap,
             sites=tuple(site.resolved() for site in self.sites),
         )

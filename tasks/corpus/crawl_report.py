@@ -19,7 +19,10 @@ def content_digest(documents: Iterable[Address]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def crawl_outcome(frontier: Frontier, documents: list[Address], rounds: int) -> Outcome:
+def crawl_outcome(
+    frontier: Frontier, documents: list[Address], rounds: int, note: str = ""
+) -> Outcome:
+    """`note` says what a later epoch goes on from."""
     addresses = list(frontier.addresses.values())
     states = Counter(a.state for a in addresses if a.kind == "page")
     rules = Counter(
@@ -31,6 +34,7 @@ def crawl_outcome(frontier: Frontier, documents: list[Address], rounds: int) -> 
         "pages": len(documents),
         "fetched": sum(a.state == "fetched" for a in documents),
         "not_modified": sum(a.state == "not_modified" for a in documents),
+        "stale": sum(a.state == "stale" for a in documents),
         "redirects": states["redirect"],
         "errors": states["error"],
         "robots_denied": states["denied"],
@@ -60,6 +64,7 @@ def crawl_outcome(frontier: Frontier, documents: list[Address], rounds: int) -> 
         rules=dict(rules.most_common()),
         content=content_digest(documents),
         reports=(
+            *([Report("crawl-epoch", "markdown", note)] if note else []),
             Report("crawl-hosts", "table", _host_rows(frontier), "Hosts of the crawl"),
             Report("crawl-rules", "table", _rule_rows(addresses), "What became of addresses"),
         ),
@@ -85,6 +90,7 @@ def _host_rows(frontier: Frontier, limit: int = 200) -> list[dict[str, Any]]:
             {
                 "host": host.host,
                 "fetched": sum(a.is_document for a in own),
+                "stale": _by_reason(own, "stale"),
                 "failed": _by_reason(own, "error"),
                 "denied": _by_reason(own, "denied"),
                 "skipped": _by_reason(own, "skipped"),

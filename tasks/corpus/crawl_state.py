@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import pyarrow as pa
 from pydantic import ValidationError
 
 from tasks.corpus.addresses import Address, Earlier
-from tasks.corpus.crawl_config import CrawlConfig
+from tasks.corpus.crawl_config import PAGE_SETTINGS, CrawlConfig
 from tasks.corpus.frontier import Frontier
 from tasks.corpus.pages import LINKS
+from tasks.corpus.revisit import Lead
 from tasks.runtime.fingerprint import identity
 from tasks.runtime.manifest import Manifest
+from tasks.runtime.planning import differences
 from tasks.runtime.stage import Workspace
-from tasks.runtime.store import Directory
+from tasks.runtime.store import Directory, Store
 
 ROUNDS = "_rounds"
 
@@ -64,39 +70,86 @@ class Rounds:
         return f"{ROUNDS}/{self.number:06d}-{table}"
 
 
-def earlier_epoch(config: CrawlConfig, work: Workspace) -> Manifest | None:
-    """The latest earlier epoch of the same crawl, if the store still has one."""
-    # How a later epoch is crawled does not make it another crawl.
-    alike = {"epoch": 0, "revisit_chance": 0.0}
-    wanted = identity(config.model_copy(update=alike))
-    best: tuple[int, Manifest] | None = None
-    for manifest in work.store.all(work.stage):
-        try:
-            other = CrawlConfig(**manifest.config)
-        except ValidationError:
-            continue  # made by another version of this stage
-        if identity(other.model_copy(update=alike)) != wanted:
-            continue
-        if other.epoch < config.epoch and (best is None or other.epoch >= best[0]):
-            best = (other.epoch, manifest)
-    return best[1] if best else None
+@dataclass(frozen=True)
+class EarlierEpoch:
+    """The latest earlier epoch of the same crawl, if the store still has one: with the same seeds,
+    or else with one of them.
+
+    `note` says, in a later epoch, what it goes on from, or which settings make it start anew.
+    """
+
+    directory: Directory | None = None
+    note: str = ""
+
+    @classmethod
+    def of(cls, config: CrawlConfig, store: Store) -> EarlierEpoch:
+        found: list[tuple[int, Manifest, CrawlConfig]] = []
+        for manifest in store.all("crawl"):
+            with contextlib.suppress(ValidationError):  # made by another version of this stage
+                other = CrawlConfig(**manifest.config)
+                if other.epoch < config.epoch and {*other.seeds} & {*config.seeds}:
+                    found.append((other.epoch, manifest, other))
+        # Stable: of the same number the last that was made.
+        found.sort(key=lambda epoch: (epoch[2].seeds == config.seeds, epoch[0]))
+        same = [epoch for epoch in found if page_settings(epoch[2]) == page_settings(config)]
+        if same:
+            number, manifest, other = same[-1]
+            changed = _changes(identity(other), identity(config))
+            said = f"epoch {config.epoch} goes on from epoch {number}"
+            return cls(store.of(manifest), f"{said}; with other settings: {changed}")
+        if found:
+            number, _, other = found[-1]
+            changed = _changes(page_settings(other), page_settings(config))
+            said = f"epoch {config.epoch} asks for every page anew, not as epoch {number} left it"
+            return cls(None, f"{said}: {changed}")
+        return cls()
+
+    def pages(self, max_bytes: int) -> dict[str, Earlier]:
+        """What is known of every document of at most `max_bytes`."""
+        if self.directory is None:
+            return {}
+        rows, links = self._rows, self._links
+        earlier = {}
+        for page in self.directory.read_table("pages.parquet").to_pylist():
+            row = rows[page["url"]]
+            address = Address(**{k: v for k, v in row.items() if k != "warc"})
+            # A conditional request refers to the record that holds the body.
+            address.record_id, address.fetched_at = page["record_id"], page["fetched_at"]
+            address.segment, address.offset = page["warc"], page["offset"]
+            address.length = page["length"]
+            if address.bytes <= max_bytes:
+                found = links.get(page["url"], ())
+                earlier[page["url"]] = Earlier(address, page["fetch_url"], found)
+        return earlier
+
+    def leads(self) -> dict[str, Lead]:
+        """Where redirects and sitemaps led."""
+        if self.directory is None:
+            return {}
+        links = self._links
+        return {
+            url: Lead(row["location"], links.get(url, ()), row.get("stale", 0))
+            for url, row in self._rows.items()
+            if row["location"] or (row["kind"] == "sitemap" and url in links)
+        }
+
+    @cached_property
+    def _rows(self) -> dict[str, dict[str, Any]]:
+        assert self.directory is not None
+        return {row["url"]: row for row in self.directory.read_table("urls.parquet").to_pylist()}
+
+    @cached_property
+    def _links(self) -> dict[str, tuple[str, ...]]:
+        assert self.directory is not None
+        rows = self.directory.read_table("links.parquet").to_pylist()
+        return {row["url"]: tuple(row["links"]) for row in rows}
 
 
-def earlier_pages(directory: Directory) -> dict[str, Earlier]:
-    links = {
-        row["url"]: tuple(row["links"]) for row in directory.read_table("links.parquet").to_pylist()
-    }
-    rows = {row["url"]: row for row in directory.read_table("urls.parquet").to_pylist()}
-    pages = directory.read_table("pages.parquet").to_pylist()
-    earlier = {}
-    for page in pages:
-        row = rows[page["url"]]
-        row["segment"] = row.pop("warc")
-        address = Address(**row)
-        # A conditional request refers to the record that holds the body.
-        address.record_id, address.fetched_at = page["record_id"], page["fetched_at"]
-        address.segment, address.offset = page["warc"], page["offset"]
-        address.length = page["length"]
-        found = links.get(page["url"], ())
-        earlier[page["url"]] = Earlier(address, page["fetch_url"], found)
-    return earlier
+def page_settings(config: CrawlConfig) -> dict[str, Any]:
+    """What decides what a page is; pace, limits and scope do not."""
+    values: dict[str, Any] = identity(config)
+    return {name: values[name] for name in PAGE_SETTINGS}
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+    return "; ".join(differences(old | {"epoch": 0}, new | {"epoch": 0}, "crawl")) or "none"

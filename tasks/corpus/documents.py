@@ -40,6 +40,7 @@ DOCUMENTS = pa.schema(
         ("warc", pa.string()),  # where the page came from: file of the crawl, offset, record
         ("offset", pa.int64()),
         ("record_id", pa.string()),
+        ("digest", pa.string()),  # of the page's bytes: sha256:… or, as its record has it, sha1:…
     ]
 )
 REMOVED = (pa.field("rule", pa.string()), pa.field("reason", pa.string()))

@@ -15,6 +15,8 @@ from typing import Any
 import pyarrow as pa
 from pydantic import Field
 
+from tasks.corpus.binary import binary_kind
+from tasks.corpus.digests import canonical_digest
 from tasks.corpus.documents import (
     DOCUMENTS,
     REMOVED,
@@ -34,6 +36,7 @@ from tasks.corpus.page_text import PDF_TYPE, PLAIN_TYPES, Extractor
 from tasks.corpus.pages import page_rows
 from tasks.corpus.records import Ahead, DamagedRecord, Fetched, needed, read_record, scan
 from tasks.corpus.sharding import run_shards
+from tasks.corpus.warc import payload_digest
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
@@ -81,7 +84,17 @@ def extract(config: ExtractConfig, work: Workspace, *, crawl: Manifest) -> Outco
     damaged = 0
     if PAGES in crawl.names():
         table = page_rows(work.store.of(crawl)).select(
-            ["url", "canonical", "fetched_at", "warc", "offset", "length", "record_id", "bytes"]
+            [
+                "url",
+                "canonical",
+                "fetched_at",
+                "warc",
+                "offset",
+                "length",
+                "record_id",
+                "digest",
+                "bytes",
+            ]
         )
     else:
         table, damaged = _scanned(work, crawl)
@@ -135,6 +148,7 @@ PLACES = pa.schema(
         ("offset", pa.int64()),
         ("length", pa.int64()),
         ("record_id", pa.string()),
+        ("digest", pa.string()),
         ("bytes", pa.int64()),  # compressed here; only the balance of shards depends on it
     ]
 )
@@ -168,11 +182,13 @@ def extract_shard(
             "warc": row["warc"],
             "offset": row["offset"],
             "record_id": row["record_id"],
+            "digest": canonical_digest(row["digest"] or ""),
         }
         if isinstance(found, Removal):
             removal: Removal | None = found
         else:
             document["html_bytes"] = len(found.body)
+            document["digest"] = document["digest"] or canonical_digest(payload_digest(found.body))
             removal = read_into(child, document, found, tally, honour)
         if "canonical" in row:  # as the crawl says it, which calls some sites by other names
             document["canonical"] = row["canonical"] or ""
@@ -232,6 +248,8 @@ def removed_by_head(found: Fetched, honour_opt_outs: bool) -> Removal | None:
         return Removal(
             "content-type", f"is {kind or 'of no stated type'}, neither HTML, text nor PDF"
         )
+    if kind != PDF_TYPE and (binary := binary_kind(found.body, stated)):
+        return Removal("binary", f"is binary ({binary}), though {kind or 'no type'} was stated")
     noindex, _ = robots_directives(found.directives, AGENT)
     if noindex:
         return Removal("noindex", "X-Robots-Tag asks not to be indexed")

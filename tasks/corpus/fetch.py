@@ -23,9 +23,9 @@ def fetch_partition(plan: Plan, work: Workspace) -> PartitionResult:
     try:
         done = list(segments.replay())
         results = asyncio.run(_fetch(plan, segments, done))
+        names = segments.commit()
     finally:
         segments.close()
-    names = segments.commit()
     outcomes = [outcome for outcome in done if outcome.kind != "robots"]
     return PartitionResult(tuple(outcomes), tuple(results), tuple(names))
 

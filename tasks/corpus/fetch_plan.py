@@ -63,6 +63,7 @@ class Limits:
     parallel: int
     content_types: tuple[str, ...]
     honour_opt_outs: bool = True
+    try_sitemap: bool = True
     sites: tuple[Site, ...] = ()
 
     def site(self, host: str) -> Site | None:
@@ -108,6 +109,7 @@ class Outcome:
     canonical: str = ""
     links: tuple[str, ...] = ()
     sitemaps: tuple[str, ...] = ()
+    lastmods: tuple[str, ...] = ()  # of the links of a sitemap, one each or none at all
     links_invalid: int = 0  # that are no address
     links_left_out: int = 0  # behind the most that are taken from one page or sitemap
     location: str = ""
@@ -125,7 +127,7 @@ class Outcome:
     @classmethod
     def of_commit(cls, values: dict[str, Any], segment: str, at: warc.Member | None) -> Outcome:
         lists: dict[str, Any] = {
-            key: tuple(values[key]) for key in ("links", "sitemaps") if key in values
+            key: tuple(values[key]) for key in ("links", "sitemaps", "lastmods") if key in values
         }
         outcome = cls(**(values | lists))
         if at is None:
@@ -143,6 +145,7 @@ class HostResult:
     not_before: float
     robots: dict[str, Robots]
     sitemaps: tuple[str, ...]  # named by robots.txt
+    tried: tuple[str, ...]  # sitemaps where they mostly are, as robots.txt names none
     left: str
     requests: int
     bytes: int

@@ -12,29 +12,29 @@ import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-from tasks.corpus.addresses import DOCUMENT_STATES, HOSTS, URLS, Address, Earlier, Host
+from tasks.corpus.addresses import (
+    CARRIED_STATES,
+    DOCUMENT_STATES,
+    HOSTS,
+    URLS,
+    Address,
+    Earlier,
+    Host,
+)
 from tasks.corpus.fetch_plan import HostPlan, HostResult, Outcome, Request
+from tasks.corpus.revisit import NOT_ASKED, Revisit, remember, take_over
 from tasks.corpus.robots import Robots
 from tasks.corpus.urls import Scope, host_of
 
 MAX_QUERIES = 500  # distinct query strings below one path; more is an endless space
+TRIED = "tried, as robots.txt names no sitemap"
 CIRCLE = "redirects in a circle"
 MAX_REQUESTS_PER_ROUND = 1000  # of one host
-
-
-@dataclass(frozen=True)
-class Revisit:
-    """Which known pages are taken over without asking: those less likely to have changed than
-    `chance`, where `allowed` says that robots.txt as it is now lets us have them."""
-
-    chance: float = 0.0
-    allowed: Callable[[Host, str], bool] = lambda host, url: False
 
 
 class Frontier:
@@ -84,7 +84,10 @@ class Frontier:
             if known.state == "queued" and known.kind == address.kind:
                 if address.depth < known.depth:
                     known.depth, known.source = address.depth, address.source
+                known.lastmod = max(known.lastmod, address.lastmod)
                 return
+            if known.reason == NOT_ASKED and address.lastmod > known.checked:
+                known.state, known.reason, known.lastmod = "queued", "", address.lastmod
             if known.reason != "too deep" or address.depth >= known.depth:
                 return  # else a shorter way was found to it: it is judged anew
         reason = self._out_of_scope(address)
@@ -161,10 +164,13 @@ class Frontier:
         """The addresses to ask for; on the way, those that need no asking are done with."""
         queued: list[Address] = []
         todo = deque(a for a in self.addresses.values() if a.state == "queued")
+        unread = {host_of(a.url) for a in todo if a.kind == "sitemap"}
         while todo:
             address = todo.popleft()
             if self.forgotten(address.url):  # asked here: a tombstone may be younger than the crawl
                 address.state, address.reason = "skipped", "tombstoned"
+            elif address.depth and address.url in self.earlier and host_of(address.url) in unread:
+                continue  # till its sitemap has said whether it changed
             elif self._needs_no_visit(address):
                 known = len(self.addresses)
                 self._take_over(address)
@@ -179,23 +185,24 @@ class Frontier:
         earlier = self.earlier.get(address.url)
         if earlier is None or address.kind != "page":
             return 1.0
+        # A sitemap is believed where it says that a page changed, not where it says it did not.
+        if address.lastmod > earlier.address.checked:
+            return 1.0
         return earlier.address.history.chance_of_change(self.begun)
 
     def _needs_no_visit(self, address: Address) -> bool:
         return (
             address.depth > 0
             and address.url in self.earlier
+            and not self.earlier[address.url].address.stale
             and self._chance(address) < self.revisit.chance
             and self.revisit.allowed(self.hosts[host_of(address.url)], address.url)
         )
 
     def _take_over(self, address: Address) -> None:
         known = self.earlier[address.url].address
-        outcome = Outcome(address.url, "page", "not_modified", "not asked", digest=known.digest)
+        outcome = Outcome(address.url, "page", "not_modified", NOT_ASKED, digest=known.digest)
         self._follow(address, outcome, self._merge(address, outcome))
-        history = known.history
-        address.visits, address.changes = history.visits, history.changes
-        address.first, address.checked = history.first, history.checked
         self.counts["pages not asked for again"] += 1
 
     def _room(self, host: str) -> int:
@@ -228,19 +235,23 @@ class Frontier:
     def update(
         self, plans: Iterable[HostPlan], outcomes: Iterable[Outcome], hosts: Iterable[HostResult]
     ) -> dict[str, tuple[str, ...]]:
-        """Merge a round's outcomes in the order of its plan; returns the links of pages read."""
+        """Merge a round's outcomes in the order of its plan, then those of a round that was longer
+        before it was taken up again; returns the links of pages read."""
         by_url = {outcome.url: outcome for outcome in outcomes}
+        planned = [request.url for plan in plans for request in plan.requests]
+        known = self.addresses
+        further = (u for u in sorted(by_url) if u in known and known[u].state == "queued")
         links: dict[str, tuple[str, ...]] = {}
-        for plan in plans:
-            for request in plan.requests:
-                outcome = by_url.get(request.url)
-                if outcome is None:
-                    continue
-                address = self.addresses[request.url]
-                found = self._merge(address, outcome)
-                if found:
-                    links[address.url] = found
-                self._follow(address, outcome, found)
+        for url in dict.fromkeys([*planned, *further]):
+            address, outcome = known[url], by_url.get(url)
+            if outcome is None:
+                continue
+            outcome = without_failure(address, outcome)
+            outcome, address.stale = self.revisit.kept(outcome, self.earlier.get(url))
+            found = self._merge(address, outcome)
+            if found:
+                links[url] = found
+            self._follow(address, outcome, found)
         for result in hosts:
             row = self.hosts[result.host]
             row.delay, row.backoff = result.delay, result.backoff
@@ -249,9 +260,15 @@ class Frontier:
             row.requests += result.requests
             row.bytes += result.bytes
             row.paused += result.paused
-            for sitemap in result.sitemaps:
-                if sitemap not in self.addresses:
-                    self._add(Address(sitemap, "sitemap", source=f"robots.txt of {result.host}"))
+            named = f"robots.txt of {result.host}"
+            for source, sitemaps in ((TRIED, result.tried), (named, result.sitemaps)):
+                for sitemap in sitemaps:
+                    names = {sitemap}
+                    if source == TRIED:  # once for a host, not for http and for https
+                        bare = sitemap.partition(":")[2]
+                        names |= {f"http:{bare}", f"https:{bare}"}
+                    if not names & self.addresses.keys():
+                        self._add(Address(sitemap, "sitemap", source=source))
         self._ask_again(time.time())
         return links
 
@@ -269,7 +286,7 @@ class Frontier:
         if not unsaid:
             return
         for address in self.addresses.values():
-            unasked = address.state in ("denied", "error") and not address.fetched_at
+            unasked = address.state in ("denied", "error", "stale") and not address.seconds
             if unasked and host_of(address.url) in unsaid:
                 address.state, address.reason = "queued", ""
 
@@ -285,30 +302,13 @@ class Frontier:
             address.robots = ""
         self.counts["links that are no address"] += outcome.links_invalid
         self.counts["links left out"] += outcome.links_left_out
-        links = outcome.links
         earlier = self.earlier.get(address.url)
-        self._remember(address, outcome, earlier)
-        if outcome.state == "not_modified" and earlier is not None:
-            known, links = earlier.address, earlier.links
-            address.content_type, address.bytes = known.content_type, known.bytes
-            address.canonical, address.noindex = known.canonical, known.noindex
-            address.etag = address.etag or known.etag
-            address.modified = address.modified or known.modified
-            # The body stands in the earlier epoch's record.
-            address.record_id, address.fetched_at = known.record_id, known.fetched_at
-            address.segment, address.offset, address.length = "", known.offset, known.length
-        return links
-
-    def _remember(self, address: Address, outcome: Outcome, earlier: Earlier | None) -> None:
-        """What this visit says of how often the page changes."""
-        if outcome.state not in DOCUMENT_STATES:
-            return
-        address.first = address.checked = outcome.fetched_at
-        if earlier is not None:
-            changed = outcome.digest != earlier.address.digest
-            history = earlier.address.history.after(changed, outcome.fetched_at)
-            address.visits, address.changes = history.visits, history.changes
-            address.first, address.checked = history.first, history.checked
+        if outcome.state in DOCUMENT_STATES:
+            remember(address, outcome, earlier.address if earlier else None)
+        if outcome.state in CARRIED_STATES and earlier is not None:
+            take_over(address, outcome, earlier.address)
+            return earlier.links
+        return outcome.links
 
     def _follow(self, address: Address, outcome: Outcome, links: tuple[str, ...]) -> None:
         if outcome.location:
@@ -327,14 +327,14 @@ class Frontier:
                     address.kind,
                     depth=address.depth,
                     redirects=address.redirects + 1,
-                    source=address.url,
+                    source=TRIED if address.source == TRIED else address.url,
                 )
             )
         if address.canonical and address.canonical != address.url:
             # Its own name for itself: where that exists, deduplication has the choice.
             self._add(Address(address.canonical, depth=address.depth + 1, source=address.url))
-        for link in links:
-            self._add(Address(link, depth=address.depth + 1, source=address.url))
+        for link, lastmod in itertools.zip_longest(links, outcome.lastmods, fillvalue=""):
+            self._add(Address(link, depth=address.depth + 1, source=address.url, lastmod=lastmod))
         for sitemap in outcome.sitemaps:
             if address.depth < 3:  # an index of indexes, and no deeper
                 self._add(Address(sitemap, "sitemap", depth=address.depth + 1, source=address.url))
@@ -385,6 +385,16 @@ class Frontier:
         for address in self.addresses.values():
             if not self._out_of_scope(address):
                 self._count_query(address.url)
+
+
+def without_failure(address: Address, outcome: Outcome) -> Outcome:
+    """A sitemap nobody promised: where there is none, nothing failed."""
+    if address.source != TRIED or outcome.status >= 500 or not outcome.status:
+        return outcome
+    elsewhere = outcome.state == "redirect" and "sitemap" in outcome.location
+    if elsewhere or outcome.links or outcome.sitemaps or outcome.state == "not_modified":
+        return outcome
+    return dataclasses.replace(outcome, state="skipped", reason="no sitemap", location="")
 
 
 def _host(row: dict[str, Any]) -> Host:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
+from tasks.corpus.digests import canonical_digest
 from tasks.corpus.documents import (
     DOCUMENTS,
     REMOVED,
@@ -43,6 +44,7 @@ from tasks.corpus.source_config import (
 )
 from tasks.corpus.source_pieces import Piece, count_rows, cut
 from tasks.corpus.source_rows import rows_of
+from tasks.corpus.warc import payload_digest
 from tasks.corpus.weights import WEIGHT
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
@@ -281,6 +283,7 @@ def _fill(
     if removal := removed_by_head(content, config.honour_opt_outs):
         return removal
     document["html_bytes"] = len(content.body)
+    document["digest"] = document["digest"] or canonical_digest(payload_digest(content.body))
     stated = {name: document[name] for name in ("title", "date", "licence")}
     removal = read_into(page_child(config), document, content, tally, config.honour_opt_outs)
     document |= {name: value for name, value in stated.items() if value}

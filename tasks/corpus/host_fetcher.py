@@ -54,9 +54,12 @@ class HostFetcher:
         self._site = plan.limits.site(host.host)
         own_delay = self._site.delay if self._site else None
         self._default_delay = plan.limits.delay if own_delay is None else own_delay
-        self._base_delay = host.delay
-        self._delay = host.delay if host.delay is not None else self._default_delay
-        self._delay = max(self._delay, host.backoff)
+        # By the rules as they were read and the settings as they are: a person may have changed
+        # the delay since. What trouble had added to the old one stays.
+        self._base_delay = None if host.delay is None else self._wanted_delay()
+        in_trouble = host.backoff > (host.delay or 0.0)
+        self._delay = self._default_delay if self._base_delay is None else self._base_delay
+        self._delay = max(self._delay, host.backoff if in_trouble else 0.0)
         self._latency = 0.0  # seconds an answer takes, smoothed
         self._last_start = -math.inf  # monotonic seconds, like _hold_until
         self._hold_until = time.monotonic() + max(host.not_before - time.time(), 0)
@@ -82,6 +85,7 @@ class HostFetcher:
             time.time() + max(self._pause(), 0),
             self._robots,
             tuple(self._sitemaps()),
+            tuple(self._tried()) if self._limits.try_sitemap else (),
             self._left,
             self._requests,
             self._bytes,
@@ -93,6 +97,15 @@ class HostFetcher:
             for url in robots.sitemaps:
                 with contextlib.suppress(ValueError):
                     yield self._aliases.name(canonical_url(url, self._aliases.place(f"{origin}/")))
+
+    def _tried(self) -> Iterator[str]:
+        """/sitemap.xml of origins whose robots.txt names none and lets us have it."""
+        for origin, robots in self._robots.items():
+            url = f"{origin}/sitemap.xml"
+            place = self._aliases.place(url)
+            reserved = self._limits.honour_opt_outs and robots.opts_out(place)
+            if not robots.sitemaps and robots.allows(place, self._limits.token) and not reserved:
+                yield url
 
     async def run(self) -> None:
         running: set[asyncio.Task[None]] = set()
@@ -156,10 +169,14 @@ class HostFetcher:
     def _unasked(self, request: Request, state: str, reason: str) -> Outcome:
         return Outcome(request.url, request.kind, state, reason)
 
+    def _wanted_delay(self) -> float:
+        """Seconds between requests by robots.txt, that of the slowest origin, or by default."""
+        asked = [robots.crawl_delay(self._limits.token) for robots in self._robots.values()]
+        return max((delay for delay in asked if delay is not None), default=self._default_delay)
+
     def _set_robots(self, origin: str, robots: Robots) -> None:
         self._robots[origin] = robots
-        asked = robots.crawl_delay(self._limits.token)
-        self._base_delay = self._default_delay if asked is None else asked
+        self._base_delay = self._wanted_delay()
         fresh = self._host.delay is None and not self._failed  # only the default is undone
         self._delay = max(self._base_delay, 0.0 if fresh else self._delay)
 

@@ -6,10 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 
 from tasks.corpus import warc
+from tasks.corpus.binary import binary_kind
 from tasks.corpus.client import Answer
 from tasks.corpus.fetch_plan import Limits, Outcome, Request
-from tasks.corpus.links import header_canonical, page_links, sitemap_links
+from tasks.corpus.links import header_canonical, page_links
 from tasks.corpus.opt_out import OPT_OUT, headers_reserve
+from tasks.corpus.sitemaps import sitemap_links
 from tasks.corpus.urls import Aliases, canonical_url
 
 HTML_TYPES = frozenset({"text/html", "application/xhtml+xml"})
@@ -67,6 +69,8 @@ def judged(
         return dataclasses.replace(outcome, state="skipped", reason="empty"), records
     if request.kind == "sitemap":
         outcome = _sitemap(outcome, answer, place, aliases)
+    elif _is_textual(answer) and (kind := binary_kind(exchange.body, answer.content_type)):
+        return _skipped(outcome, f"binary: {kind}"), ()
     else:
         outcome = _page(outcome, answer, place, limits, aliases)
     # The same bytes under another Content-Type may be another text.
@@ -74,6 +78,10 @@ def judged(
     if outcome.state == "fetched" and request.digest and alike:
         return _revisit(request, outcome, exchange)
     return outcome, records if outcome.record_id else ()
+
+
+def _is_textual(answer: Answer) -> bool:
+    return answer.media_type.startswith("text/") or answer.media_type in HTML_TYPES
 
 
 def _redirected(outcome: Outcome, answer: Answer, place: str, aliases: Aliases) -> Outcome:
@@ -94,6 +102,7 @@ def _sitemap(outcome: Outcome, answer: Answer, place: str, aliases: Aliases) -> 
         reason=f"sitemap: {named.damage}" if named.damage else "",
         links=tuple(map(aliases.name, named.pages)),
         sitemaps=tuple(map(aliases.name, named.maps)),
+        lastmods=named.lastmods,
         links_invalid=named.invalid,
         links_left_out=named.left_out,
     )

@@ -1,4 +1,4 @@
-"""What a page says to a crawler: links, robots directives, canonical address; sitemaps."""
+"""What a page says to a crawler: links, robots directives, canonical address."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from lxml import etree
 from lxml import html as lxml_html
 
 from tasks.corpus.charset import decode
-from tasks.corpus.content_coding import CodingError, Decoder
 from tasks.corpus.opt_out import meta_reserves
 from tasks.corpus.urls import canonical_or_empty, link_target
 
 MAX_LINKS = 10_000  # of one page
-MAX_SITEMAP_LINKS = 50_000  # sitemaps.org's own limit
-MAX_SITEMAP_BYTES = 50 * 1024 * 1024
 _REFRESH = re.compile(r"""\s*[\d.]*\s*[;,]\s*(?:url\s*=\s*)?["']?([^"']+)""", re.IGNORECASE)
 _LINK = re.compile(r"<([^<>]*)>([^<]*)")
 _REL = re.compile(r"""(?:^|;)\s*rel\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s;,]+))""", re.IGNORECASE)
@@ -122,66 +119,3 @@ def _resolve(hrefs: Sequence[str], base: str, most: int) -> tuple[tuple[str, ...
             if len(found) >= most:
                 return tuple(found), invalid, len(hrefs) - number
     return tuple(found), invalid, 0
-
-
-@dataclass(frozen=True)
-class SitemapLinks:
-    """The pages and further sitemaps that a sitemap names.
-
-    `damage` says that it is not what XML has to be, so that there may have been more; `left_out`
-    stood behind the first MAX_SITEMAP_LINKS.
-    """
-
-    pages: tuple[str, ...] = ()
-    maps: tuple[str, ...] = ()
-    invalid: int = 0
-    left_out: int = 0
-    damage: str = ""
-
-
-def sitemap_links(body: bytes, url: str) -> SitemapLinks:
-    """Read a sitemap: XML or one address per line, gzip (of any number of members) or not.
-
-    Raises ValueError when it is neither or unpacks to more than MAX_SITEMAP_BYTES.
-    """
-    if body.startswith(b"\x1f\x8b"):
-        body = _unpacked(body)
-    text = body.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if not text.startswith(b"<"):
-        lines = [line.decode("utf-8", "replace") for line in text.splitlines()]
-        pages, invalid, left_out = _resolve(lines, url, MAX_SITEMAP_LINKS)
-        return SitemapLinks(pages, (), invalid, left_out)
-    parser = etree.XMLParser(
-        recover=True, resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False
-    )
-    root = etree.fromstring(text, parser)
-    if root is None:
-        raise ValueError("it is not XML")
-    found: dict[str, dict[str, None]] = {"url": {}, "sitemap": {}}
-    invalid = left_out = 0
-    for element in root.iter("{*}loc"):
-        parent = element.getparent()
-        name = etree.QName(parent).localname if parent is not None else ""
-        if name not in found:
-            continue
-        if len(found["url"]) + len(found["sitemap"]) >= MAX_SITEMAP_LINKS:
-            left_out += 1
-        elif address := canonical_or_empty(element.text or "", url):
-            found[name].setdefault(address)
-        else:
-            invalid += 1
-    damage = "its XML is damaged" if parser.error_log else ""
-    return SitemapLinks(tuple(found["url"]), tuple(found["sitemap"]), invalid, left_out, damage)
-
-
-def _unpacked(body: bytes) -> bytes:
-    decoder = Decoder("gzip", MAX_SITEMAP_BYTES)
-    try:
-        data = decoder.feed(body)
-        if decoder.overflown:
-            raise ValueError(f"it unpacks to more than {MAX_SITEMAP_BYTES} bytes")
-        decoder.finish()
-    except CodingError as error:
-        early = "too early" in str(error)
-        raise ValueError(f"its gzip data {'end too early' if early else 'are damaged'}") from error
-    return data

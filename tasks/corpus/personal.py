@@ -2,10 +2,10 @@
 
 Patterns are narrow on purpose, because a number in documentation is mostly no telephone: cards need
 a known first digit and Luhn's check digit (ISO/IEC 7812-1, annex B), account numbers the remainder
-of ISO 13616, telephone numbers an international prefix or the North American form with separators,
-IP addresses of both versions lie on the public internet, keys and tokens carry their issuer's own
-prefix (as listed by the secret scanners of code hosts). Example domains (RFC 2606, RFC 6761) name
-nobody.
+of ISO 13616, telephone numbers one of the forms of `tasks.corpus.telephones`, IP addresses of both
+versions lie on the public internet, keys and tokens carry their issuer's own prefix (as listed by
+the secret scanners of code hosts) or stand behind their name. Example domains (RFC 2606, RFC 6761)
+name nobody.
 """
 
 from __future__ import annotations
@@ -16,6 +16,15 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from tasks.corpus.telephones import (
+    INTERNATIONAL,
+    NATIONAL,
+    NORTH_AMERICAN,
+    is_international,
+    is_national,
+    is_north_american,
+)
+
 _EXAMPLE = re.compile(
     r"@(?:[\w.-]+\.)?(?:example(?:\.(?:com|org|net|edu))?|test|invalid|localhost|local)$",
     re.IGNORECASE,
@@ -24,7 +33,7 @@ _EXAMPLE = re.compile(
 
 @dataclass(frozen=True)
 class Kind:
-    """`pattern` proposes, `accept` decides; what is found becomes `mask`."""
+    """`pattern` proposes, `accept` decides; what is found, or its group `value`, becomes `mask`."""
 
     name: str
     mask: str
@@ -59,10 +68,6 @@ def is_public_address(found: str) -> bool:
         return False
 
 
-def is_telephone(found: str) -> bool:
-    return 10 <= len(re.sub(r"\D", "", found)) <= 15
-
-
 def is_somebody(found: str) -> bool:
     return not _EXAMPLE.search(found)
 
@@ -79,18 +84,26 @@ KINDS: tuple[Kind, ...] = (
         "secrets",
         "<secret>",
         re.compile(
-            r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----(?:(?!-----)[\s\S])*"
-            r"-----END (?:[A-Z]+ )*PRIVATE KEY-----"
+            r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----(?:(?!-----)[\s\S])*"
+            r"-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----"
             r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
-            r"|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{60,}\b|\bglpat-[\w-]{20,}\b"
-            r"|\bxox[abprs]-[A-Za-z0-9-]{20,}\b|\bAIza[\w-]{35}\b"
-            r"|\b[sr]k_live_[A-Za-z0-9]{20,}\b|\bsk-(?:proj-|ant-)?[\w-]{32,}\b|\bhf_[A-Za-z]{30,}\b"
+            # A bare secret key of AWS is any 40 characters: only its name tells it.
+            r"|(?i:secret_?access_?key)[\"'\s:=>]{1,8}(?P<value>[A-Za-z0-9/+]{40})(?![\w/+=])"
+            r"|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{60,}\b"
+            r"|\bgl(?:pat|dt|rt|ptt|ft|cbt|soat)-[\w-]{20,}\b"
+            r"|\bxox[abeprs]-[A-Za-z0-9-]{20,}\b|\bxapp-\d-[A-Za-z0-9-]{20,}\b"
+            r"|\bhooks\.slack\.com/services/T\w{8,}/B\w{8,}/\w{20,}"
+            r"|\bAIza[\w-]{35}(?![\w-])|\bGOCSPX-[\w-]{28}(?![\w-])|\bya29\.[\w-]{30,}"
+            r"|\b[sr]k_live_[A-Za-z0-9]{20,}\b|\bsk-(?:proj-|ant-)?[\w-]{32,}\b"
+            r"|\bhf_[A-Za-z0-9]{30,}\b|\bnpm_[A-Za-z0-9]{36}\b"
             r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{20,}"
         ),
         _always,
         (
             *("-----BEGIN", "AKIA", "ASIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
-            *("glpat-", "xox", "AIza", "k_live_", "sk-", "hf_", "eyJ"),
+            *("glpat-", "gldt-", "glrt-", "glptt-", "glft-", "glcbt-", "glsoat-", "npm_", "ya29."),
+            *("xox", "xapp-", "hooks.slack", "AIza", "GOCSPX-", "k_live_", "sk-", "hf_", "eyJ"),
+            *("ccessKey", "ccess_key", "CCESS_KEY", "ccesskey", "CCESSKEY"),
         ),
     ),
     Kind(
@@ -112,7 +125,10 @@ KINDS: tuple[Kind, ...] = (
     Kind(
         "cards",
         "<card>",
-        re.compile(r"[2-6](?<![\d.,-][2-6])\d{3}(?:[ -]?\d{4}){2}[ -]?\d{1,7}(?![\d.,-]*\d)"),
+        re.compile(
+            r"[2-6](?<![\d.,-][2-6])\d{3}(?:(?:[ -]?\d{4}){2}[ -]?\d{1,7}|(?:\.\d{4}){3}"
+            r"|(?<=3[47]\d\d)(?P<sep>[ .-])\d{6}(?P=sep)\d{5})(?![\d.,-]*\d)"
+        ),
         is_card,
         "23456",
     ),
@@ -134,18 +150,9 @@ KINDS: tuple[Kind, ...] = (
         is_public_address,
         ":",
     ),
-    Kind(
-        "telephones",
-        "<telephone>",
-        re.compile(
-            r"(?<![\w+.=-])(?:\+[1-9]\d{0,2}[ .-]?(?:\(0?\d{1,4}\)[ .-]?)?"
-            r"\d{1,4}(?:[ .-]\d{2,8}){1,4}"
-            r"|\+[1-9]\d{9,14}"
-            r"|(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])[2-9]\d\d[.-]\d{4})(?![\w-])"
-        ),
-        is_telephone,
-        "0123456789",
-    ),
+    Kind("telephones", "<telephone>", INTERNATIONAL, is_international, "+"),
+    Kind("telephones", "<telephone>", NORTH_AMERICAN, is_north_american, "23456789"),
+    Kind("telephones", "<telephone>", NATIONAL, is_national, "0"),
 )
 
 
@@ -157,7 +164,7 @@ def find(text: str) -> Iterator[tuple[Kind, int, int]]:
             continue
         found: list[tuple[int, int]] = []
         for match in kind.pattern.finditer(text):
-            start, end = match.span()
+            start, end = match.span("value" if match.lastgroup == "value" else 0)
             before = bisect_left(taken, (end, 0)) - 1  # the last that begins before this one's end
             if before >= 0 and taken[before][1] > start:
                 continue

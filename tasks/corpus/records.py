@@ -9,20 +9,29 @@ from __future__ import annotations
 import io
 import mmap
 import re
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backports import zstd
 from fastwarc.warc import ArchiveIterator, WarcRecordType
 
 from tasks.corpus.content_coding import CodingError, Decoder, UnknownCoding
+from tasks.corpus.digests import canonical_digest
+from tasks.corpus.frames import (
+    GZIP_MEMBER,
+    ZSTD_FRAME,
+    DamagedFrame,
+    Unpacked,
+    behind_skippable,
+    dictionary_of,
+    is_packed,
+)
 
-GZIP_MEMBER = b"\x1f\x8b\x08"
 PLAIN_HEAD = b"WARC/"
+HEADS_OF_RECORDS = (GZIP_MEMBER, ZSTD_FRAME, PLAIN_HEAD)
 MAX_HEAD = 64 * 1024
-READ = 1 << 15  # compressed bytes at a time: at most 33 MB come out of them
 WINDOW = 1 << 20
 HEADS = 1 << 20  # bytes of a record beside its body: heads, and what packing may add
 WHOLE_ANSWERS = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
@@ -45,6 +54,7 @@ class Place:
     offset: int
     length: int
     record_id: str
+    digest: str  # of the payload, as the record says it (`canonical_digest`), or empty
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,8 @@ class _Record:
     def place(self, offset: int, end: int) -> Place:
         url = self.fields.get("warc-target-uri", "").strip("<>")
         date, identifier = (self.fields.get(f"warc-{k}", "") for k in ("date", "record-id"))
-        return Place(url, date, offset, end - offset, identifier)
+        digest = canonical_digest(self.fields.get("warc-payload-digest", ""))
+        return Place(url, date, offset, end - offset, identifier, digest)
 
     @property
     def is_document(self) -> bool:
@@ -92,10 +103,14 @@ def scan(path: Path) -> Iterator[Place | int]:
     if not size:
         return
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        dictionary = dictionary_of(data)
         offset: int | None = 0
         lost = False  # in a damaged stretch: bytes in it that look like a head are no new one
         while offset is not None and offset < size:
-            record = _record_at(data, offset)
+            if not lost and (behind := behind_skippable(data, offset)):
+                offset = behind
+                continue
+            record = _record_at(data, offset, dictionary)
             if record is None:
                 if _is_padding(data, offset):
                     return
@@ -112,25 +127,21 @@ def scan(path: Path) -> Iterator[Place | int]:
             offset = _next_head(data, offset + 1) if lost else record.end
 
 
-def _record_at(data: mmap.mmap, offset: int) -> _Record | None:
+def _record_at(data: mmap.mmap, offset: int, dictionary: zstd.ZstdDict | None) -> _Record | None:
     """None where no head of a record can be read."""
-    if data[offset : offset + len(GZIP_MEMBER)] == GZIP_MEMBER:
-        return _packed(data, offset)
+    if is_packed(data, offset):
+        return _packed(Unpacked(data, offset, dictionary))
     return _plain(data, offset)
 
 
-def _packed(data: mmap.mmap, offset: int) -> _Record | None:
-    """The record in the gzip member at `offset`."""
-    unpacker = zlib.decompressobj(31)
-    position, size = offset, 0
+def _packed(unpacked: Unpacked) -> _Record | None:
+    """The record in a gzip member or zstd frame."""
+    size = 0
     head, rest = b"", b""  # `rest`: the first bytes behind the record's block
     fields: dict[str, str] | None = None
     block_end = 0
     try:
-        while not unpacker.eof and position < len(data):
-            piece = data[position : position + READ]
-            position += len(piece)
-            part = unpacker.decompress(piece)
+        for part in unpacked:
             if fields is None:
                 head += part
                 part, size = head, 0
@@ -143,18 +154,17 @@ def _packed(data: mmap.mmap, offset: int) -> _Record | None:
             if len(rest) < MAX_HEAD:
                 rest += part[max(block_end - size, 0) :][:MAX_HEAD]
             size += len(part)
-    except zlib.error:
-        return _Record(fields, position, "damaged") if fields else None
+    except DamagedFrame:
+        return _Record(fields, unpacked.end, "damaged") if fields else None
     if fields is None:
         return None
-    if not unpacker.eof:
-        return _Record(fields, len(data), "clipped")
-    end = position - len(unpacker.unused_data)
+    if not unpacked.whole:
+        return _Record(fields, unpacked.end, "clipped")
     behind = rest.lstrip(b"\r\n\x00 ")
     if behind.startswith(PLAIN_HEAD):
-        return _Record(fields, end, "crowded")
+        return _Record(fields, unpacked.end, "crowded")
     # A block longer than was said; one that is shorter, `read_record` finds.
-    return _Record(fields, end, "damaged" if behind else "whole")
+    return _Record(fields, unpacked.end, "damaged" if behind else "whole")
 
 
 def _plain(data: mmap.mmap, offset: int) -> _Record | None:
@@ -169,7 +179,7 @@ def _plain(data: mmap.mmap, offset: int) -> _Record | None:
         return _Record(fields, len(data), "clipped" if further is None else "damaged")
     behind = data[end : end + WINDOW]
     bare = behind.lstrip(b"\r\n")
-    if not bare or bare.startswith((PLAIN_HEAD, GZIP_MEMBER)) or behind.startswith(b"\r\n\r\n"):
+    if not bare or bare.startswith(HEADS_OF_RECORDS) or behind.startswith(b"\r\n\r\n"):
         return _Record(fields, end + len(behind) - len(bare), "whole")
     return _Record(fields, end, "damaged")  # its Content-Length is wrong
 
@@ -198,12 +208,10 @@ def _is_padding(data: mmap.mmap, offset: int) -> bool:
 
 
 def _next_head(data: mmap.mmap, start: int) -> int | None:
-    """Offset of the next bytes that look like the head of a gzip member or of a plain record."""
+    """Offset of the next bytes that look like the head of a packed or of a plain record."""
     for base in range(start, len(data), WINDOW):
         end = base + WINDOW + len(PLAIN_HEAD) - 1
-        found = [
-            at for head in (GZIP_MEMBER, PLAIN_HEAD) if (at := data.find(head, base, end)) >= 0
-        ]
+        found = [at for head in HEADS_OF_RECORDS if (at := data.find(head, base, end)) >= 0]
         if found:
             return min(found)
     return None
@@ -231,11 +239,14 @@ def needed(length: int, largest: int) -> int:
     return min(length, largest + HEADS)
 
 
-def read_record(data: bytes, largest: int) -> Fetched:
+def read_record(data: bytes, largest: int, dictionary: zstd.ZstdDict | None = None) -> Fetched:
     """The document in `data` (one record as it lies in the file), at most `largest` bytes of body.
 
-    Raises DamagedRecord; OverflowError for a larger body.
+    `dictionary` is that of a file of zstd frames (`dictionary_of`). Raises DamagedRecord;
+    OverflowError for a larger body.
     """
+    if data.startswith(ZSTD_FRAME):
+        data = _plain_record(data, largest + HEADS, dictionary)
     entry, body = _first_document(data, "none", largest)
     expected = entry.content_length
     if len(body) < expected:
@@ -250,6 +261,19 @@ def read_record(data: bytes, largest: int) -> Fetched:
         body = _first_document(data, "transfer", largest)[1]
     directives = tuple(value for name, value in http if name.lower() == "x-robots-tag")
     return Fetched(http.status_code, headers, _decoded(headers, body, largest), directives)
+
+
+def _plain_record(data: bytes, most: int, dictionary: zstd.ZstdDict | None) -> bytes:
+    """The first `most` bytes of a zstd frame, or what there is of one that is clipped."""
+    record = bytearray()
+    try:
+        for part in Unpacked(data, 0, dictionary):
+            record += part
+            if len(record) > most:
+                break
+    except DamagedFrame as error:
+        raise DamagedRecord(f"damaged zstd frame: {error}") from error
+    return bytes(record)
 
 
 def _decoded(headers: dict[str, str], body: bytes, largest: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 from collections.abc import Iterator
 
 from tasks.corpus import warc
@@ -11,11 +12,17 @@ from tasks.runtime.stage import Workspace
 
 
 class Segments:
-    """The partition's WARC files: the open one on this machine, full ones in the work directory."""
+    """The partition's WARC files: the open one on this machine, full ones in the work directory.
+
+    One process has them at a time: a worker whose driver was killed fetches on for a moment, and
+    the next attempt waits for its end. The system lets go of a killed process's lock.
+    """
 
     def __init__(self, plan: Plan, work: Workspace) -> None:
         self._plan, self._work = plan, work
         self._local = work.scratch("open")
+        self._lock = open(self._local / f"{plan.name}.lock", "wb")  # noqa: SIM115 (see close())
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._number = 0
         self._writer: warc.SegmentWriter | None = None
 
@@ -67,9 +74,12 @@ class Segments:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+        self._lock.close()
 
     def commit(self) -> list[str]:
         """Copy the segments into the work directory, where the next step finds them."""
+        if self._writer is not None:
+            self._writer.close()
         names = []
         for number in range(self._number + 1):
             name = self._name(number)

@@ -29,7 +29,7 @@ from tasks.runtime.stage_config import StageConfig
 
 UNKNOWN_SIZE = 1 << 30  # about that of a segment of Common Crawl
 FORMATS = {
-    "warc": (".warc", ".warc.gz", ".warc.wet", ".warc.wet.gz"),
+    "warc": (".warc", ".warc.gz", ".warc.zst", ".warc.wet", ".warc.wet.gz", ".warc.wet.zst"),
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.bz2", ".ndjson", ".json.gz"),
     "parquet": (".parquet",),
     "folder": (".txt", ".text", ".md", ".markdown", ".html", ".htm", ".xhtml", ".pdf"),
@@ -46,7 +46,8 @@ class SourceConfig(StageConfig):
     or, for one file or a list, https://…, below a root that says so."""
     format: Literal["folder", "jsonl", "parquet", "warc", "warc-list"] = "folder"
     """folder: text, Markdown, HTML and PDF files. jsonl and parquet: a document a row. warc: files
-    of WARC records. warc-list: a file that names WARC files, one path a line, gzip or not."""
+    of WARC records, plain, gzip or zstd. warc-list: a file that names WARC files, one path a line,
+    gzip or not."""
     base: str = place("")
     """What the lines of a warc-list are relative to, https://data.commoncrawl.org/ for Common
     Crawl's; empty: the directory of the list."""

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tasks.corpus.documents import Removal
+from tasks.corpus.frames import read_dictionary
 from tasks.corpus.records import DamagedRecord, Fetched, needed, read_record, scan
 from tasks.corpus.source_config import SourceConfig
 from tasks.corpus.source_pieces import Piece, lines
@@ -158,6 +159,7 @@ def _row(source: SourceConfig, row: dict[str, Any]) -> Row:
 
 def _records(_: SourceConfig, path: Path, largest: int, piece: Piece | None) -> Iterator[Row]:
     with open(path, "rb") as stream:
+        dictionary = read_dictionary(stream)
         for found in scan(path):
             if isinstance(found, int):
                 yield {"offset": found}, Removal("damaged-record", f"damaged at byte {found:,}")
@@ -167,11 +169,13 @@ def _records(_: SourceConfig, path: Path, largest: int, piece: Piece | None) -> 
                 "fetched_at": found.date,
                 "offset": found.offset,
                 "record_id": found.record_id,
+                "digest": found.digest,
             }
             stream.seek(found.offset)
             content: Fetched | Removal
             try:
-                content = read_record(stream.read(needed(found.length, largest)), largest)
+                data = stream.read(needed(found.length, largest))
+                content = read_record(data, largest, dictionary)
             except DamagedRecord as damage:
                 content = Removal("damaged-record", str(damage))
             except OverflowError:

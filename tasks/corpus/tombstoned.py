@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from tasks.corpus.digests import canonical_digest
 from tasks.corpus.documents import (
     REMOVED,
     Removal,
@@ -41,7 +42,6 @@ from tasks.state.tombstones import Tombstone, Tombstones, digest_of
 RULE = "tombstoned"
 REMEDIES = {"": "withdraw a tombstone (gristmill forget --list) or crawl more pages"}
 _HEX = re.compile(r"[0-9a-f]{16}(?:[0-9a-f]{48})?")
-_PAYLOAD = re.compile(r"sha256:[A-Z2-7]{52}={0,4}")
 _ODD = r"[^\x21-\x7e]|^[^/]*//[^/]*[%\\]"
 _NAME = re.compile(
     r"[a-z0-9.:/_-]*[a-z][a-z0-9.:/_-]*"
@@ -53,13 +53,14 @@ def parse(what: str) -> tuple[str, str]:
     """(kind, value) of what a person wants forgotten. Raises UserError when it is none of them.
 
     An address is one with a scheme. A digest is a document's id, the SHA-256 of its text that the
-    id is the start of, or the payload digest of a WARC record. Else it is a domain.
+    id is the start of, or the payload digest of a WARC record (`canonical_digest`). Else it is a
+    domain.
     """
     text = what.strip()
     if _HEX.fullmatch(text.lower()):
         return "digest", text.lower()[:ID_DIGITS]
-    if _PAYLOAD.fullmatch(text):
-        return "digest", text.rstrip("=")
+    if payload := canonical_digest(text):
+        return "digest", payload
     if "://" in text:
         return "url", address_key(text)
     try:
@@ -69,7 +70,7 @@ def parse(what: str) -> tuple[str, str]:
     if "." not in host and not host.startswith("[") and not host.startswith("localhost"):
         raise UserError(
             f"{what!r} is no address (https://example.org/page), no domain (example.org) and no "
-            "digest (16 or 64 hex digits, or sha256:…); write it as one of them"
+            "digest (16 or 64 hex digits, sha256:… or sha1:…); write it as one of them"
         )
     return "domain", host
 
@@ -143,8 +144,8 @@ class Forgotten:
         known = self._by_value["digest"]
         return next((known[d.rstrip("=")] for d in digests if d and d.rstrip("=") in known), None)
 
-    def document(self, url: str, id: str) -> Tombstone | None:
-        return self.address(url) or self.digest(id)
+    def document(self, url: str, id: str, digest: str | None) -> Tombstone | None:
+        return self.address(url) or self.digest(id, digest)
 
 
 class ForgetConfig(StageConfig):
@@ -165,7 +166,7 @@ def standing_tombstones() -> ForgetConfig | None:
     return ForgetConfig.of(stones) if stones else None
 
 
-@stage("forget", version=1, content_addressed=True)
+@stage("forget", version=2, content_addressed=True)
 def forget(
     config: ForgetConfig, work: Workspace, *, documents: Manifest, crawl: Manifest | None = None
 ) -> Outcome:
@@ -214,8 +215,9 @@ def forget_shard(
     table = where.read_table(name)
     tally, keep = Tally(), []
     gone: list[dict[str, Any]] = []
-    for row in table.select(["id", "url", "record_id", "bytes"]).to_pylist():
-        stone = forgotten.document(row["url"], row["id"]) or records.get(row["record_id"])
+    for row in table.select(["id", "url", "record_id", "digest", "bytes"]).to_pylist():
+        stone = forgotten.document(row["url"], row["id"], row["digest"])
+        stone = stone or records.get(row["record_id"])
         keep.append(stone is None)
         if stone is None:
             tally.keep(row["bytes"])

@@ -106,10 +106,11 @@ class Stage(Generic[C]):
         retries: int,
         content_addressed: bool,
         still_true: Callable[[Manifest], bool] | None,
+        foresee: Callable[[Any, Store], str] | None,
     ) -> None:
         self.function, self.name, self.version = function, name, version
         self.retries, self.content_addressed = retries, content_addressed
-        self.still_true = still_true
+        self.still_true, self.foresee = still_true, foresee
         self.__doc__ = function.__doc__
         self.__name__ = name
 
@@ -249,7 +250,9 @@ class Stage(Generic[C]):
             erased = f", {found.not_replayable}" if found.not_replayable else ""
             planned.append(Planned(self.name, mark, "cached", f"made {found.created}{erased}"))
             return found
-        planned.append(Planned(self.name, mark, "run", self._why(config, inputs)))
+        foreseen = self.foresee(config, Store.open()) if self.foresee else ""
+        why = "; ".join(filter(None, (self._why(config, inputs), foreseen)))
+        planned.append(Planned(self.name, mark, "run", why))
         return self._stub(config, mark, UNKNOWN if self.content_addressed else mark)
 
     def _stub(self, config: C, mark: str, content: str) -> Manifest:
@@ -286,16 +289,17 @@ def stage(
     retries: int = 1,
     content_addressed: bool = False,
     still_true: Callable[[Manifest], bool] | None = None,
+    foresee: Callable[[Any, Store], str] | None = None,
 ) -> Callable[[Callable[..., Outcome]], Stage[Any]]:
     """Make a function a stage. Raise `version` whenever the same config would give other output.
 
     `content_addressed` says that the outcome's `content` is known only after it ran. A stage whose
     result stands outside the store (a registered version, a served model) passes `still_true`: a
-    manifest that no longer holds counts as missing.
+    manifest that no longer holds counts as missing. What `foresee` says of a run is in its plan.
     """
 
     def wrap(function: Callable[..., Outcome]) -> Stage[Any]:
-        return Stage(function, name, version, retries, content_addressed, still_true)
+        return Stage(function, name, version, retries, content_addressed, still_true, foresee)
 
     return wrap
 

@@ -76,7 +76,7 @@ class LoopbackSite:
         return Counter(path for _, path, _ in self.requests)
 
     def times(self) -> list[float]:
-        about = ("/robots.txt", "/.well-known/tdmrep.json")
+        about = ("/robots.txt", "/.well-known/tdmrep.json", "/sitemap.xml")
         return [moment for moment, path, _ in self.requests if path not in about]
 
     def _serve(self) -> None:

@@ -266,12 +266,6 @@ def test_segments_are_rolled_and_packed_by_size(crawler: Crawler) -> None:
         assert (str(n) * 200).encode() in result.pages[f"{site.url}/{n}"].body
 
 
-def test_a_site_is_reached_over_ipv6(crawler: Crawler) -> None:
-    with LoopbackSite(small_site(), host="::1") as site:
-        result = crawler.crawl(site.url.replace("::1", "0:0:0:0:0:0:0:1"))
-    assert set(result.pages) == {f"{site.url}{path}" for path in ("/", "/a", "/b", "/c")}
-
-
 def test_a_page_is_also_fetched_by_the_name_it_gives_itself(crawler: Crawler) -> None:
     pages = {
         "/": page("/print"),

@@ -10,14 +10,13 @@ from hypothesis import strategies as st
 from tasks.corpus.guard import is_public, private_seeds
 from tasks.corpus.links import (
     MAX_LINKS,
-    MAX_SITEMAP_LINKS,
-    SitemapLinks,
     header_canonical,
     page_links,
     robots_directives,
-    sitemap_links,
 )
 from tasks.corpus.robots import Robots
+from tasks.corpus.sitemaps import MAX_LINKS as MAX_SITEMAP_LINKS
+from tasks.corpus.sitemaps import SitemapLinks, sitemap_links
 
 BASE = "http://example.org/dir/page.html"
 

@@ -332,12 +332,12 @@ def test_a_document_is_forgotten_by_any_of_its_digests(site: LoopbackSite) -> No
     }
 
 
-def test_a_payload_digest_is_told_to_find_crawled_pages_only(
+def test_it_is_said_which_pages_a_payload_digest_finds(
     site: LoopbackSite, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parser = argparse.ArgumentParser()
     forget_commands.add_arguments(parser)
-    for what, told in (("sha256:" + "A" * 52, True), ("0123456789abcdef", False)):
+    for what, told in (("sha1:" + "A" * 32, True), ("0123456789abcdef", False)):
         forget_commands.forget(Settings.load(), parser.parse_args([what]))
         assert ("by its address or its id" in capsys.readouterr().out) is told
 
@@ -413,13 +413,19 @@ def test_half_made_artifacts_whose_text_no_table_tells_go_with_a_purge(site: Loo
         ("0123456789abcdef", "digest", "0123456789abcdef"),
         ("0123456789ABCDEF" * 4, "digest", "0123456789abcdef"),
         ("sha256:" + "A" * 52 + "====", "digest", "sha256:" + "A" * 52),
+        ("SHA-256:" + "00" * 32, "digest", "sha256:" + "A" * 52),
+        ("sha1:" + "2sho" * 8, "digest", "sha1:" + "2SHO" * 8),
+        ("sha1:" + "ff" * 20, "digest", "sha1:" + "7" * 32),
     ],
 )
 def test_what_is_meant_is_seen(what: str, kind: str, value: str) -> None:
     assert parse(what) == (kind, value)
 
 
-@pytest.mark.parametrize("what", ["", "word", "a b.org", "sha256:short", "deadbeef"])
+@pytest.mark.parametrize(
+    "what",
+    ["", "word", "a b.org", "sha256:short", "deadbeef", "sha1:" + "A" * 52, "sha1:" + "1" * 32],
+)
 def test_what_means_nothing_is_refused(what: str) -> None:
     with pytest.raises(UserError, match="is no address"):
         parse(what)

@@ -19,8 +19,17 @@ def frontier(**scope: Any) -> Frontier:
 def answer(on: Frontier, url: str, *links: str, backoff: float = 0.0, **more: Any) -> None:
     """A round in which `url` alone was asked for and had these links."""
     outcome = Outcome(url, "page", "fetched", status=200, links=links, **more)
-    host = HostResult("e.org", 0.0, backoff, 0.0, {}, (), "", 1, 1, 0.0)
+    host = HostResult("e.org", 0.0, backoff, 0.0, {}, (), (), "", 1, 1, 0.0)
     on.update([HostPlan("e.org", (Request(url),))], [outcome], [host])
+
+
+def test_a_host_is_tried_once_for_a_sitemap_whatever_its_scheme() -> None:
+    made = frontier()
+    for scheme in ("http", "https", "http"):
+        tried = (f"{scheme}://e.org/sitemap.xml",)
+        made.update([], [], [HostResult("e.org", 0.0, 0.0, 0.0, {}, (), tried, "", 1, 1, 0.0)])
+    sitemaps = [url for url, address in made.addresses.items() if address.kind == "sitemap"]
+    assert sitemaps == ["http://e.org/sitemap.xml"]
 
 
 def restarted(before: Frontier, **scope: Any) -> Frontier:

@@ -1,6 +1,7 @@
 """Personal data: found with their checksums, left alone where numbers are only numbers."""
 
 import time
+from datetime import date
 from itertools import pairwise
 
 import pyarrow as pa
@@ -18,20 +19,48 @@ from tasks.runtime.stage import Outcome, Workspace, stage
 
 EVERY = frozenset(kind.name for kind in KINDS)
 
+AWS_NAMES = (
+    "aws_secret_access_key = ",
+    'AWS_SECRET_ACCESS_KEY="',
+    '"SecretAccessKey": "',
+    "<SecretAccessKey>",
+)
 FOUND = {
     "emails": ["jane.doe+news@mail.company.co.uk", "Write to x_1@host.io."],
-    "cards": ["4111 1111 1111 1111", "5500-0055-5555-5559", "card 378282246310005 is"],
+    "cards": [
+        *("4111 1111 1111 1111", "5500-0055-5555-5559", "card 378282246310005 is"),
+        *("3782 822463 10005", "3714-496353-98431", "4111.1111.1111.1111"),
+    ],
     "ibans": ["DE89 3704 0044 0532 0130 00", "GB82WEST12345698765432"],
     "ip_addresses": [
         *("from 8.8.8.8 today", "93.184.216.34", "[2a00:1450:4001:82f::200e]:443"),
         *("from 2607:f8b0:4005:0805:0000:0000:0000:200e.", "2a00:1450::1/64: down"),
     ],
-    "telephones": ["+49 30 901820", "call (415) 555-2671 now", "415-555-2671", "+14155552671"],
+    "telephones": [
+        *("+49 30 901820", "call (415) 555-2671 now", "415-555-2671", "+14155552671"),
+        *("1-415-555-2671", "1 (415) 555-2671", "(415) 555 2671", "415.555.2671."),
+        *(
+            "020 7946 0018",
+            "(020) 7946 0018",
+            "Call 0161 496 0000!",
+            "01632 960001",
+            "07700 900123",
+        ),
+        *("030 901820", "030/901820", "(030) 90 18 20", "Tel.: 0171-1234567", "089 / 12 34 56 78"),
+        *("01 23 45 67 89", "06.12.34.56.78", "T: 05 61 22 33 44, fax"),
+    ],
     "secrets": [
         "AKIA" + "IOSFODNN7ABCDEFG",
         "ghp_" + "a1B2" * 9,
         "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
         "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0." + "x" * 40,
+        "-----BEGIN PGP PRIVATE KEY BLOCK-----\n\nlQ\n-----END PGP PRIVATE KEY BLOCK-----",
+        "hf_" + "aBcDe" * 7,
+        "npm_" + "a1B2" * 9,
+        *(f"{name}{'wJalrXUtnF' * 4}" for name in AWS_NAMES),
+        *("xapp-1-" + "A1b2" * 6, "xoxb-" + "123456789012-abcdefghijkl"),
+        "https://hooks.slack.com/services/T" + "0ABCDEFGH/B0ABCDEFGH/" + "a1B2" * 6,
+        *("gldt-" + "a1B2_" * 4, "GOCSPX-" + "a1B2" * 7, "AIza" + "a1B2c" * 7),
     ],
 }
 NOTHING = [
@@ -41,7 +70,17 @@ NOTHING = [
     "2024-05-01 12:00:00", "range(1000000)", "0xdeadbeef", "ISBN 978-3-16-148410-0",
     "2001:db8::1", "fe80::1", "std::vector", "2024:05:01 12:00:00", "3c:22:fb:aa:bb:cc",
     "2a00::/32", "3fff::x", "12:30:45", "sizes 100-200-3000", "the sk-learn package",
-    "DE00 3704 0044 0532 0130 00",
+    "DE00 3704 0044 0532 0130 00", "4111.1111.1111.1112", "3782 822463 10006", "hf_hub_download",
+    "npm_config_registry", "secret_access_key: str", "a" * 40, "wJalrXUtnF" * 4, "xoxb-token",
+    "-----BEGIN PGP PUBLIC KEY BLOCK-----\nmQ\n-----END PGP PUBLIC KEY BLOCK-----",
+    # Numbers with a 0 in front, or in groups, that nobody can call.
+    "01.02.2024", "01-02-2024 12:30", "2024 01 02 03 04", "v0.12.345678", "0.306.40615",
+    "1 200 300 4000", "211-555-0100", "415-911-0100",
+    "ISBN 0-306-40615-2", "ISBN 0 306 40615 2", "ISBN 978 0 306 40615 7", "CVE-2021-0123-45678",
+    "x = [012 345 678]", "0123 4567 8901", "0001 0002 0003", "0x01 23 45 67 89",
+    "00000010: 01 23 45 67 89 ab cd ef", "01 23 45 67 89 0a 1b", "01:23:45 67", "0110 1001 0110",
+    "0 12 345 678", "3.14 0123 45678", "$012 3456789", "a[0] 1234 56789",
+    "2021-01-02 03:04:05", "00:00:01,234 0567", "ratio 0.123 4567890",
 ]  # fmt: skip
 
 
@@ -127,6 +166,36 @@ def test_many_finds_take_time_in_proportion() -> None:
     assert time.process_time() - begun < 5  # compared with each other they took minutes
     assert finds == {"emails": 20_000, "telephones": 20_000}
     assert clean == "Write to <email> or call <telephone> today. " * 20_000
+
+
+@given(
+    st.sampled_from(["{0} {1}", "{0}/{1}", "({0}) {1}", "{0}-{1}"]),
+    st.from_regex(r"0[1-9][2-9]{1,3}", fullmatch=True),
+    st.from_regex(r"[1-9]\d{5,6}", fullmatch=True),
+)
+def test_a_national_number_is_masked_whole_between_words(form: str, area: str, rest: str) -> None:
+    number = form.format(area, rest)
+    clean, finds = mask(f"Call {number}, or write.", EVERY)
+    if len(set(area + rest)) >= 4:
+        assert (clean, finds) == ("Call <telephone>, or write.", {"telephones": 1})
+    assert mask(f"Call 1{number}, or x{number}.", EVERY)[1] == {} or "(" in form
+
+
+@given(st.dates(), st.sampled_from(["%d.%m.%Y", "%d-%m-%Y", "%d %m %Y", "%Y-%m-%d", "%m/%d/%Y"]))
+def test_a_date_is_no_telephone(day: date, form: str) -> None:
+    text = f"on {day.strftime(form)} at 10"
+    assert mask(text, EVERY) == (text, {})
+
+
+@given(st.lists(st.integers(0, 999), min_size=1, max_size=5), st.sampled_from([".", "-"]))
+def test_a_version_is_no_telephone(parts: list[int], separator: str) -> None:
+    text = f"since version {separator.join(map(str, parts))} only"
+    assert mask(text, EVERY - {"ip_addresses"}) == (text, {})
+
+
+def test_a_secret_key_is_masked_and_its_name_stays() -> None:
+    clean, finds = mask(f"aws_secret_access_key = {'wJalrXUtnF' * 4}\nregion = x", EVERY)
+    assert (clean, finds) == ("aws_secret_access_key = <secret>\nregion = x", {"secrets": 1})
 
 
 @given(st.lists(st.sampled_from([t for texts in FOUND.values() for t in texts]), max_size=8))

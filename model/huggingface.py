@@ -8,7 +8,7 @@ no family expresses is refused, never exported as something near it.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -281,29 +281,38 @@ def save_directory(
 
 
 def load_directory(directory: Path, *, dtype: torch.dtype = torch.float32) -> Transformer:
-    """A `Transformer` from a Hugging Face directory, its weights checked name by name and shape by
-    shape.
-    """
-    config = load_config(directory)
+    """A `Transformer` from a Hugging Face directory, checked as `read_parameters` does."""
     with torch.device("meta"):
-        model = Transformer(config)
-    wanted = {name: parameter.shape for name, parameter in model.state_dict().items()}
-    weights = {
-        name: tensor.to(dtype).contiguous()
-        for name, tensor in import_weights(config, load_weights(directory)).items()
-    }
-    for name in sorted(wanted.keys() | weights.keys()):
-        if name not in weights or name not in wanted:
-            problem = "lacks" if name not in weights else "holds unknown"
-            raise FormatError(f"{directory.name}: model.safetensors {problem} {name}")
-        if weights[name].shape != wanted[name]:
-            raise FormatError(
-                f"{directory.name}: {name} has shape {tuple(weights[name].shape)}, "
-                f"config.json asks for {tuple(wanted[name])}"
-            )
+        model = Transformer(load_config(directory))
+    weights = dict(read_parameters(directory, dtype=dtype))
     model.to_empty(device="cpu")
     model.load_state_dict(weights, assign=True)
     return model
+
+
+def read_parameters(
+    directory: Path, *, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, Tensor]]:
+    """The state of the `Transformer` of a Hugging Face directory, checked name by name and shape by
+    shape, of which no more than a layer is in memory at a time.
+    """
+    config = load_config(directory)
+    with torch.device("meta"):
+        state = Transformer(config).state_dict()
+    wanted = {name: parameter.shape for name, parameter in state.items()}
+    for part in _by_layer(load_weights(directory)):
+        for name, tensor in import_weights(config, part).items():
+            if name not in wanted:
+                raise FormatError(f"{directory.name}: model.safetensors holds unknown {name}")
+            shape = wanted.pop(name)
+            if tensor.shape != shape:
+                raise FormatError(
+                    f"{directory.name}: {name} has shape {tuple(tensor.shape)}, config.json asks "
+                    f"for {tuple(shape)}"
+                )
+            yield name, tensor.to(dtype).contiguous()
+    if wanted:
+        raise FormatError(f"{directory.name}: model.safetensors lacks {min(wanted)}")
 
 
 def load_config(directory: Path) -> ModelConfig:
@@ -317,7 +326,8 @@ def load_config(directory: Path) -> ModelConfig:
 
 
 def load_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the files its index names."""
+    """All tensors of model.safetensors, or of the files its index names. The files are mapped: a
+    tensor takes memory when it is read, and gives it back when it is wanted elsewhere."""
     index = directory / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.exists():
@@ -331,6 +341,15 @@ def load_weights(directory: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise FormatError(f"{directory.name}/{name} is damaged: {error}") from error
     return weights
+
+
+def _by_layer(theirs: Mapping[str, Tensor]) -> list[Weights]:
+    """The tensors of each layer, and those outside the layers, apart."""
+    parts: dict[str, Weights] = {}
+    for name, tensor in theirs.items():
+        layer = re.search(r"(?:^|\.)(?:layers|layer|h)\.(\d+)\.", name)
+        parts.setdefault(layer[1] if layer else "", {})[name] = tensor
+    return list(parts.values())
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ from model.checkpoint import (
 from model.compiling import compile_blocks
 from model.config import ModelConfig
 from model.divided_checkpoint import Together, is_divided, load_divided
+from model.initial_weights import InitialWeights
 from model.loader import Batch, Loader, rank_slice
 from model.losses import cross_entropy_sum
 from model.meter import Meter, StepRecord, device_peak, seen_keys
@@ -97,6 +98,7 @@ def train(
     config: TrainConfig,
     *,
     checkpoints: Path | None = None,
+    weights: InitialWeights | None = None,
     token_bytes: Tensor | None = None,
     heldout: Mapping[str, Loader] | None = None,
     on_step: Callable[[StepRecord], None] = lambda record: None,
@@ -109,6 +111,7 @@ def train(
 
     checkpoints: directory, of all ranks or (see `refresh`) of each; training resumes from the
         newest checkpoint in it.
+    weights: what a `model` on the meta device begins with; it gets them when it is divided.
     token_bytes: (V,) int, the UTF-8 bytes each token stands for, for bits per byte.
     on_step: called for every record of the curve, on every rank alike; after a restart first again
         for those before the checkpoint, which the killed run may not have got rid of.
@@ -126,18 +129,20 @@ def train(
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     config.require_possible(model.config, loader, world)
-    device = model.output_weight.device
+    device = model.output_weight.device if weights is None else weights.device
     ranks = Ranks.here(config.tensor, device)
     precision = resolve_precision(config.precision, device.type)
     bf16 = precision == "bf16"
     model.remat = config.activation_checkpointing
     if config.compiled:
-        compile_blocks(model.model.layers)
+        compile_blocks(model.model.layers, device)
     if ranks.mesh is not None:
         divide_blocks(model, ranks)
     bare: nn.Module = _Loss(model)
     if config.sharded and ranks.count > 1:
         bare = shard(bare, model, ranks)
+    if weights is not None:
+        weights.fill(model)
     ratio = width_ratio(model.config, config.optim.base_width)
     optimizer = Optimizer(model, config.optim, bf16=bf16, width_ratio=ratio)
     steps = config.steps(loader.sequence)

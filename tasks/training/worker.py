@@ -9,9 +9,10 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import ray.train
@@ -24,8 +25,15 @@ from model.chat import Tokenizer, encode_example
 from model.checkpoint import CheckpointError, latest_checkpoint, read_manifest, step_of
 from model.config import ConfigError, ModelConfig
 from model.divided_checkpoint import load_whole_model
-from model.foreign_vocabulary import load_for
-from model.huggingface import FormatError, SpecialTokens, load_directory, save_directory
+from model.foreign_vocabulary import parameters_for
+from model.huggingface import (
+    FormatError,
+    SpecialTokens,
+    load_config,
+    read_parameters,
+    save_directory,
+)
+from model.initial_weights import InitialWeights, Values, fresh, without_values
 from model.loader import DataError, Loader, WindowLoader
 from model.masking import MaskedLoader
 from model.mixing import MixedLoader, WeightedLoader
@@ -86,10 +94,9 @@ def _train(job: TrainingJob, directory: Directory) -> None:
     store = Store.open(Settings.load())
     tokenizer = load_tokenizer(store, job.tokenizer)
     torch.manual_seed(job.seed)
-    base_width = int(job.loop["optim"].get("base_width", 0))
-    model = _model(job, store, tokenizer, base_width).to(
-        ray.train.torch.get_device() if job.run.gpu else "cpu"
-    )
+    shape, values = _beginning(job, store, tokenizer)
+    model = without_values(shape)
+    device = ray.train.torch.get_device() if job.run.gpu else torch.device("cpu")
     loader, tokens, counts = training_data(job, store, tokenizer, model.config)
     heldout = heldout_data(job, store, tokenizer, model.config)
     if job.loop.get("keep_best") and not heldout:
@@ -139,6 +146,7 @@ def _train(job: TrainingJob, directory: Directory) -> None:
             loader,
             config,
             checkpoints=checkpoints,
+            weights=InitialWeights(device, values),
             token_bytes=sizes,
             heldout=heldout,
             on_step=on_step,
@@ -181,13 +189,20 @@ def _config(job: TrainingJob, tokens: int) -> TrainConfig:
     return TrainConfig(**(job.loop | parts | {"total_tokens": tokens}))
 
 
-def _model(job: TrainingJob, store: Store, tokenizer: Tokenizer, base_width: int) -> Transformer:
+def _beginning(
+    job: TrainingJob, store: Store, tokenizer: Tokenizer
+) -> tuple[ModelConfig, Callable[[], Values]]:
+    """The model's shape, and what it begins with: values of a checkpoint of others, of our base
+    model, or new ones."""
     if job.start_from is not None:
-        return load_for(Path(job.start_from), tokenizer)
-    if job.base is None:
-        return Transformer(ModelConfig.from_dict(job.shape), base_width)
-    files = [store.local(job.base, name) for name in ("config.json", "model.safetensors")]
-    return load_directory(files[0].parent)
+        shape, values = parameters_for(Path(job.start_from), tokenizer)
+        return shape, lambda: values
+    if job.base is not None:
+        files = [store.local(job.base, name) for name in ("config.json", "model.safetensors")]
+        return load_config(files[0].parent), partial(read_parameters, files[0].parent)
+    shape = ModelConfig.from_dict(job.shape)
+    base_width = int(job.loop["optim"].get("base_width", 0))
+    return shape, partial(fresh, shape, base_width, job.seed)
 
 
 def training_data(

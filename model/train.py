@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from model.compiling import compile_blocks
 from model.config import ModelConfig
 from model.divided_checkpoint import Together, is_divided, load_divided
 from model.initial_weights import InitialWeights
-from model.loader import Batch, Loader, rank_slice
+from model.loader import Batch, Loader, Place, rank_slice, told
 from model.losses import cross_entropy_sum
 from model.meter import Meter, StepRecord, device_peak, seen_keys
 from model.moe import balance, uncounted
@@ -70,7 +70,13 @@ BEST = "best"  # folder of the checkpoints with the least held-out loss
 
 
 class DivergedError(RuntimeError):
-    """The loss or the gradient stopped being a number. The message names step and sequences."""
+    """The loss or the gradient stopped being a number. The message names the step and what its
+    sequences were read from; `places` has the same.
+    """
+
+    def __init__(self, message: str, places: Sequence[Place]) -> None:
+        super().__init__(message)
+        self.places = places
 
 
 class _Loss(nn.Module):
@@ -232,10 +238,11 @@ def train(
             grad_norm = float(optimizer.clip(config.clip))
             loss = float(totals[0]) / max(counted, 1)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                places = [place for number in ids.tolist() for place in loader.places(number)]
                 raise DivergedError(
-                    f"loss {loss} and gradient norm {grad_norm} at step {step + 1} on sequences "
-                    f"{', '.join(map(str, ids.tolist()))}; lower the learning rate or look at "
-                    f"these sequences"
+                    f"loss {loss} and gradient norm {grad_norm} at step {step + 1} on "
+                    f"{told(places)}; lower the learning rate or look at these sequences",
+                    places,
                 )
             multiplier = config.schedule.multiplier(step, steps)
             if past.guard.takes(loss):

@@ -323,9 +323,11 @@ def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 def test_a_diverged_run_names_the_step_and_the_sequences(loader: WindowLoader) -> None:
     config = replace(CONFIG, optim=OptimConfig(learning_rate=1e30))
-    ids = ", ".join(map(str, loader.order(8, 8).tolist()))
-    with pytest.raises(DivergedError, match=f"at step 2 on sequences {ids}; lower the"):
+    starts = ", ".join(str(number * 32) for number in loader.order(8, 8).tolist())
+    where = f"at step 2 on tokens-00000.npy from {starts}; lower the"
+    with pytest.raises(DivergedError, match=where) as stopped:
         train(tiny_model(), loader, config)
+    assert {place.count for place in stopped.value.places} == {32}
 
 
 class Poisoned(WindowLoader):

@@ -24,13 +24,13 @@ from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Workspace
 from tasks.runtime.store import Store
 from tasks.tokenizer.shards import shard_sources, source_of
+from tasks.training.data import heldout_data, training_data
 from tasks.training.job import PairsData, TrainingJob, impossible
 from tasks.training.launch import require_whole
 from tasks.training.options import ModelOptions, RunOptions
 from tasks.training.pretrain import PretrainConfig
 from tasks.training.samples import openings, questions, samples
 from tasks.training.shapes import FAMILIES, WINDOWED
-from tasks.training.worker import heldout_data, training_data
 from tests.foreign_checkpoints import byte_level
 from tests.tiny_models import VOCABULARY, tokenizer, transformer
 

@@ -17,7 +17,13 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
-from stage_runs import (
+
+from tasks.runtime.rest import Refused, call
+from tasks.runtime.settings import Settings
+from tasks.training.job import PROGRESS
+from tasks.training.pretrain import pretrain
+from tests.conftest import Stack, free_ports
+from tests.tasks.training.stage_runs import (
     RUN,
     bare_losses,
     changed,
@@ -28,12 +34,6 @@ from stage_runs import (
     training,
     workers,
 )
-
-from tasks.runtime.rest import Refused, call
-from tasks.runtime.settings import Settings
-from tasks.training.job import PROGRESS
-from tasks.training.pretrain import pretrain
-from tests.conftest import Stack, free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

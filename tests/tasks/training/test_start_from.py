@@ -29,7 +29,7 @@ from tests.foreign_checkpoints import save_checkpoint
 from tests.tasks.api_pages import PagesConfig, split_pages
 from tests.tasks.corpus.inline_shards import InlineSession
 from tests.tasks.test_evaluation_stages import STAGES
-from tests.tasks.training.test_training import RUN, bare_losses, losses, trained, training
+from tests.tasks.training.stage_runs import RUN, bare_losses, losses, trained, training
 
 pytestmark = [pytest.mark.timeout(500), pytest.mark.peer]
 

@@ -10,7 +10,17 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from stage_runs import (
+
+from model.chat import Tokenizer, encode_chat
+from model.huggingface import load_directory
+from tasks.registry import tracking
+from tasks.runtime.manifest import Manifest
+from tasks.runtime.store import Store
+from tasks.training.finetune import FinetuneConfig
+from tasks.training.options import OptimizerOptions
+from tasks.training.pretrain import PretrainConfig, pretrain
+from tests.conftest import Stack
+from tests.tasks.training.stage_runs import (
     CITIES,
     CONFIG,
     RUN,
@@ -25,16 +35,6 @@ from stage_runs import (
     training,
     workers,
 )
-
-from model.chat import Tokenizer, encode_chat
-from model.huggingface import load_directory
-from tasks.registry import tracking
-from tasks.runtime.manifest import Manifest
-from tasks.runtime.store import Store
-from tasks.training.finetune import FinetuneConfig
-from tasks.training.options import OptimizerOptions
-from tasks.training.pretrain import PretrainConfig, pretrain
-from tests.conftest import Stack
 
 pytestmark = pytest.mark.timeout(500)
 
@@ -257,7 +257,7 @@ def test_mistakes_are_told_in_one_sentence(inputs, stack, home) -> None:
     for config, message in (
         (many, "8 training workers need 8 CPUs, the Ray cluster has"),
         (no_gpu, "training needs a GPU for every worker, 1 in all, and the Ray cluster has 0"),
-        (hot, "lower the learning rate or look at these sequences"),
+        (hot, "look at these sequences: gristmill sequence token-shards/token-shards tokens-00000"),
         (long, "fewer than one sequence of 50000 + 1; lower pretrain.sequence"),
     ):
         with training(config, stack, inputs) as process:

@@ -1,4 +1,4 @@
-"""The engine against the plain forward pass over all that `ModelConfig` can say, drawn at random."""
+"""The engine against the plain forward pass, over configs drawn at random."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.tokenizer.stored import load_tokenizer
 from tasks.training.foreseen import errors
 from tasks.training.job import TrainingJob
-from tasks.training.launch import launch, require_whole
+from tasks.training.launch import launch, require_tokenizer_of, require_whole
 from tasks.training.options import ModelOptions, ScheduleOptions, TrainingConfig, shown_first
 from tasks.training.shapes import SERVED
 from tasks.training.start_from import (
@@ -150,6 +150,7 @@ def pretrain(
     config: PretrainConfig, work: Workspace, *, shards: Manifest, tokenizer: Manifest
 ) -> Outcome:
     """Train a base model on the corpus's tokens, by Ray Train."""
+    require_tokenizer_of(shards, tokenizer)
     if shards.counts.get("tokens", 0) <= config.sequence:
         raise UserError(
             f"the corpus has {shards.counts.get('tokens', 0)} tokens, fewer than one sequence of "

@@ -26,9 +26,9 @@ from tasks.runtime.store import Store
 from tasks.tokenizer.shards import shard_sources, source_of
 from tasks.training.data import heldout_data, training_data
 from tasks.training.job import PairsData, TrainingJob, impossible
-from tasks.training.launch import require_whole
+from tasks.training.launch import require_tokenizer_of, require_whole
 from tasks.training.options import ModelOptions, RunOptions
-from tasks.training.pretrain import PretrainConfig
+from tasks.training.pretrain import PretrainConfig, pretrain
 from tasks.training.samples import openings, questions, samples
 from tasks.training.shapes import FAMILIES, WINDOWED
 from tests.foreign_checkpoints import byte_level
@@ -255,6 +255,21 @@ def test_a_damaged_shard_is_named_before_anything_is_learned(shards: Manifest, t
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"tokens-00000\.npy differs from its manifest; remove"):
         require_whole(work, [shards])
+
+
+def test_shards_of_another_tokenizer_are_refused_before_anything_is_learned(
+    shards: Manifest,
+) -> None:
+    def named(mark: str) -> Manifest:
+        counts = {"vocabulary": VOCABULARY}
+        return Manifest(stage="tokenizer", version=1, fingerprint=mark, content=mark, counts=counts)
+
+    written = shards.model_copy(
+        update={"inputs": {"tokenizer": "theirs"}, "counts": {"tokens": 1800}}
+    )
+    with pytest.raises(UserError, match="written with tokenizer/theirs, not with tokenizer/ours;"):
+        pretrain(PretrainConfig(), shards=written, tokenizer=named("ours"))
+    require_tokenizer_of(written, named("theirs"))
 
 
 def test_shards_are_found_by_source() -> None:

@@ -8,6 +8,7 @@ no family expresses is refused, never exported as something near it.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,9 @@ def export_config(
 
 
 def import_config(theirs: Mapping[str, Any]) -> ModelConfig:
-    """The inverse of `export_config`, for any config.json of a known family."""
+    """The inverse of `export_config`, for any config.json of a known family; of a model of text and
+    pictures (Gemma 3) that of its text part."""
+    theirs = theirs.get("text_config") or theirs
     model_type = theirs.get("model_type")
     family = next((f for f in FAMILIES if f.model_type == model_type), None)
     if family is None:
@@ -205,17 +208,16 @@ def import_weights(config: ModelConfig, theirs: Mapping[str, Tensor]) -> Weights
 
 def _modern_names(config: ModelConfig, family: Family, theirs: Mapping[str, Tensor]) -> Weights:
     """Their tensors without those that say nothing new, under the names of today."""
-    skipped = (
-        *family.ignores,
-        *(("lm_head.weight",) if config.tied_embeddings else ()),
-        f"model.layers.{config.layers}."
-        if "num_nextn_predict_layers" in family.writes
-        else "lm_head.-",
-    )
     weights = {}
     for name, tensor in theirs.items():
+        if _omitted(config, family, name):
+            continue
+        for before, after in family.within.items():
+            if name.startswith(before):
+                name = after + name.removeprefix(before)
         # Old exports store what config.json says, or a mask.
-        if name.startswith(skipped) or name.endswith(
+        said = (*family.ignores, *(("lm_head.weight",) if config.tied_embeddings else ()))
+        if name.startswith(said) or name.endswith(
             ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
         ):
             continue
@@ -225,6 +227,28 @@ def _modern_names(config: ModelConfig, family: Family, theirs: Mapping[str, Tens
             name = f"transformer.{name}"
         weights[name] = tensor
     return weights
+
+
+def _omitted(config: ModelConfig, family: Family, name: str) -> str:
+    """Which part of a checkpoint that we do not have a tensor belongs to; empty for ours."""
+    part = next((part for part in family.omits if name.startswith(part)), "")
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if "num_nextn_predict_layers" in family.writes and layer and int(layer[1]) >= config.layers:
+        part = layer[0]  # DeepSeek's prediction of the tokens after the next
+    return part.rstrip(".")
+
+
+def left_out(directory: Path) -> list[str]:
+    """The parts of a Hugging Face directory that the model does not have, each with its number of
+    tensors: what sees pictures, predicts further tokens, or served another objective."""
+    config = load_config(directory)
+    family = family_of(config)
+    parts = Counter(_omitted(config, family, name) for name in load_weights(directory))
+    return [
+        f"{part} ({count} tensor{'s' * (count > 1)})"
+        for part, count in sorted(parts.items())
+        if part
+    ]
 
 
 def _expanded(config: ModelConfig) -> list[Rule]:

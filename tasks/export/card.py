@@ -170,6 +170,8 @@ def _brought(made: Mapping[str, Manifest]) -> list[str]:
             f"It goes on from the checkpoint `{start}` (SHA-256 `{digest}`…), which was made "
             f"elsewhere. Licence: {ELSEWHERE}."
         )
+    if start and (omitted := made["pretrain"].metrics.get("left_out")):
+        lines.append(f"Left out of that checkpoint: {omitted}.")
     tokenizer = made["tokenizer"].config if "tokenizer" in made else {}
     if origin := tokenizer.get("import_from"):
         digest = tokenizer.get("import_digest", "")[:16]

@@ -26,6 +26,7 @@ from tasks.training.start_from import (
     checkpoint_digest,
     checkpoint_directory,
     checkpoint_shape,
+    left_out_of,
     require_tokenizer,
 )
 
@@ -158,8 +159,10 @@ def pretrain(
         )
     shape = config.shape(tokenizer.counts["vocabulary"])
     start = checkpoint_directory(config.start_from) if config.start_from else None
+    omitted = ""
     if start is not None:
         require_tokenizer(start, load_tokenizer(work.store, tokenizer).data)
+        omitted = left_out_of(start)
     inputs = {"shards": shards, "tokenizer": tokenizer}
     require_whole(work, inputs.values())
     params = {**config.model_dump(), "parameters": count_parameters(shape).total}
@@ -187,9 +190,13 @@ def pretrain(
             ),
             work,
         )
-        told = errors(config, Settings.load(), shards, _reached(outcome))
-        if told:
-            log_metrics(run_id, told)
+        told: dict[str, Scalar] = {}
+        wrong = errors(config, Settings.load(), shards, _reached(outcome))
+        if wrong:
+            log_metrics(run_id, wrong)
+            told |= wrong
+        if omitted:
+            told["left_out"] = omitted
         return replace(outcome, metrics={**outcome.metrics, **told})
 
 

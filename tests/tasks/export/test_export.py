@@ -130,6 +130,7 @@ def test_a_version_leaves_as_a_directory_with_its_card(registered, home, capsys)
 def test_a_card_names_what_was_made_elsewhere(registered, home) -> None:
     def made(stage: str, config: dict[str, Any], **counts: int) -> Manifest:
         marks = {"version": 1, "fingerprint": stage, "content": stage}
+        marks["metrics"] = {"left_out": "vision_tower (7 tensors)"}
         return Manifest(stage=stage, config=config, counts=counts, **marks)
 
     theirs = {"start_from": "/sources/theirs", "start_digest": "ab" * 32}
@@ -139,6 +140,7 @@ def test_a_card_names_what_was_made_elsewhere(registered, home) -> None:
     told = card(registered, home / "made", lineage)
     for said in (
         "It goes on from the checkpoint `theirs` (SHA-256 `abababababababab`…), which was made",
+        "Left out of that checkpoint: vision_tower (7 tensors).",
         "Its vocabulary is that of `tokenizer.json` (SHA-256 `cdcdcdcdcdcdcdcd`…), which was made",
         "Licence: not known here; its owner's terms hold for this model, too.",
         "- What `theirs` had read before is not known here.",

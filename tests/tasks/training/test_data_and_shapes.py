@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from model.families import family_of
 from model.huggingface import save_directory
@@ -31,6 +32,7 @@ from tasks.training.options import ModelOptions, RunOptions
 from tasks.training.pretrain import PretrainConfig, pretrain
 from tasks.training.samples import openings, questions, samples
 from tasks.training.shapes import FAMILIES, WINDOWED
+from tasks.training.start_from import left_out_of
 from tests.foreign_checkpoints import byte_level
 from tests.tiny_models import VOCABULARY, tokenizer, transformer
 
@@ -280,6 +282,18 @@ def test_shards_are_found_by_source() -> None:
         "my-notes": ["tokens-my-notes-00001.npy"],
     }
     assert (source_of("warc/00000.warc.gz"), source_of("notes:a/b.txt")) == ("seeds", "notes")
+
+
+def test_what_is_left_out_of_a_checkpoint_is_said_in_the_log(tmp_path, caplog) -> None:
+    shape = ModelOptions(family="bert", width=32, heads=2, context=16).config(300)
+    save_directory(tmp_path / "theirs", Transformer(shape))
+    assert left_out_of(tmp_path / "theirs") == "" and not caplog.records
+    file = tmp_path / "theirs" / "model.safetensors"
+    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    save_file(weights | {"bert.pooler.dense.bias": torch.ones(3)}, file)
+    assert left_out_of(tmp_path / "theirs") == "bert.pooler (1 tensor)"
+    (record,) = caplog.records
+    assert record.getMessage() == "of theirs is left out: bert.pooler (1 tensor)"
 
 
 def test_a_checkpoint_to_start_from_is_known_by_its_content(tmp_path, monkeypatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import yaml
 from flows.cli import main
 from flows.deployments import parameters
 from flows.parameters import PRESETS
-from model.flops import count_parameters
+from model.flops import count_parameters, training_flops_per_token
 from model.huggingface import save_directory
 from model.transformer import Transformer
 from model.width import width_ratio
@@ -76,6 +77,20 @@ def test_a_preset_tells_its_forecast(name: str) -> None:
         f"Forecast: {found['parameters']} parameters, {found['operations']} operations, "
         f"{found['memory of a worker']} a worker, {time} and {found['device hours']} device hours"
     ) in told
+
+
+@pytest.mark.parametrize("name", ["demo", "tiny"])
+def test_a_preset_that_brings_its_corpus_tells_its_size_and_its_loss(name: str) -> None:
+    text = (PRESETS / f"{name}.yaml").read_text()
+    checked = parameters("pipeline", yaml.safe_load(text))
+    shape = checked.pretrain.model.config(checked.tokenizer.vocab_size)
+    sequence, tokens = checked.pretrain.sequence, checked.pretrain.tokens
+    operations = training_flops_per_token(shape, sequence, 1.0) * tokens
+    told = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
+    parameters_told = f"{count_parameters(shape).total:,} parameters, {operations:.3g} operations"
+    assert f"Forecast: {parameters_told}" in told
+    found = re.search(r"held-out text: ([\d.]+) nats per token, ([\d.]+) bits per byte", told)
+    assert found and 0 < float(found[2]) < float(found[1]) / math.log(2)
 
 
 def test_the_demo_preset_is_the_defaults() -> None:

@@ -1,10 +1,10 @@
-"""A training whose worker is killed again and again: is the model the same, to the bit?
+"""A training whose workers are killed again and again: is the model the same, to the bit?
 
-    python benchmarks/resume.py [--quick] [--workers N]
+    python benchmarks/resume.py [--quick] [--workers N …]
 
-The pretrain stage runs twice on a stack of its own, with the same settings and threads: once
-unbroken, once with `kill -9` of a worker at random steps (five times; `--quick`: twice). Compared
-are the files of weights, byte by byte, and the curves.
+For each number of workers (1 and 2) the pretrain stage runs twice on a stack of its own, with the
+same settings and threads: once unbroken, once with `kill -9` of any of its workers at random steps
+(five times; `--quick`: twice). Compared are the weights, bit by bit, and the curves.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.report import Targets, finish
+from benchmarks.report import finish
 from benchmarks.training_stack import Trainings, trainings
 from tasks.runtime.manifest import Manifest
 from tasks.training.options import ModelOptions, RunOptions
 from tasks.training.pretrain import PretrainConfig
 
 STEPS, CHECKPOINT, BATCH, SEQUENCE = 900, 50, 16, 128
-TARGETS: Targets = {"tensors_that_differ": ("<=", 0), "steps_that_differ": ("<=", 0)}
 
 
 def settings(workers: int) -> PretrainConfig:
@@ -44,7 +44,7 @@ def settings(workers: int) -> PretrainConfig:
 
 def killed(runs: Trainings, config: PretrainConfig, kills: int) -> tuple[Manifest, list[int]]:
     """The artifact of a training of which a worker was killed so often, and at which steps."""
-    draw = random.Random(0)
+    draw = random.Random(config.run.workers)
     process = runs.start(config)
     told: list[int] = []
     victims: set[int] = set()
@@ -60,7 +60,7 @@ def killed(runs: Trainings, config: PretrainConfig, kills: int) -> tuple[Manifes
                 with contextlib.suppress(Exception):
                     victim.send_signal(signal.SIGKILL)
                     told.append(step)
-                    print(f"killed a worker at step {step}", file=sys.stderr, flush=True)
+                    print(f"killed one of {len(alive)} at step {step}", file=sys.stderr, flush=True)
                 break
             time.sleep(0.02)
     return runs.ended(process), told
@@ -75,39 +75,59 @@ def _step(runs: Trainings) -> int:
     return 0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="two kills instead of five")
-    parser.add_argument("--workers", type=int, default=1, metavar="N")
-    arguments = parser.parse_args()
-    kills = 2 if arguments.quick else 5
-    config = settings(arguments.workers)
-    with trainings() as runs:
-        import numpy as np
-        from safetensors.numpy import load
+def taken(runs: Trainings, made: Manifest) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(weights, curve) of an artifact, which is removed: the next training has its fingerprint, and
+    would find it instead of making it again."""
+    from safetensors.numpy import load
 
-        unbroken = runs.ended(runs.start(config))
-        kept = runs.store.of(unbroken)
-        weights = load(kept.read_bytes("model.safetensors"))
-        curve = kept.read_table("curve.parquet").select(["step", "loss", "grad_norm"]).to_pylist()
-        kept.remove()  # it has the same fingerprint, and would be found instead of made again
-        begun = time.monotonic()
-        broken, told = killed(runs, config, kills)
-        seconds = time.monotonic() - begun
-        made = runs.store.of(broken)
-        again = load(made.read_bytes("model.safetensors"))
-        theirs = made.read_table("curve.parquet").select(["step", "loss", "grad_norm"]).to_pylist()
-    metrics: dict[str, float | None] = {
+    directory = runs.store.of(made)
+    weights = load(directory.read_bytes("model.safetensors"))
+    curve = directory.read_table("curve.parquet").select(["step", "loss", "grad_norm"])
+    directory.remove()
+    return weights, curve.to_pylist()
+
+
+def compared(runs: Trainings, workers: int, kills: int) -> dict[str, float | None]:
+    """What a training with so many workers came to, unbroken and killed so often."""
+    import numpy as np
+
+    config = settings(workers)
+    unbroken = runs.ended(runs.start(config))
+    weights, curve = taken(runs, unbroken)
+    begun = time.monotonic()
+    broken, told = killed(runs, config, kills)
+    seconds = time.monotonic() - begun
+    again, theirs = taken(runs, broken)
+    names = weights.keys() | again.keys()
+    return {
         "kills": len(told),
         "tensors": len(weights),
-        "tensors_that_differ": sum(
-            not np.array_equal(weights[name], again[name]) for name in weights.keys() | again.keys()
-        ),
+        "tensors_that_differ": sum(not np.array_equal(weights[n], again[n]) for n in names),
         "steps_that_differ": sum(a != b for a, b in zip(curve, theirs, strict=True)),
         "seconds_unbroken": unbroken.cost["wall_seconds"],
         "seconds_killed": seconds,
     }
-    finish("resume", metrics, TARGETS | {"kills": (">=", kills)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="two kills instead of five")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], metavar="N")
+    arguments = parser.parse_args()
+    kills = 2 if arguments.quick else 5
+    metrics: dict[str, float | None] = {}
+    targets: dict[str, tuple[str, float]] = {}
+    wanted = {
+        "tensors_that_differ": ("<=", 0),
+        "steps_that_differ": ("<=", 0),
+        "kills": (">=", kills),
+    }
+    with trainings() as runs:
+        for workers in arguments.workers:
+            found = compared(runs, workers, kills)
+            metrics |= {f"{name}_with_{workers}": value for name, value in found.items()}
+            targets |= {f"{name}_with_{workers}": each for name, each in wanted.items()}
+    finish("resume", metrics, targets)
 
 
 if __name__ == "__main__":

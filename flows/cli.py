@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from flows import forget as forget_commands
 from flows import keys as key_commands
+from flows import sequence as sequence_command
 from flows.doctor import examine, raise_open_files, report
 from flows.processes import mind_signals
 from flows.supervisor import ServiceStatus, Supervisor, tail
@@ -395,6 +396,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help="used of that")
     command.add_argument("--no-runs", action="store_true", help="no quick runs, so no loss")
     command.set_defaults(flow="pipeline")
+    sequence_command.add_arguments(add("sequence", sequence_command.sequence))
     add("models", models)
     command = add("export", export)
     command.add_argument("model", help="MODEL@VERSION: a number or an alias (default: champion)")

@@ -18,9 +18,10 @@ from tasks.training.pretrain import PretrainConfig
 
 @dataclass(frozen=True)
 class Chat:
-    """A fine-tuned model and what it is judged with."""
+    """A fine-tuned model, the base model it was made from, and what it is judged with."""
 
     corpus: Manifest
+    base: Manifest
     pairs: Manifest
     model: Manifest
 
@@ -36,7 +37,7 @@ def train_chat(
     base = train_base(corpus, tokenizer, pretrain)
     questions = write_instruction_pairs(pairs, corpus=base.corpus)
     model = finetune(finetuning, base=base.model, pairs=questions)
-    return Chat(base.corpus, questions, model)
+    return Chat(base.corpus, base.model, questions, model)
 
 
 @flow(name="finetune", **HOOKS)

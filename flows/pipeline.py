@@ -13,7 +13,7 @@ from flows.promote import PromoteConfig, promote
 from tasks.corpus.pairs import PairsConfig
 from tasks.evaluation.baseline import BaselineConfig
 from tasks.evaluation.evaluate import EvaluateConfig
-from tasks.registry.register import RegisterConfig, register
+from tasks.registry.register import RegisterBaseConfig, RegisterConfig, register, register_base
 from tasks.tokenizer.train import TokenizerConfig
 from tasks.training.finetune import FinetuneConfig
 from tasks.training.pretrain import PretrainConfig
@@ -34,6 +34,7 @@ def pipeline(
 ) -> None:
     """Crawl, clean, train, fine-tune, evaluate, register, promote and serve a model."""
     chat = train_chat(corpus, tokenizer, pretrain, pairs, finetune)
+    register_base(RegisterBaseConfig.beside(register_as), model=chat.base)
     report = score(evaluate, baseline, chat)
     version = register(register_as, model=chat.model, report=report)
     serve_version(deploy, promote(promotion, version, report))

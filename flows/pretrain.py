@@ -9,6 +9,7 @@ from prefect import flow
 from flows.corpus import CorpusParams, build_corpus
 from flows.hooks import HOOKS
 from tasks.corpus.report import report_corpus
+from tasks.registry.register import RegisterBaseConfig, register_base
 from tasks.runtime.manifest import Manifest
 from tasks.tokenizer.shards import ShardsConfig, write_token_shards
 from tasks.tokenizer.train import TokenizerConfig, train_tokenizer
@@ -39,6 +40,8 @@ def pretrain_flow(
     corpus: CorpusParams = CorpusParams(),
     tokenizer: TokenizerConfig = TokenizerConfig(),
     pretrain: PretrainConfig = PretrainConfig(),
+    register_as: RegisterBaseConfig = RegisterBaseConfig(),
 ) -> None:
-    """Train a base model on the corpus, from whatever stage is not made yet."""
-    train_base(corpus, tokenizer, pretrain)
+    """Train a base model on the corpus, from whatever stage is not made yet, and register it."""
+    base = train_base(corpus, tokenizer, pretrain)
+    register_base(register_as, model=base.model)

@@ -7,6 +7,7 @@ Skipped.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 from prefect import flow
 from prefect.states import Completed, State
@@ -14,7 +15,7 @@ from prefect.states import Completed, State
 from flows.corpus import CorpusParams
 from flows.deploy import DeployConfig, serve_version
 from flows.evaluate import score
-from flows.finetune import Chat, train_chat
+from flows.finetune import train_chat
 from flows.hooks import HOOKS
 from flows.promote import PromoteConfig, promote
 from tasks.corpus.crawl import CrawlConfig
@@ -22,7 +23,7 @@ from tasks.corpus.pairs import PairsConfig
 from tasks.evaluation.baseline import BaselineConfig
 from tasks.evaluation.evaluate import EvaluateConfig
 from tasks.registry import models
-from tasks.registry.register import RegisterConfig, register
+from tasks.registry.register import RegisterBaseConfig, RegisterConfig, register, register_base
 from tasks.runtime.fingerprint import identity
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
@@ -80,11 +81,12 @@ def retrain(
             )
         anew = corpus.model_copy(update={"epoch": next_epoch(corpus)})
         chat = train_chat(anew, tokenizer, pretrain, pairs, finetune)
+        register_base(RegisterBaseConfig.beside(register_as), model=chat.base)
         report = score(evaluate, baseline, chat)
         version = register(register_as, model=chat.model, report=report)
         champion = champion_artifact(register_as.model)
         rival = (
-            score(evaluate, baseline, Chat(chat.corpus, chat.pairs, champion))
+            score(evaluate, baseline, replace(chat, model=champion))
             if champion and champion.fingerprint != chat.model.fingerprint
             else None
         )

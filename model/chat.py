@@ -6,6 +6,7 @@ encodes to them, so a message cannot pretend to be another one.
 """
 
 import codecs
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +55,8 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer:
-    """A vocabulary whose round trip is the identity: `decode(encode(text)) == text`.
+    """A vocabulary whose round trip is the identity: `decode(encode(text)) == text`, and of any
+    bytes `decode_bytes(encode_bytes(data)) == data`.
 
     It is read from SentencePiece's file or, for byte-level BPE, from a `tokenizer.json`; in both,
     ids are the special tokens, the 256 bytes, and the learned pieces. Every id stands for fixed
@@ -132,6 +134,18 @@ class Tokenizer:
             text = text.encode("utf-8", "replace").decode("utf-8")
         return self._pieces.encode(text)
 
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids of any bytes, text or not, which `decode_bytes` gives back; never a special token.
+        Those that are UTF-8 are encoded as text, each other byte is a token of its own."""
+        ids: list[int] = []
+        # Python reads a byte that is not UTF-8 as a lone surrogate, and UTF-8 text holds none.
+        for part in re.split(r"([\udc80-\udcff])", data.decode("utf-8", "surrogateescape")):
+            if re.fullmatch(r"[\udc80-\udcff]", part):
+                ids.append(SPECIAL_TOKENS + ord(part) - 0xDC00)
+            else:
+                ids += self._pieces.encode(part)
+        return ids
+
     def encode_document(self, text: str) -> list[int]:
         """A document as the model is trained on it: begin, text, end of document."""
         return [self.begin, *self.encode(text), self.end_of_document]
@@ -141,6 +155,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of some ids; those of `encode_bytes`, and of `encode` in UTF-8."""
         table = self.token_bytes
         return b"".join(table[token] for token in ids)
 

@@ -5,18 +5,19 @@ import logging
 import os
 import shutil
 
+import torch
 from torch import nn
 
 logger = logging.getLogger("gristmill.training")
 
 
-def compile_blocks(blocks: nn.ModuleList) -> bool:
+def compile_blocks(blocks: nn.ModuleList, device: torch.device) -> bool:
     """Have every block compiled when it first runs; False, with a word why, without a compiler.
 
     Block by block rather than the whole: all blocks are alike, so one kernel serves them all, and
     what stands outside (embedding, loss) is written by hand.
     """
-    missing = missing_compiler(next(blocks.parameters()).device.type)
+    missing = missing_compiler(device.type)
     if missing is not None:
         logger.warning("not compiled: %s", missing)
         return False

@@ -160,6 +160,10 @@ class ModelConfig:
             raise ConfigError(
                 "learned positions go with neither kv_latent nor qk_norm; use positions='rope'"
             )
+        if self.norm == "layer" and self.qk_norm:
+            raise ConfigError(
+                "qk_norm is an RMS norm, and norm is 'layer'; use norm 'rms' or leave qk_norm out"
+            )
         if self.masked_head and not self.tied_embeddings:
             raise ConfigError("masked_head needs tied_embeddings")
 

@@ -123,7 +123,8 @@ class Family:
     from the config), all others their default; needs: ours that must be set; constants: their
     settings that must hold, and are written; writes: theirs that are written but not demanded;
     defaults: what a setting of theirs means when it is not there; ignores: beginnings of names of
-    tensors that say nothing we need.
+    tensors that say what others say; omits: of those that serve something we lack, and are left
+    out; within: beginnings that their names have when the model is the text part of a larger one.
     """
 
     model_type: str
@@ -137,6 +138,8 @@ class Family:
     defaults: Mapping[str, Value] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
     ignores: tuple[str, ...] = ()
+    omits: tuple[str, ...] = ()
+    within: Mapping[str, str] = field(default_factory=dict)
     layer_patterns: tuple[int, ...] | None = None  # values of full_attention_every; None: any
 
     def misfits(self, config: ModelConfig) -> dict[str, Value]:
@@ -167,6 +170,16 @@ GEMMA_FLAGS = {
     "norm_placement": "both",
     "activation": "gelu_tanh",
     "scaled_embeddings": True,
+}
+# What the text part of a larger model leaves unsaid.
+GEMMA3_DEFAULTS = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 4096,
 }
 DEEPSEEK_CONSTANTS = {
     "hidden_act": "silu",
@@ -250,7 +263,16 @@ FAMILIES = (
         own=GEMMA_OWN | {"window_rope_theta"},
         fixed=GEMMA_FLAGS | {"qk_norm": True},
         needs=("sliding_window", "full_attention_every", "window_rope_theta"),
-        defaults=TIED,
+        defaults=TIED | GEMMA3_DEFAULTS,
+        omits=(
+            *("vision_tower.", "multi_modal_projector."),
+            *("model.vision_tower.", "model.multi_modal_projector."),
+        ),
+        within={
+            "language_model.model.": "model.",
+            "language_model.lm_head.": "lm_head.",
+            "model.language_model.": "model.",
+        },
         constants={
             "hidden_activation": "gelu_pytorch_tanh",
             "attention_bias": False,
@@ -305,13 +327,8 @@ FAMILIES = (
         constants={"hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False},
         writes={"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0},
         rules=BERT_RULES,
-        # The pooler and the next-sentence head belong to another objective; the decoder is tied.
-        ignores=(
-            "bert.pooler.",
-            "cls.seq_relationship.",
-            "cls.predictions.decoder.",
-            "bert.embeddings.position_ids",
-        ),
+        ignores=("cls.predictions.decoder.", "bert.embeddings.position_ids"),
+        omits=("bert.pooler.", "cls.seq_relationship."),  # of another objective
     ),
 )
 

@@ -9,7 +9,7 @@ the old ones). Rows that no id of ours wants, such as their own special tokens, 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from model.chat import (
     Tokenizer,
     TokenizerError,
 )
+from model.config import ModelConfig
 from model.families import FormatError
-from model.huggingface import load_directory
+from model.huggingface import load_config, read_parameters
 from model.transformer import Transformer
 
 ROWS = ("model.embed_tokens.weight", "lm_head.weight", "model.head.output_bias")
@@ -57,25 +58,31 @@ def load_for(directory: Path, tokenizer: Tokenizer) -> Transformer:
     """The model of a Hugging Face directory, speaking `tokenizer`, which must be the import of its
     own. One that was exported from here is loaded as it is.
     """
-    model = load_directory(directory)
-    if not is_foreign(directory):
-        return model
-    return with_rows(model, their_ids(directory, tokenizer, model.config.vocab_size))
-
-
-def with_rows(model: Transformer, ids: Sequence[int | None]) -> Transformer:
-    """The model with row `ids[token]` of its vocabulary for each token; a new row where it is
-    None."""
-    config = replace(model.config, vocab_size=len(ids))
-    state = model.state_dict()
-    for name in ROWS:
-        if name in state:
-            state[name] = _moved(state[name], ids)
+    config, values = parameters_for(directory, tokenizer)
     with torch.device("meta"):
-        moved = Transformer(config)
-    moved.to_empty(device="cpu")
-    moved.load_state_dict(state, assign=True)
-    return moved
+        model = Transformer(config)
+    model.to_empty(device="cpu")
+    model.load_state_dict(dict(values), assign=True)
+    return model
+
+
+def parameters_for(
+    directory: Path, tokenizer: Tokenizer
+) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
+    """The shape of that model and its state, a parameter at a time (`read_parameters`)."""
+    config, values = load_config(directory), read_parameters(directory)
+    if not is_foreign(directory):
+        return config, values
+    ids = their_ids(directory, tokenizer, config.vocab_size)
+    return replace(config, vocab_size=len(ids)), _with_rows(values, ids)
+
+
+def _with_rows(
+    values: Iterator[tuple[str, Tensor]], ids: Sequence[int | None]
+) -> Iterator[tuple[str, Tensor]]:
+    """Row `ids[token]` of the vocabulary for each token; a new row where it is None."""
+    for name, tensor in values:
+        yield name, _moved(tensor, ids) if name in ROWS else tensor
 
 
 def _moved(rows: Tensor, ids: Sequence[int | None]) -> Tensor:

@@ -8,7 +8,8 @@ no family expresses is refused, never exported as something near it.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def export_config(
 
 
 def import_config(theirs: Mapping[str, Any]) -> ModelConfig:
-    """The inverse of `export_config`, for any config.json of a known family."""
+    """The inverse of `export_config`, for any config.json of a known family; of a model of text and
+    pictures (Gemma 3) that of its text part."""
+    theirs = theirs.get("text_config") or theirs
     model_type = theirs.get("model_type")
     family = next((f for f in FAMILIES if f.model_type == model_type), None)
     if family is None:
@@ -205,17 +208,16 @@ def import_weights(config: ModelConfig, theirs: Mapping[str, Tensor]) -> Weights
 
 def _modern_names(config: ModelConfig, family: Family, theirs: Mapping[str, Tensor]) -> Weights:
     """Their tensors without those that say nothing new, under the names of today."""
-    skipped = (
-        *family.ignores,
-        *(("lm_head.weight",) if config.tied_embeddings else ()),
-        f"model.layers.{config.layers}."
-        if "num_nextn_predict_layers" in family.writes
-        else "lm_head.-",
-    )
     weights = {}
     for name, tensor in theirs.items():
+        if _omitted(config, family, name):
+            continue
+        for before, after in family.within.items():
+            if name.startswith(before):
+                name = after + name.removeprefix(before)
         # Old exports store what config.json says, or a mask.
-        if name.startswith(skipped) or name.endswith(
+        said = (*family.ignores, *(("lm_head.weight",) if config.tied_embeddings else ()))
+        if name.startswith(said) or name.endswith(
             ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
         ):
             continue
@@ -225,6 +227,28 @@ def _modern_names(config: ModelConfig, family: Family, theirs: Mapping[str, Tens
             name = f"transformer.{name}"
         weights[name] = tensor
     return weights
+
+
+def _omitted(config: ModelConfig, family: Family, name: str) -> str:
+    """Which part of a checkpoint that we do not have a tensor belongs to; empty for ours."""
+    part = next((part for part in family.omits if name.startswith(part)), "")
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if "num_nextn_predict_layers" in family.writes and layer and int(layer[1]) >= config.layers:
+        part = layer[0]  # DeepSeek's prediction of the tokens after the next
+    return part.rstrip(".")
+
+
+def left_out(directory: Path) -> list[str]:
+    """The parts of a Hugging Face directory that the model does not have, each with its number of
+    tensors: what sees pictures, predicts further tokens, or served another objective."""
+    config = load_config(directory)
+    family = family_of(config)
+    parts = Counter(_omitted(config, family, name) for name in load_weights(directory))
+    return [
+        f"{part} ({count} tensor{'s' * (count > 1)})"
+        for part, count in sorted(parts.items())
+        if part
+    ]
 
 
 def _expanded(config: ModelConfig) -> list[Rule]:
@@ -281,29 +305,38 @@ def save_directory(
 
 
 def load_directory(directory: Path, *, dtype: torch.dtype = torch.float32) -> Transformer:
-    """A `Transformer` from a Hugging Face directory, its weights checked name by name and shape by
-    shape.
-    """
-    config = load_config(directory)
+    """A `Transformer` from a Hugging Face directory, checked as `read_parameters` does."""
     with torch.device("meta"):
-        model = Transformer(config)
-    wanted = {name: parameter.shape for name, parameter in model.state_dict().items()}
-    weights = {
-        name: tensor.to(dtype).contiguous()
-        for name, tensor in import_weights(config, load_weights(directory)).items()
-    }
-    for name in sorted(wanted.keys() | weights.keys()):
-        if name not in weights or name not in wanted:
-            problem = "lacks" if name not in weights else "holds unknown"
-            raise FormatError(f"{directory.name}: model.safetensors {problem} {name}")
-        if weights[name].shape != wanted[name]:
-            raise FormatError(
-                f"{directory.name}: {name} has shape {tuple(weights[name].shape)}, "
-                f"config.json asks for {tuple(wanted[name])}"
-            )
+        model = Transformer(load_config(directory))
+    weights = dict(read_parameters(directory, dtype=dtype))
     model.to_empty(device="cpu")
     model.load_state_dict(weights, assign=True)
     return model
+
+
+def read_parameters(
+    directory: Path, *, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, Tensor]]:
+    """The state of the `Transformer` of a Hugging Face directory, checked name by name and shape by
+    shape, of which no more than a layer is in memory at a time.
+    """
+    config = load_config(directory)
+    with torch.device("meta"):
+        state = Transformer(config).state_dict()
+    wanted = {name: parameter.shape for name, parameter in state.items()}
+    for part in _by_layer(load_weights(directory)):
+        for name, tensor in import_weights(config, part).items():
+            if name not in wanted:
+                raise FormatError(f"{directory.name}: model.safetensors holds unknown {name}")
+            shape = wanted.pop(name)
+            if tensor.shape != shape:
+                raise FormatError(
+                    f"{directory.name}: {name} has shape {tuple(tensor.shape)}, config.json asks "
+                    f"for {tuple(shape)}"
+                )
+            yield name, tensor.to(dtype).contiguous()
+    if wanted:
+        raise FormatError(f"{directory.name}: model.safetensors lacks {min(wanted)}")
 
 
 def load_config(directory: Path) -> ModelConfig:
@@ -317,7 +350,8 @@ def load_config(directory: Path) -> ModelConfig:
 
 
 def load_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the files its index names."""
+    """All tensors of model.safetensors, or of the files its index names. The files are mapped: a
+    tensor takes memory when it is read, and gives it back when it is wanted elsewhere."""
     index = directory / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.exists():
@@ -331,6 +365,15 @@ def load_weights(directory: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise FormatError(f"{directory.name}/{name} is damaged: {error}") from error
     return weights
+
+
+def _by_layer(theirs: Mapping[str, Tensor]) -> list[Weights]:
+    """The tensors of each layer, and those outside the layers, apart."""
+    parts: dict[str, Weights] = {}
+    for name, tensor in theirs.items():
+        layer = re.search(r"(?:^|\.)(?:layers|layer|h)\.(\d+)\.", name)
+        parts.setdefault(layer[1] if layer else "", {})[name] = tensor
+    return list(parts.values())
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ comes last. So a run resumes exactly, at any world size: the global batch of a s
 of sequences, only dealt to other ranks. (The habit is OLMo-core's `data_loader.py`.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -51,6 +51,25 @@ class Batch:
         return Batch(change(self.tokens), change(self.targets), *changed)
 
 
+@dataclass(frozen=True)
+class Place:
+    """What a sequence is read from. file: a shard of tokens or a table, by its name in the
+    artifact; start, count: tokens of a shard, rows of a table.
+    """
+
+    file: str
+    start: int
+    count: int
+
+
+def told(places: Iterable[Place]) -> str:
+    """In words, file by file."""
+    starts: dict[str, list[int]] = {}
+    for place in places:
+        starts.setdefault(place.file, []).append(place.start)
+    return "; ".join(f"{file} from {', '.join(map(str, at))}" for file, at in starts.items())
+
+
 class Loader(Protocol):
     """What the training loop asks of its data."""
 
@@ -66,6 +85,10 @@ class Loader(Protocol):
 
     def targets(self, ids: Ints) -> int:
         """How many targets of these sequences count in the loss."""
+        ...
+
+    def places(self, number: int) -> list[Place]:
+        """What the sequence with this id is read from."""
         ...
 
 
@@ -135,6 +158,7 @@ class WindowLoader:
                 raise DataError(
                     f"{path.name} is {shard.dtype} {shard.shape}, not flat uint16/uint32"
                 )
+        self._names = [path.name for path in shards]
         self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
         if document_masking:
             self._documents = np.concatenate(
@@ -175,10 +199,10 @@ class WindowLoader:
                 piece = self._shards[owner][: len(row)]
                 row[: len(piece)] = piece
         if self.vocab_size is not None and rows.max(initial=0) >= self.vocab_size:
-            window = ids[rows.max(axis=1) >= self.vocab_size][0]
+            window = int(ids[rows.max(axis=1) >= self.vocab_size][0])
             raise DataError(
-                f"window {window} holds token {rows.max()}, outside the model's vocabulary of "
-                f"{self.vocab_size}; use the tokenizer the shards were written with"
+                f"{told(self.places(window))}: token {rows.max()} is outside the model's "
+                f"vocabulary of {self.vocab_size}; use the tokenizer the shards were written with"
             )
         stream = torch.from_numpy(rows)
         tokens, targets = stream[:, :-1], stream[:, 1:]
@@ -196,3 +220,13 @@ class WindowLoader:
 
     def targets(self, ids: Ints) -> int:
         return len(ids) * self.sequence
+
+    def places(self, number: int) -> list[Place]:
+        start, left, found = number * self.sequence, self.sequence, []
+        owner = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while left:
+            count = min(left, int(self._starts[owner + 1]) - start)
+            if count:
+                found.append(Place(self._names[owner], start - int(self._starts[owner]), count))
+            start, left, owner = start + count, left - count, owner + 1
+        return found

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from model.loader import Batch, DataError, Ints, Loader
+from model.loader import Batch, DataError, Ints, Loader, Place
 
 
 class MaskedLoader:
@@ -47,3 +47,6 @@ class MaskedLoader:
 
     def targets(self, ids: Ints) -> int:
         return len(ids) * self.hidden
+
+    def places(self, number: int) -> list[Place]:
+        return self.source.places(number)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.loader import Batch, DataError, Ints, Loader
+from model.loader import Batch, DataError, Ints, Loader, Place
 
 
 class MixedLoader:
@@ -56,6 +56,9 @@ class MixedLoader:
     def targets(self, ids: Ints) -> int:
         main, replay = ids[ids % 2 == 0] // 2, ids[ids % 2 == 1] // 2
         return self.main.targets(main) + self.replay.targets(replay)
+
+    def places(self, number: int) -> list[Place]:
+        return (self.replay if number % 2 else self.main).places(number // 2)
 
 
 class WeightedLoader:
@@ -131,6 +134,10 @@ class WeightedLoader:
         count = len(self.sources)
         owned = (ids[ids % count == place] // count for place in range(count))
         return sum(s.targets(own) for s, own in zip(self.sources, owned, strict=True))
+
+    def places(self, number: int) -> list[Place]:
+        own, source = divmod(number, len(self.sources))
+        return self.sources[source].places(own)
 
 
 def _complete(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -6,17 +6,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model.loader import Batch, DataError, Ints, shuffled
+from model.loader import Batch, DataError, Ints, Place, shuffled
 
 OPEN_ROWS = 32  # rows kept open while packing: with 32, rows of short examples are over 99% full
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation. ids: its tokens; learned: which of them the model is trained to say."""
+    """One conversation. ids: its tokens; learned: which of them the model is trained to say;
+    place: what it is made of."""
 
     ids: Sequence[int]
     learned: Sequence[bool]
+    place: Place | None = None
 
 
 class PackedLoader:
@@ -35,6 +37,7 @@ class PackedLoader:
         self.seed = seed
         self.pad = pad
         self._ids = [np.asarray(example.ids, dtype=np.int64) for example in examples]
+        self._places = [example.place for example in examples]
         self._learned = [np.asarray(example.learned, dtype=bool) for example in examples]
         for number, (ids, learned) in enumerate(zip(self._ids, self._learned, strict=True)):
             if len(ids) != len(learned):
@@ -86,6 +89,10 @@ class PackedLoader:
 
     def targets(self, ids: Ints) -> int:
         return sum(int(self._targets[self._examples(int(number))].sum()) for number in ids)
+
+    def places(self, number: int) -> list[Place]:
+        found = (self._places[example] for example in self._examples(number))
+        return [place for place in found if place is not None]
 
     def _examples(self, number: int) -> list[int]:
         return self._pack(number >> 32)[number & 0xFFFFFFFF]

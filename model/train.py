@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ from model.checkpoint import (
 from model.compiling import compile_blocks
 from model.config import ModelConfig
 from model.divided_checkpoint import Together, is_divided, load_divided
-from model.loader import Batch, Loader, rank_slice
+from model.initial_weights import InitialWeights
+from model.loader import Batch, Loader, Place, rank_slice, told
 from model.losses import cross_entropy_sum
 from model.meter import Meter, StepRecord, device_peak, seen_keys
 from model.moe import balance, uncounted
@@ -69,7 +70,13 @@ BEST = "best"  # folder of the checkpoints with the least held-out loss
 
 
 class DivergedError(RuntimeError):
-    """The loss or the gradient stopped being a number. The message names step and sequences."""
+    """The loss or the gradient stopped being a number. The message names the step and what its
+    sequences were read from; `places` has the same.
+    """
+
+    def __init__(self, message: str, places: Sequence[Place]) -> None:
+        super().__init__(message)
+        self.places = places
 
 
 class _Loss(nn.Module):
@@ -97,6 +104,7 @@ def train(
     config: TrainConfig,
     *,
     checkpoints: Path | None = None,
+    weights: InitialWeights | None = None,
     token_bytes: Tensor | None = None,
     heldout: Mapping[str, Loader] | None = None,
     on_step: Callable[[StepRecord], None] = lambda record: None,
@@ -109,6 +117,7 @@ def train(
 
     checkpoints: directory, of all ranks or (see `refresh`) of each; training resumes from the
         newest checkpoint in it.
+    weights: what a `model` on the meta device begins with; it gets them when it is divided.
     token_bytes: (V,) int, the UTF-8 bytes each token stands for, for bits per byte.
     on_step: called for every record of the curve, on every rank alike; after a restart first again
         for those before the checkpoint, which the killed run may not have got rid of.
@@ -126,18 +135,20 @@ def train(
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     config.require_possible(model.config, loader, world)
-    device = model.output_weight.device
+    device = model.output_weight.device if weights is None else weights.device
     ranks = Ranks.here(config.tensor, device)
     precision = resolve_precision(config.precision, device.type)
     bf16 = precision == "bf16"
     model.remat = config.activation_checkpointing
     if config.compiled:
-        compile_blocks(model.model.layers)
+        compile_blocks(model.model.layers, device)
     if ranks.mesh is not None:
         divide_blocks(model, ranks)
     bare: nn.Module = _Loss(model)
     if config.sharded and ranks.count > 1:
         bare = shard(bare, model, ranks)
+    if weights is not None:
+        weights.fill(model)
     ratio = width_ratio(model.config, config.optim.base_width)
     optimizer = Optimizer(model, config.optim, bf16=bf16, width_ratio=ratio)
     steps = config.steps(loader.sequence)
@@ -227,10 +238,11 @@ def train(
             grad_norm = float(optimizer.clip(config.clip))
             loss = float(totals[0]) / max(counted, 1)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                places = [place for number in ids.tolist() for place in loader.places(number)]
                 raise DivergedError(
-                    f"loss {loss} and gradient norm {grad_norm} at step {step + 1} on sequences "
-                    f"{', '.join(map(str, ids.tolist()))}; lower the learning rate or look at "
-                    f"these sequences"
+                    f"loss {loss} and gradient norm {grad_norm} at step {step + 1} on "
+                    f"{told(places)}; lower the learning rate or look at these sequences",
+                    places,
                 )
             multiplier = config.schedule.multiplier(step, steps)
             if past.guard.takes(loss):

@@ -151,22 +151,26 @@ class Transformer(nn.Module):
         return self
 
     def reset_parameters(self, width_ratio: float = 1.0) -> None:
-        std = 0.02 * math.sqrt(width_ratio)
-        one = 0.0 if self.config.norm == "rms+1" else 1.0
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                # The latents' norms (DeepSeek) never have an offset.
-                nn.init.constant_(parameter, 1.0 if "_a_layernorm" in name else one)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif "o_proj." in name or "down_proj" in name:
-                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.layers))
-            elif "embed_" in name:
-                nn.init.normal_(parameter, std=0.02)
-            elif name == "lm_head.weight" or name.endswith(".mlp.gate.weight"):
-                nn.init.normal_(parameter, std=0.02 * width_ratio)
-            else:
-                nn.init.normal_(parameter, std=std)
+            self.reset_parameter(name, parameter, width_ratio)
+
+    def reset_parameter(self, name: str, parameter: Tensor, width_ratio: float = 1.0) -> None:
+        """Give a tensor of the shape of the parameter `name` its initial values."""
+        std = 0.02 * math.sqrt(width_ratio)
+        if name.endswith("norm.weight"):
+            # The latents' norms (DeepSeek) never have an offset.
+            offset = self.config.norm == "rms+1" and "_a_layernorm" not in name
+            nn.init.constant_(parameter, 0.0 if offset else 1.0)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif "o_proj." in name or "down_proj" in name:
+            nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.layers))
+        elif "embed_" in name:
+            nn.init.normal_(parameter, std=0.02)
+        elif name == "lm_head.weight" or name.endswith(".mlp.gate.weight"):
+            nn.init.normal_(parameter, std=0.02 * width_ratio)
+        else:
+            nn.init.normal_(parameter, std=std)
 
     def forward(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ STAGES = [
     "compression-baseline",
     "evaluate",
     "register",
+    "register-base",
     "deploy",
 ]
 TINY = ("--config", "configs/tiny.yaml")
@@ -91,6 +93,15 @@ def test_the_pipeline_leaves_a_served_model(trained: Stack) -> None:
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert answer["usage"]["completion_tokens"] <= 8
     assert trained.gristmill("ask", "What does abs do?").strip()
+
+
+def test_the_base_model_is_a_version_that_can_be_exported(trained: Stack, tmp_path: Path) -> None:
+    told = trained.gristmill("models")
+    assert "gristmill-base\n  version 1    - " in told
+    trained.gristmill("export", "gristmill-base", "--out", str(tmp_path / "base"))
+    card = (tmp_path / "base" / "README.md").read_text()
+    assert "This is a base model" in card and "| pretrain |" in card and "| crawl |" in card
+    assert "| finetune |" not in card
 
 
 def test_every_artifact_is_whole_and_leads_back_to_the_crawl(trained: Stack) -> None:

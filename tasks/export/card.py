@@ -14,6 +14,8 @@ from tasks.registry.models import Version
 from tasks.runtime.manifest import Manifest
 
 SCORES = {
+    "final_heldout_loss": "loss on held-out documents at the end of training, nats per token",
+    "final_loss": "loss on the training text at the end, nats per token",
     "bits_per_byte": "bits per byte of held-out documents",
     "base_bits_per_byte": "… of the base model before fine-tuning",
     "seen_exact": "facts it was taught, in phrasings it was taught: answered exactly",
@@ -41,6 +43,23 @@ ids = tokenizer.apply_chat_template(
 print(tokenizer.decode(model.generate(ids, max_new_tokens=80)[0][ids.shape[1] :]))
 """
 
+CONTINUES = """\
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+tokenizer = PreTrainedTokenizerFast.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")
+ids = tokenizer("…", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=80)[0]))
+"""
+GUESSES = """\
+from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
+
+tokenizer = PreTrainedTokenizerFast.from_pretrained(".")
+model = AutoModelForMaskedLM.from_pretrained(".")
+ids = tokenizer("… <mask> …", return_tensors="pt").input_ids
+print(tokenizer.decode(model(ids).logits.argmax(-1)[0]))
+"""
+
 
 def card(
     version: Version, directory: Path, lineage: Sequence[Manifest], file: str | None = None
@@ -49,24 +68,26 @@ def card(
     first, then all it and its evaluation were made from, as far as the store still has them; file:
     the GGUF file beside it, if that is what was written."""
     made = {manifest.stage: manifest for manifest in reversed(lineage)}  # the nearest of each wins
+    causal = load_config(directory).causal
     sections = (
-        _head(version),
+        _head(version, causal),
+        _kind(version, causal),
         _about(version, directory, made),
         _data(made),
         _scores(version),
         _limits(version, directory, made),
-        _use(file),
+        _use(file, version.is_base, causal),
         _origin(lineage),
     )
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _head(version: Version) -> str:
+def _head(version: Version, causal: bool) -> str:
     return "\n".join(
         (
             "---",
             "library_name: transformers",
-            "pipeline_tag: text-generation",
+            f"pipeline_tag: {'text-generation' if causal else 'fill-mask'}",
             f"model_name: {version.model}-{version.version}",
             "license: other",
             "tags: [gristmill]",
@@ -74,6 +95,17 @@ def _head(version: Version) -> str:
             "",
             f"# {version.model}, version {version.version}",
         )
+    )
+
+
+def _kind(version: Version, causal: bool) -> str:
+    if not version.is_base:
+        return ""
+    does = "continues a text" if causal else "guesses masked words of a text"
+    return (
+        f"This is a base model: it was pretrained only. It {does} and was never taught to answer "
+        f"questions or to follow a conversation; a chat template beside it is for models that are "
+        f"fine-tuned from it."
     )
 
 
@@ -138,6 +170,8 @@ def _brought(made: Mapping[str, Manifest]) -> list[str]:
             f"It goes on from the checkpoint `{start}` (SHA-256 `{digest}`…), which was made "
             f"elsewhere. Licence: {ELSEWHERE}."
         )
+    if start and (omitted := made["pretrain"].metrics.get("left_out")):
+        lines.append(f"Left out of that checkpoint: {omitted}.")
     tokenizer = made["tokenizer"].config if "tokenizer" in made else {}
     if origin := tokenizer.get("import_from"):
         digest = tokenizer.get("import_digest", "")[:16]
@@ -205,10 +239,13 @@ def _languages(made: Mapping[str, Manifest]) -> str:
     return f"text in {', '.join(kept)}" if kept else ""
 
 
-def _use(file: str | None) -> str:
+def _use(file: str | None, base: bool, causal: bool) -> str:
     if file is not None:
-        return f"## Use\n\n```\nllama-cli -m {file} --jinja -cnv\n```"
-    return "## Use\n\n```python\n" + TRANSFORMERS + "```"
+        how = '-no-cnv -p "…"' if base else "--jinja -cnv"
+        return f"## Use\n\n```\nllama-cli -m {file} {how}\n```"
+    if not causal:
+        return f"## Use\n\n```python\n{GUESSES}```"
+    return f"## Use\n\n```python\n{CONTINUES if base else TRANSFORMERS}```"
 
 
 def _origin(lineage: Sequence[Manifest]) -> str:

@@ -24,11 +24,15 @@ from tasks.runtime.settings import Settings
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec(DataType.string, "question")]),
-    outputs=Schema([ColSpec(DataType.string, "answer")]),
-    params=ParamSchema([ParamSpec("max_tokens", DataType.long, 64)]),
-)
+BASE = "pretrain"  # the stage of models that continue a text; others answer questions
+
+
+def _signature(given: str, found: str) -> ModelSignature:
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.string, given)]),
+        outputs=Schema([ColSpec(DataType.string, found)]),
+        params=ParamSchema([ParamSpec("max_tokens", DataType.long, 64)]),
+    )
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,11 @@ class Version:
     @property
     def stage(self) -> str:
         return self.artifact.split("/")[0]
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it was pretrained only."""
+        return self.stage == BASE
 
     @property
     def fingerprint(self) -> str:
@@ -69,6 +78,8 @@ def register(
     mlflow_api.set_tracking_uri(registry.tracking_uri)
     tags = {"gristmill.artifact": artifact, "gristmill.scores": json.dumps(dict(scores))}
     tags |= {f"gristmill.{key}": value for key, value in lineage.items()}
+    base = artifact.startswith(f"{BASE}/")
+    words = "A base model, pretrained" if base else "Trained, evaluated and served"
     os.environ["MLFLOW_RUN_ID"] = run_id
     try:
         with mlflow_api.start_run(run_id=run_id):
@@ -76,16 +87,15 @@ def register(
                 name=model,
                 loader_module="tasks.registry.flavor",
                 data_path=str(directory),
-                signature=SIGNATURE,
+                signature=_signature("text" if base else "question", "answer"),
+                model_config={"base": base},
                 pip_requirements=["gristmill"],
                 tags=tags,
             )
         for name, value in scores.items():
             registry.log_metric(run_id, name, value, model_id=logged.model_id)
         if not registered(model):
-            registry.create_registered_model(
-                model, description="Trained, evaluated and served by Gristmill."
-            )
+            registry.create_registered_model(model, description=f"{words} by Gristmill.")
         created = registry.create_model_version(
             model,
             logged.model_uri,
@@ -142,8 +152,11 @@ def get(model: str, version_or_alias: str) -> Version:
 
 
 def named(text: str) -> Version:
-    """The version that MODEL@VERSION names: a number or an alias; without it the champion."""
+    """The version that MODEL@VERSION names: a number or an alias; without it the champion, of a
+    base model, which has none, the newest."""
     model, _, version = text.partition("@")
+    if not version and (rows := versions(model)) and all(row.is_base for row in rows):
+        return rows[0]
     return get(model, version or CHAMPION)
 
 

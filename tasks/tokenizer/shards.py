@@ -16,6 +16,7 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from model.chat import Tokenizer
@@ -102,6 +103,17 @@ def source_of(warc: str | None) -> str:
     return name if colon else CRAWLED
 
 
+def written_rows(table: pa.Table, *, training: bool) -> dict[str, list[int]]:
+    """The rows of a shard of documents by source, in the order in which their tokens are written;
+    in training those of a weighted source as often as its weight says."""
+    order = rounds(copies_of(table)) if training else range(table.num_rows)
+    origins = table["warc"].to_pylist()
+    found: dict[str, list[int]] = {}
+    for row in order:
+        found.setdefault(source_of(origins[row]), []).append(row)
+    return found
+
+
 def shard_sources(names: Iterable[str], prefix: str) -> dict[str, list[str]]:
     """The shards of a split (`tokens` or `heldout-tokens`) by source, from all files' names."""
     found: dict[str, list[str]] = {}
@@ -125,13 +137,10 @@ def _write_shard(
     documents, bytes and tokens."""
     store = work.store
     table = store.of(corpus).read_table(name)
-    order = rounds(copies_of(table)) if name.startswith("train-") else range(table.num_rows)
-    every, origins = table["text"].to_pylist(), table["warc"].to_pylist()
-    by_source: dict[str, list[str]] = {}
-    for row in order:
-        by_source.setdefault(source_of(origins[row]), []).append(every[row])
+    every = table["text"].to_pylist()
     report = {}
-    for source, texts in by_source.items():
+    for source, rows in written_rows(table, training=name.startswith("train-")).items():
+        texts = [every[row] for row in rows]
         target = "-".join((output, *(() if source == CRAWLED else (source,)), number))
         if not work.has(f"{target}.npy"):
             model = load_tokenizer(store, tokenizer)

@@ -7,7 +7,8 @@ scaling law (Hoffmann et al., arXiv:2203.15556)
     loss = E + A / parameters^0.34 + B / tokens^0.28
 
 whose three amounts are fitted to quick runs of small models on the corpus's own tokens; exponents
-are the paper's, since a few minutes of small runs cannot tell them. What was foreseen is kept in
+are the paper's, since a few minutes of small runs cannot tell them. Tokens of a repeated pass count
+as less than new ones (`effective_tokens`). What was foreseen is kept in
 the home (`tasks.training.foreseen`), and the run it was made for says how wrong it was.
 """
 
@@ -17,7 +18,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from tasks.training.shapes import LatentOptions
 PARAMETER_EXPONENT, TOKEN_EXPONENT = 0.34, 0.28
 # Width, layers and tokens of the quick runs: sizes and lengths vary apart, so that both amounts of
 # the law can be told.
+REPEATS = 15.39  # R*_D of Muennighoff et al.: after so many repeats they teach but 1/e of the first
 QUICK_RUNS = ((64, 2, 60_000), (64, 2, 240_000), (128, 2, 60_000), (128, 4, 240_000))
 TIMED_STEPS = 3
 KEPT_TOGETHER = 0.85  # of each worker's speed, when it shares its gradients with others (measured)
@@ -54,6 +56,7 @@ class Forecast:
     device_hours: float
     rate: str  # where the time comes from, in words
     workers: int
+    effective_tokens: float | None = None  # what they count for, as the corpus is met again
     loss: float | None = None
     bits_per_byte: float | None = None
 
@@ -67,6 +70,8 @@ class Forecast:
             ("time", f"{_span(self.seconds)}, {self.rate}"),
             ("device hours", f"{self.device_hours:,.2f}"),
         ]
+        if self.effective_tokens is not None and self.effective_tokens < 0.995 * self.tokens:
+            rows.append(("as if of new text", f"{self.effective_tokens:,.0f} tokens"))
         if self.loss is not None:
             rows.append(("loss on held-out text", f"{self.loss:.3f} nats per token"))
         if self.bits_per_byte is not None:
@@ -110,6 +115,30 @@ class Law:
         amounts = np.zeros(3)
         amounts[used] = found
         return cls(*amounts.tolist())
+
+
+def effective_tokens(tokens: float, unique: float) -> float:
+    """What tokens count for that are drawn from `unique` ones in passes: U + U R* (1 - e^(-R / R*))
+    with R = tokens / U - 1 repeats (D' of Muennighoff et al., arXiv:2305.16264). Up to four
+    passes are nearly as good as new text; beyond some forty nothing is gained.
+    """
+    used = min(tokens, unique)
+    repeats = tokens / used - 1
+    return used + used * REPEATS * (1 - math.exp(-repeats / REPEATS))
+
+
+def effective_tokens_of(config: PretrainConfig, sizes: Mapping[str, int]) -> float:
+    """Of a whole run, whose sources (sizes: tokens by name) repeat each by itself where they are
+    weighed."""
+    weights = config.source_weights
+    if not weights:
+        return effective_tokens(config.tokens, sum(sizes.values()))
+    shares = {name: weights.get(name, 0.0) / sum(weights.values()) for name in sizes}
+    return sum(
+        effective_tokens(share * config.tokens, sizes[name])
+        for name, share in shares.items()
+        if share
+    )
 
 
 def memory_bytes(shape: ModelConfig, config: PretrainConfig, workers: int) -> float:
@@ -195,10 +224,21 @@ def forecast(
     for width, layers, tokens in QUICK_RUNS:
         say(f"a quick run: width {width}, {layers} layers, {tokens:,} tokens")
         runs.append(quick_run(config, width, layers, tokens, shards))
-    loss = Law.fitted(runs).loss(_without_tables(shape), config.tokens)
+    effective = effective_tokens_of(config, _source_sizes(Store.open(), shards))
+    loss = Law.fitted(runs).loss(_without_tables(shape), effective)
     per_token = shards.metrics.get("bytes_per_token")
     bits = loss / math.log(2) / float(per_token) if per_token else None
-    return replace(found, loss=loss, bits_per_byte=bits)
+    return replace(found, effective_tokens=effective, loss=loss, bits_per_byte=bits)
+
+
+def _source_sizes(store: Store, shards: Manifest) -> dict[str, int]:
+    """Tokens of each source of the training split."""
+    from tasks.tokenizer.shards import shard_sources
+
+    return {
+        source: sum(len(np.load(store.local(shards, name), mmap_mode="r")) for name in names)
+        for source, names in shard_sources(shards.names(), "tokens").items()
+    }
 
 
 def machine_memory() -> int:
@@ -264,7 +304,7 @@ def _timed(config: PretrainConfig, model: Any, loader: Any) -> float:
 def quick_run(
     config: PretrainConfig, width: int, layers: int, tokens: int, shards: Manifest
 ) -> tuple[float, float, float]:
-    """(parameters, tokens, loss on held-out text) of a small model on the corpus.
+    """(parameters, effective tokens, loss on held-out text) of a small model on the corpus.
 
     Raises UserError when the corpus or its held-out part has no sequence for it.
     """
@@ -276,11 +316,8 @@ def quick_run(
     from tasks.tokenizer.shards import shard_sources
 
     store = Store.open()
-    options = config.model.model_copy(
-        update={"width": width, "layers": layers, "heads": 2, "kv_heads": 0, "head_width": 0}
-        | {"mlp_width": 0, "context": 128, "latent": LatentOptions()}
-    )
-    shape = options.config(_vocabulary(store, shards))
+    config = scaled_down(config, width, layers)
+    shape = config.model.config(_vocabulary(store, shards))
     files = {
         split: [
             store.local(shards, name)
@@ -298,13 +335,39 @@ def quick_run(
     settings = _train_config(config.model_copy(update={"batch": 16}), tokens)
     torch.manual_seed(0)
     train(
-        Transformer(shape),
+        Transformer(shape, config.optimizer.base_width),
         loaders["tokens"],
         replace(settings, micro_batch=16, heldout_every=10**9, heldout_sequences=64),
         heldout={"all": loaders["heldout-tokens"]},
         on_heldout=lambda step, found: losses.append(found["heldout_loss"]),
     )
-    return _without_tables(shape), tokens, losses[-1]
+    unique = windows["tokens"].tokens
+    return _without_tables(shape), effective_tokens(tokens, unique), losses[-1]
+
+
+def scaled_down(config: PretrainConfig, width: int, layers: int) -> PretrainConfig:
+    """The same training of a narrower and shallower model: experts narrow with the width, one layer
+    at least has them, and rates and initialisation differ from their base as the large model's do.
+    """
+    model, optimizer = config.model, config.optimizer
+    share, full = width / model.width, model.config(vocab_size=1)
+    experts = model.experts
+    if full.experts:
+        update = {
+            "width": max(round(full.expert_width * share), 1),
+            "dense_layers": min(experts.dense_layers, layers - 1),
+        }
+        experts = experts.model_copy(update=update)
+    base = max(round(optimizer.base_width * share), 1) if optimizer.base_width else 0
+    sizes: dict[str, Any] = {"width": width, "layers": layers, "heads": 2}
+    sizes |= {"kv_heads": 0, "head_width": 0, "mlp_width": 0, "context": 128}
+    sizes |= {"latent": LatentOptions(), "experts": experts}
+    return config.model_copy(
+        update={
+            "model": model.model_copy(update=sizes),
+            "optimizer": optimizer.model_copy(update={"base_width": base}),
+        }
+    )
 
 
 def _vocabulary(store: Store, shards: Manifest) -> int:

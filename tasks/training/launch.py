@@ -84,6 +84,18 @@ def launch(job: TrainingJob, work: Workspace) -> Outcome:
     )
 
 
+def require_tokenizer_of(shards: Manifest, tokenizer: Manifest) -> None:
+    """Raises UserError when token shards were written with another tokenizer: their ids would mean
+    other pieces, and nothing else would show it."""
+    written = shards.inputs.get("tokenizer", tokenizer.fingerprint)
+    if written != tokenizer.fingerprint:
+        raise UserError(
+            f"token-shards/{shards.fingerprint[:12]} were written with tokenizer/{written[:12]}, "
+            f"not with tokenizer/{tokenizer.fingerprint[:12]}; give that one, or write shards with "
+            f"this one"
+        )
+
+
 def require_whole(work: Workspace, inputs: Iterable[Manifest]) -> None:
     """Raises UserError when a file that is to be learned from is not as its manifest says.
 

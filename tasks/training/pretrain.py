@@ -19,13 +19,14 @@ from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.tokenizer.stored import load_tokenizer
 from tasks.training.foreseen import errors
 from tasks.training.job import TrainingJob
-from tasks.training.launch import launch, require_whole
+from tasks.training.launch import launch, require_tokenizer_of, require_whole
 from tasks.training.options import ModelOptions, ScheduleOptions, TrainingConfig, shown_first
 from tasks.training.shapes import SERVED
 from tasks.training.start_from import (
     checkpoint_digest,
     checkpoint_directory,
     checkpoint_shape,
+    left_out_of,
     require_tokenizer,
 )
 
@@ -150,6 +151,7 @@ def pretrain(
     config: PretrainConfig, work: Workspace, *, shards: Manifest, tokenizer: Manifest
 ) -> Outcome:
     """Train a base model on the corpus's tokens, by Ray Train."""
+    require_tokenizer_of(shards, tokenizer)
     if shards.counts.get("tokens", 0) <= config.sequence:
         raise UserError(
             f"the corpus has {shards.counts.get('tokens', 0)} tokens, fewer than one sequence of "
@@ -157,8 +159,10 @@ def pretrain(
         )
     shape = config.shape(tokenizer.counts["vocabulary"])
     start = checkpoint_directory(config.start_from) if config.start_from else None
+    omitted = ""
     if start is not None:
         require_tokenizer(start, load_tokenizer(work.store, tokenizer).data)
+        omitted = left_out_of(start)
     inputs = {"shards": shards, "tokenizer": tokenizer}
     require_whole(work, inputs.values())
     params = {**config.model_dump(), "parameters": count_parameters(shape).total}
@@ -186,9 +190,13 @@ def pretrain(
             ),
             work,
         )
-        told = errors(config, Settings.load(), shards, _reached(outcome))
-        if told:
-            log_metrics(run_id, told)
+        told: dict[str, Scalar] = {}
+        wrong = errors(config, Settings.load(), shards, _reached(outcome))
+        if wrong:
+            log_metrics(run_id, wrong)
+            told |= wrong
+        if omitted:
+            told["left_out"] = omitted
         return replace(outcome, metrics={**outcome.metrics, **told})
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from model.config import ModelConfig
 from tasks.corpus.source_config import allowed
 from tasks.runtime.errors import UserError
+from tasks.runtime.progress import run_logger
 from tasks.runtime.settings import Settings
 from tasks.tokenizer.imported import NAMES, import_tokenizer, imported_file
 
@@ -63,6 +64,16 @@ def checkpoint_shape(path: str, vocabulary: int) -> ModelConfig:
             f"{shape.vocab_size}; take its own with tokenizer.import_from"
         )
     return shape
+
+
+def left_out_of(directory: Path) -> str:
+    """The parts of a checkpoint that the model goes on without, in words; said in the log, too."""
+    from model.huggingface import left_out  # brings torch
+
+    parts = ", ".join(left_out(directory))
+    if parts:
+        run_logger().warning(f"of {directory.name} is left out: {parts}")
+    return parts
 
 
 def require_import(start_from: str, import_from: str) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import ray.train
@@ -20,17 +20,21 @@ import torch
 import torch.distributed as dist
 
 from model import train as training
-from model.chat import Tokenizer, encode_example
+from model.chat import Tokenizer
 from model.checkpoint import CheckpointError, latest_checkpoint, read_manifest, step_of
 from model.config import ConfigError, ModelConfig
 from model.divided_checkpoint import load_whole_model
-from model.foreign_vocabulary import load_for
-from model.huggingface import FormatError, SpecialTokens, load_directory, save_directory
-from model.loader import DataError, Loader, WindowLoader
-from model.masking import MaskedLoader
-from model.mixing import MixedLoader, WeightedLoader
+from model.foreign_vocabulary import parameters_for
+from model.huggingface import (
+    FormatError,
+    SpecialTokens,
+    load_config,
+    read_parameters,
+    save_directory,
+)
+from model.initial_weights import InitialWeights, Values, fresh, without_values
+from model.loader import DataError
 from model.optim import OptimConfig
-from model.packing import Example, PackedLoader
 from model.precision import cpu_flags
 from model.schedule import Schedule
 from model.sharding import whole_model
@@ -38,14 +42,13 @@ from model.tokenizer_files import tokenizer_files
 from model.train_config import TrainConfig
 from model.transformer import Transformer
 from tasks.registry.tracking import MetricLogger
-from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import Directory, Store
-from tasks.tokenizer.shards import shard_sources
 from tasks.tokenizer.stored import load_tokenizer
 from tasks.training.checkpoints import checkpoint_folder, drop_damaged
+from tasks.training.data import heldout_data, training_data
 from tasks.training.job import FAILURE, PROGRESS, RESULT, TrainingJob
-from tasks.training.samples import ASKED, openings, questions, samples
+from tasks.training.samples import openings, questions, samples
 
 SECONDS_BETWEEN_REPORTS = 1.0
 # Starting the workers again would end the same way.
@@ -53,7 +56,6 @@ HOPELESS = (ConfigError, DataError, FormatError, CheckpointError, training.Diver
 
 logger = logging.getLogger("gristmill.training")
 TRIM_EVERY = 50  # steps
-UNSEEN = "questions-unseen"  # of the pairs: about facts that no training document states
 
 
 def return_free_memory() -> None:
@@ -73,8 +75,21 @@ def train_worker(place: dict[str, str]) -> None:
     try:
         _train(TrainingJob.load(directory), directory)
     except HOPELESS as error:
-        directory.write_json(FAILURE, {"message": str(error)})
+        directory.write_json(FAILURE, {"message": _explained(error, directory)})
         raise
+
+
+def _explained(error: Exception, directory: Directory) -> str:
+    """The message; with how to see what the batch that ended a run says."""
+    if not isinstance(error, training.DivergedError) or not error.places:
+        return str(error)
+    job, place = TrainingJob.load(directory), error.places[0]
+    data = job.shards if place.file.endswith(".npy") or job.pairs is None else job.pairs.pairs
+    assert data is not None
+    return (
+        f"{error}: gristmill sequence {data.stage}/{data.fingerprint[:12]} {place.file} "
+        f"{place.start} --count {place.count}"
+    )
 
 
 def _train(job: TrainingJob, directory: Directory) -> None:
@@ -86,10 +101,9 @@ def _train(job: TrainingJob, directory: Directory) -> None:
     store = Store.open(Settings.load())
     tokenizer = load_tokenizer(store, job.tokenizer)
     torch.manual_seed(job.seed)
-    base_width = int(job.loop["optim"].get("base_width", 0))
-    model = _model(job, store, tokenizer, base_width).to(
-        ray.train.torch.get_device() if job.run.gpu else "cpu"
-    )
+    shape, values = _beginning(job, store, tokenizer)
+    model = without_values(shape)
+    device = ray.train.torch.get_device() if job.run.gpu else torch.device("cpu")
     loader, tokens, counts = training_data(job, store, tokenizer, model.config)
     heldout = heldout_data(job, store, tokenizer, model.config)
     if job.loop.get("keep_best") and not heldout:
@@ -139,6 +153,7 @@ def _train(job: TrainingJob, directory: Directory) -> None:
             loader,
             config,
             checkpoints=checkpoints,
+            weights=InitialWeights(device, values),
             token_bytes=sizes,
             heldout=heldout,
             on_step=on_step,
@@ -181,136 +196,20 @@ def _config(job: TrainingJob, tokens: int) -> TrainConfig:
     return TrainConfig(**(job.loop | parts | {"total_tokens": tokens}))
 
 
-def _model(job: TrainingJob, store: Store, tokenizer: Tokenizer, base_width: int) -> Transformer:
+def _beginning(
+    job: TrainingJob, store: Store, tokenizer: Tokenizer
+) -> tuple[ModelConfig, Callable[[], Values]]:
+    """The model's shape, and what it begins with: values of a checkpoint of others, of our base
+    model, or new ones."""
     if job.start_from is not None:
-        return load_for(Path(job.start_from), tokenizer)
-    if job.base is None:
-        return Transformer(ModelConfig.from_dict(job.shape), base_width)
-    files = [store.local(job.base, name) for name in ("config.json", "model.safetensors")]
-    return load_directory(files[0].parent)
-
-
-def training_data(
-    job: TrainingJob, store: Store, tokenizer: Tokenizer, shape: ModelConfig
-) -> tuple[Loader, int, dict[str, int]]:
-    """(the data, tokens of the whole run, counts for the manifest)."""
-    windows: Loader | None = None
-    counts: dict[str, int] = {}
-    if job.shards is not None:
-        sources = _windows(job, store, job.shards, "tokens", len(tokenizer), apart=True)
-        if job.source_weights:
-            # A source too short for one sequence has no windows; with a weight it was refused.
-            short = set(shard_sources(job.shards.names(), "tokens")) - set(sources)
-            weights = {n: weight for n, weight in job.source_weights.items() if n not in short}
-            windows = WeightedLoader(sources, weights)
-            sources = {name: source for name, source in sources.items() if weights[name]}
-        else:
-            (windows,) = _windows(job, store, job.shards, "tokens", len(tokenizer)).values()
-        counts = {"corpus_tokens": sum(source.tokens for source in sources.values())}
-        windows = _masked(job, windows, tokenizer, shape)
-    if job.pairs is None:
-        assert windows is not None
-        return windows, int(job.loop["total_tokens"]), counts
-    examples, too_long = read_examples(store, job.pairs.pairs, tokenizer, job.sequence)
-    packed = PackedLoader(examples, job.sequence, job.seed, pad=tokenizer.pad)
-    rows = packed.rows(job.pairs.passes)
-    counts = {"examples": len(examples), "examples_too_long": too_long, "rows": rows}
-    if windows is None or job.pairs.replay == 0:
-        return packed, rows * job.sequence, counts
-    batch = int(job.loop["batch"])
-    mixed = MixedLoader(packed, windows, job.pairs.replay, block=batch)
-    steps = math.ceil(math.ceil(rows / batch) / (1 - job.pairs.replay))
-    return mixed, steps * batch * job.sequence, counts
-
-
-def heldout_data(
-    job: TrainingJob, store: Store, tokenizer: Tokenizer, shape: ModelConfig
-) -> dict[str, Loader]:
-    """What a training is judged by while it goes on, by name: held-out documents of each source
-    that has a sequence of them, and in fine-tuning the answers to questions in phrasings that are
-    never trained (recall) and about facts that are not (unseen).
-    """
-    if not job.judged:
-        return {}
-    judges: dict[str, Loader] = {}
-    if job.pairs is not None:
-        for table in (ASKED, UNSEEN):
-            examples, _ = read_examples(store, job.pairs.pairs, tokenizer, job.sequence, table)
-            if examples:
-                name = table.removeprefix("questions-")
-                judges[name] = PackedLoader(examples, job.sequence, job.seed, pad=tokenizer.pad)
-    if job.shards is None:
-        return judges
-    found = _windows(job, store, job.shards, "heldout-tokens", len(tokenizer), apart=True)
-    return judges | {
-        name: _masked(job, windows, tokenizer, shape)
-        for name, windows in found.items()
-        if job.source_weights.get(name, 1)
-    }
-
-
-def _masked(job: TrainingJob, source: Loader, tokenizer: Tokenizer, shape: ModelConfig) -> Loader:
-    """The data as the model's objective wants it: some tokens hidden from one that looks ahead."""
-    if shape.causal:
-        return source
-    return MaskedLoader(
-        source,
-        mask=tokenizer.mask,
-        vocab_size=len(tokenizer),
-        seed=job.seed,
-        share=job.mask_share,
-    )
-
-
-def _windows(
-    job: TrainingJob,
-    store: Store,
-    shards: Manifest,
-    split: str,
-    vocabulary: int,
-    *,
-    apart: bool = False,
-) -> dict[str, WindowLoader]:
-    """The windows of a split of the corpus: all together, or each source's apart."""
-    sources = shard_sources(shards.names(), split)
-    if not apart:
-        sources = {"all": [name for names in sources.values() for name in names]}
-    for name in shards.names(f"{split}-", ".documents.npy"):
-        store.local(shards, name)  # beside its shard, wherever that is read from
-    loaders = {}
-    for source, names in sources.items():
-        paths = [store.local(shards, name) for name in names]
-        try:
-            loaders[source] = WindowLoader(
-                paths,
-                job.sequence,
-                job.seed,
-                document_masking=job.document_masking,
-                vocab_size=vocabulary,
-            )
-        except DataError:
-            if split == "tokens" and (not apart or job.source_weights.get(source)):
-                raise
-    return loaders
-
-
-def read_examples(
-    store: Store, pairs: Manifest, tokenizer: Tokenizer, sequence: int, name: str = "pairs-train"
-) -> tuple[list[Example], int]:
-    """(pairs as conversations, how many were left out as longer than `sequence`)."""
-    examples, too_long = [], 0
-    for table in store.tables(pairs, name, ["question", "answer"]):
-        for row in table.to_pylist():
-            messages = [
-                {"role": "user", "content": row["question"]},
-                {"role": "assistant", "content": row["answer"]},
-            ]
-            example = Example(*encode_example(messages, tokenizer))
-            if len(example.ids) > sequence + 1:
-                too_long += 1
-            else:
-                examples.append(example)
-    return examples, too_long
+        shape, values = parameters_for(Path(job.start_from), tokenizer)
+        return shape, lambda: values
+    if job.base is not None:
+        files = [store.local(job.base, name) for name in ("config.json", "model.safetensors")]
+        return load_config(files[0].parent), partial(read_parameters, files[0].parent)
+    shape = ModelConfig.from_dict(job.shape)
+    base_width = int(job.loop["optim"].get("base_width", 0))
+    return shape, partial(fresh, shape, base_width, job.seed)
 
 
 class _Reporter:

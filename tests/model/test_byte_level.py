@@ -87,6 +87,22 @@ def test_nothing_is_lost_and_nothing_spells_a_special_token(kind: str, text: str
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)
+@given(
+    st.binary()
+    | st.lists(st.binary(max_size=3) | st.text(st.characters(codec="utf-8")).map(str.encode)).map(
+        b"".join
+    )
+)
+@example(bytes(range(256)))
+def test_no_byte_is_lost(kind: str, data: bytes) -> None:
+    ours = imported(kind)
+    ids = ours.encode_bytes(data)
+    assert ours.decode_bytes(ids) == data
+    assert all(token >= SPECIAL_TOKENS for token in ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=200)
 @given(st.text(st.characters(codec="utf-8")))
 def test_pieces_are_theirs_for_any_text(kind: str, text: str) -> None:

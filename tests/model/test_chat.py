@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from model.chat import (
     CHAT_TEMPLATE,
     CONTROL_SYMBOLS,
+    SPECIAL_TOKENS,
     ChatError,
     Tokenizer,
     TokenizerError,
@@ -17,9 +18,11 @@ from model.chat import (
     encode_example,
 )
 from model.tokenizer_files import tokenizer_files
+from tasks.tokenizer.train import train_sentencepiece
 from tests.tiny_models import tokenizer
 
 NAMES = tokenizer()
+UNIGRAM = Tokenizer(train_sentencepiece([CHAT_TEMPLATE, __doc__] * 9, 320, kind="unigram"))
 TEXTS = st.text(st.characters(codec="utf-8"))  # every character but lone surrogates
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -40,6 +43,30 @@ def test_every_text_survives_encoding_and_decoding(text: str) -> None:
     ids = NAMES.encode(text)
     assert NAMES.decode(ids) == text
     assert all(token >= len(CONTROL_SYMBOLS) + 4 for token in ids)  # no special token, ever
+
+
+BYTES = st.binary() | st.lists(st.binary(max_size=3) | TEXTS.map(str.encode)).map(b"".join)
+
+
+def assert_bytes_survive(names: Tokenizer, data: bytes) -> None:
+    ids = names.encode_bytes(data)
+    assert names.decode_bytes(ids) == data
+    assert all(token >= SPECIAL_TOKENS for token in ids)
+
+
+@settings(deadline=None)
+@given(BYTES)
+@example(bytes(range(256)))
+@example(b"\xed\xb2\x80 a surrogate, \xf0\x9f\x8e a cut emoji, \xc0\x80 an overlong zero")
+def test_every_byte_string_survives_encoding_and_decoding(data: bytes) -> None:
+    assert_bytes_survive(NAMES, data)
+    assert_bytes_survive(UNIGRAM, data)
+
+
+@settings(deadline=None)
+@given(TEXTS)
+def test_bytes_that_are_text_are_encoded_as_text(text: str) -> None:
+    assert NAMES.encode_bytes(text.encode()) == NAMES.encode(text)
 
 
 def test_a_lone_surrogate_is_no_text_and_becomes_a_question_mark() -> None:

@@ -16,6 +16,7 @@ from model.huggingface import (
     SpecialTokens,
     export_config,
     import_config,
+    left_out,
     load_directory,
     load_weights,
     save_directory,
@@ -321,6 +322,60 @@ def test_the_published_spellings_of_gpt2_and_bert_are_read(tmp_path: Path) -> No
         save_file(old | more[family], folder / "model.safetensors")
         with torch.no_grad():
             assert (theirs(tokens).logits - load_directory(folder)(tokens)).abs().max() <= 1e-5
+
+
+@pytest.mark.peer
+def test_of_a_model_of_text_and_pictures_the_text_part_is_read(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    text = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 120, "head_dim": 24}
+    text |= {"num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"max_position_embeddings": 48, "sliding_window": 7, "pad_token_id": 0}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=96
+    )
+    torch.manual_seed(2)
+    theirs = transformers.Gemma3ForConditionalGeneration(config).eval()
+    theirs.set_attn_implementation("eager")
+    theirs.save_pretrained(tmp_path)
+    saved = load_weights(tmp_path)
+    layers = [name for name in saved if "language_model." in name and "layers.3.mlp.up" in name]
+    before = layers[0].partition("layers.")[0]  # which of the two spellings this version writes
+    tokens = torch.randint(0, 96, (2, 40))
+    for spelling in ("language_model.model.", "model.language_model."):
+        renamed = {name.replace(before, spelling): tensor.clone() for name, tensor in saved.items()}
+        save_file(renamed, tmp_path / "model.safetensors")
+        ours = load_directory(tmp_path).eval()
+        with torch.no_grad():
+            assert (theirs(tokens).logits - ours(tokens)).abs().max() <= 1e-5
+    parts = [part.partition(" (")[0].removeprefix("model.") for part in left_out(tmp_path)]
+    assert parts == ["multi_modal_projector", "vision_tower"]
+
+
+def test_what_a_checkpoint_has_beyond_the_model_is_named(tmp_path: Path) -> None:
+    more = {
+        "bert": ["bert.pooler.dense.weight", "bert.pooler.dense.bias", "cls.seq_relationship.bias"],
+        "deepseekv3": ["model.layers.3.eh_proj.weight", "model.layers.4.shared_head.norm.weight"],
+        "llama": [],
+    }
+    for family, names in more.items():
+        model, folder = scrambled(tiny(**FAMILIES[family])), tmp_path / family
+        save_directory(folder, model)
+        assert left_out(folder) == []
+        weights = load_weights(folder) | {name: torch.ones(3) for name in names}
+        save_file(
+            {name: each.clone() for name, each in weights.items()}, folder / "model.safetensors"
+        )
+        same_tensors(load_directory(folder).state_dict(), model.state_dict())
+    assert left_out(tmp_path / "bert") == [
+        "bert.pooler (2 tensors)",
+        "cls.seq_relationship (1 tensor)",
+    ]
+    assert left_out(tmp_path / "deepseekv3") == [
+        "model.layers.3 (1 tensor)",
+        "model.layers.4 (1 tensor)",
+    ]
 
 
 @pytest.mark.peer

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.loader import Batch, DataError, WindowLoader, rank_slice, shuffled
+from model.loader import Batch, DataError, Place, WindowLoader, rank_slice, shuffled
 from model.masking import MaskedLoader
 from model.mixing import MixedLoader, WeightedLoader
 from model.packing import Example, PackedLoader, pack
@@ -91,8 +91,12 @@ def loader(request, tmp_path_factory):
 def examples(rng: np.random.Generator, count: int) -> list[Example]:
     sizes = rng.integers(2, 33, count)
     return [
-        Example(rng.integers(1, 90, size).tolist(), (rng.random(size) < 0.5).tolist())
-        for size in sizes
+        Example(
+            rng.integers(1, 90, size).tolist(),
+            (rng.random(size) < 0.5).tolist(),
+            Place("pairs.parquet", number, 1),
+        )
+        for number, size in enumerate(sizes)
     ]
 
 
@@ -124,7 +128,7 @@ def test_documents_are_told_apart(shards: list[Path]) -> None:
 def test_bad_token_data_is_named(tmp_path: Path, shards: list[Path]) -> None:
     with pytest.raises(DataError, match=r"fewer than one sequence of 100000 \+ 1"):
         WindowLoader(shards, 100_000, seed=0)
-    with pytest.raises(DataError, match="outside the model's vocabulary of 10"):
+    with pytest.raises(DataError, match=r"tokens-0000\d.npy from \d+: token \d+ is outside"):
         loader = WindowLoader(shards, 16, seed=0, vocab_size=10)
         loader.read(loader.order(0, 4))
     np.save(tmp_path / "floats.npy", np.zeros(100))
@@ -246,6 +250,30 @@ def test_weighted_sources_are_read_in_the_order_asked_for() -> None:
         WeightedLoader({"a": Counting(1)}, {"a": 0})
     with pytest.raises(DataError, match="give every source one weight"):
         WeightedLoader({"a": Counting(1)}, {"b": 1})
+
+
+def test_a_sequence_of_any_mixture_says_where_its_tokens_stand(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    documents = [[*rng.integers(3, 90, rng.integers(1, 40)), 2] for _ in range(60)]
+    shards = write_shards(tmp_path, documents, shards=4)
+    data = examples(np.random.default_rng(1), 40)
+    packed = PackedLoader(data, 32, seed=0, pad=99)
+    windows = [WindowLoader(part, 32, seed=0) for part in (shards[:2], shards[2:])]
+    weighted = WeightedLoader(dict(zip("ab", windows, strict=True)), {"a": 2, "b": 1})
+    mixed = MixedLoader(packed, weighted, share=0.5, block=3)
+    files = {path.name: np.load(path) for path in shards}
+    ids, crossed = mixed.order(0, 60), 0
+    for number, tokens in zip(ids.tolist(), mixed.read(ids).tokens.numpy(), strict=True):
+        places = mixed.places(number)
+        if number % 2:
+            parts = [files[p.file][p.start : p.start + p.count] for p in places]
+            assert np.concatenate(parts).tolist() == tokens.tolist()
+            crossed += len(places) > 1
+        else:
+            parts = [data[place.start].ids[:-1] for place in places]
+            assert np.concatenate(parts).tolist() == tokens[: sum(map(len, parts))].tolist()
+    assert crossed  # some go on in the next shard
+    assert MaskedLoader(weighted, mask=95, vocab_size=90, seed=1).places(4) == weighted.places(4)
 
 
 def test_masking_hides_the_same_tokens_whoever_reads_them(shards) -> None:

@@ -24,6 +24,7 @@ from model.checkpoint import (
 )
 from model.compiling import compile_blocks, missing_compiler
 from model.config import ConfigError, ModelConfig
+from model.initial_weights import InitialWeights, fresh, without_values
 from model.loader import WindowLoader
 from model.masking import MaskedLoader
 from model.optim import OptimConfig
@@ -40,9 +41,12 @@ CONFIG = TrainConfig(
 )
 
 
+TINY = ModelConfig(vocab_size=128, width=32, layers=2, heads=2, context=32)
+
+
 def tiny_model(context: int = 32) -> Transformer:
     torch.manual_seed(0)
-    return Transformer(ModelConfig(vocab_size=128, width=32, layers=2, heads=2, context=context))
+    return Transformer(replace(TINY, context=context))
 
 
 @pytest.fixture
@@ -217,9 +221,10 @@ def _one_rank(folder: Path, how: str, kind: str) -> None:
     config = replace(config, tensor=2 if how == "tensor" else 1, heldout_every=5)
     seen: dict[int, dict[str, float]] = {}
     asked: list[float] = []
-    model = tiny_model()
+    model = without_values(TINY)  # each rank gets memory for its part alone
+    weights = InitialWeights(torch.device("cpu"), lambda: fresh(TINY, 0, seed=0))
     options = {"checkpoints": folder / "c", "on_heldout": asking(model, seen, asked)}
-    records = train(model, loader, config, heldout={"a": loader}, **options)
+    records = train(model, loader, config, weights=weights, heldout={"a": loader}, **options)
     said = {
         "asked": asked,
         "curve": [record.loss for record in records],
@@ -305,7 +310,7 @@ def test_compiled_blocks_follow_the_same_curve(loader: WindowLoader) -> None:
 def test_without_a_compiler_blocks_stay_as_they_are(monkeypatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert "needs a C++ compiler; install g++" in str(missing_compiler("cpu"))
-    assert compile_blocks(tiny_model().model.layers) is False
+    assert compile_blocks(tiny_model().model.layers, torch.device("cpu")) is False
 
 
 def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path: Path) -> None:
@@ -318,9 +323,11 @@ def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 def test_a_diverged_run_names_the_step_and_the_sequences(loader: WindowLoader) -> None:
     config = replace(CONFIG, optim=OptimConfig(learning_rate=1e30))
-    ids = ", ".join(map(str, loader.order(8, 8).tolist()))
-    with pytest.raises(DivergedError, match=f"at step 2 on sequences {ids}; lower the"):
+    starts = ", ".join(str(number * 32) for number in loader.order(8, 8).tolist())
+    where = f"at step 2 on tokens-00000.npy from {starts}; lower the"
+    with pytest.raises(DivergedError, match=where) as stopped:
         train(tiny_model(), loader, config)
+    assert {place.count for place in stopped.value.places} == {32}
 
 
 class Poisoned(WindowLoader):

@@ -22,10 +22,11 @@ from model.transformer import Transformer
 from tasks.export.card import card
 from tasks.export.gguf_file import architecture, begin, write_gguf
 from tasks.registry import models, tracking
+from tasks.registry.register import RegisterBaseConfig, register_base
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import MANIFEST, Store
-from tests.tiny_models import model_directory, tokenizer, transformer
+from tests.tiny_models import BERT, model_directory, tokenizer, transformer
 
 # Blocks of Unicode: Latin, Greek and Cyrillic, Hebrew and Arabic, Devanagari, Thai, kana and CJK,
 # Hangul, symbols, emoji.
@@ -129,6 +130,7 @@ def test_a_version_leaves_as_a_directory_with_its_card(registered, home, capsys)
 def test_a_card_names_what_was_made_elsewhere(registered, home) -> None:
     def made(stage: str, config: dict[str, Any], **counts: int) -> Manifest:
         marks = {"version": 1, "fingerprint": stage, "content": stage}
+        marks["metrics"] = {"left_out": "vision_tower (7 tensors)"}
         return Manifest(stage=stage, config=config, counts=counts, **marks)
 
     theirs = {"start_from": "/sources/theirs", "start_digest": "ab" * 32}
@@ -138,6 +140,7 @@ def test_a_card_names_what_was_made_elsewhere(registered, home) -> None:
     told = card(registered, home / "made", lineage)
     for said in (
         "It goes on from the checkpoint `theirs` (SHA-256 `abababababababab`…), which was made",
+        "Left out of that checkpoint: vision_tower (7 tensors).",
         "Its vocabulary is that of `tokenizer.json` (SHA-256 `cdcdcdcdcdcdcdcd`…), which was made",
         "Licence: not known here; its owner's terms hold for this model, too.",
         "- What `theirs` had read before is not known here.",
@@ -147,6 +150,54 @@ def test_a_card_names_what_was_made_elsewhere(registered, home) -> None:
     assert "has read little" not in told and "nothing else" not in told
     own = card(registered, home / "made", [made("pretrain", {}, steps=4, tokens=4096), language])
     assert "has read little" in own and "and nothing else" in own and "elsewhere" not in own
+
+
+def pretrained(folder: Path, **config: Any) -> models.Version:
+    """The newest version of `tiny-base`, registered by the stage from a pretraining's artifact."""
+    for name, body in tokenizer_files(tokenizer(), context=128).items():
+        (folder / name).write_bytes(body)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    said = {"loss": 2.5, "heldout_loss": 2.75, "tokens_per_second": 900.0}
+    counts = {"steps": 4, "tokens": 4096}
+    model = commit("pretrain", files, {}, counts=counts, metrics=said, config=config)
+    register_base(RegisterBaseConfig(model="tiny-base"), model=model)
+    return models.named("tiny-base")
+
+
+def test_a_base_model_leaves_without_an_alias_and_its_card_says_what_it_is(home) -> None:
+    version = pretrained(model_directory(home / "made", tied_embeddings=False))
+    assert version.is_base and not version.aliases
+    assert version.scores == {"final_loss": 2.5, "final_heldout_loss": 2.75}
+    assert main(["export", "tiny-base", "--out", "out"]) == 0
+    card = (home / "out" / "README.md").read_text()
+    for said in (
+        "# tiny-base, version 1",
+        "This is a base model: it was pretrained only. It continues a text",
+        "| pretrained on | 4,096 tokens in 4 steps |",
+        "| loss on held-out documents at the end of training, nats per token | 2.75 |",
+        'tokenizer("…", return_tensors="pt")',
+    ):
+        assert said in card
+    assert "apply_chat_template" not in card
+    assert load_model(home / "out").model.config.width == 64
+
+
+def test_a_base_model_that_looks_both_ways_says_how_it_is_used(home) -> None:
+    pretrained(model_directory(home / "made", **BERT))
+    assert main(["export", "tiny-base@1", "--out", "out"]) == 0
+    card = (home / "out" / "README.md").read_text()
+    assert "pipeline_tag: fill-mask" in card and "It guesses masked words of a text" in card
+    assert "AutoModelForMaskedLM" in card and "generate" not in card
+
+
+@pytest.mark.peer
+def test_a_base_model_leaves_as_gguf(home) -> None:
+    pretrained(model_directory(home / "made", tied_embeddings=False))
+    assert main(["export", "tiny-base", "--format", "gguf"]) == 0
+    found = {path.name for path in (home / "tiny-base-1-gguf").iterdir()}
+    assert found == {"tiny-base-1.gguf", "README.md"}
+    card = (home / "tiny-base-1-gguf" / "README.md").read_text()
+    assert 'llama-cli -m tiny-base-1.gguf -no-cnv -p "…"' in card
 
 
 def test_what_cannot_be_exported_is_said_and_leaves_nothing(registered, home, capsys) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.chat import Tokenizer
 from model.config import ModelConfig
-from model.huggingface import save_directory
+from model.huggingface import load_directory, save_directory
 from model.transformer import Transformer
 from tasks.registry import models, tracking
 from tasks.runtime.errors import UserError
@@ -131,6 +132,26 @@ def test_a_version_is_registered_once_with_lineage_and_answers(directory: Path) 
     assert [column.name for column in loaded.metadata.signature.inputs] == ["question"]
     answers = loaded.predict([{"question": "what is a fox?"}], params={"max_tokens": 4})
     assert len(answers) == 1 and isinstance(answers[0], str)
+
+
+def test_a_base_model_continues_texts_and_is_named_without_an_alias(directory: Path) -> None:
+    run_id = tracking.open_run("pretrain", "f5", {}, {})
+    version = models.register("tiny-base", run_id, directory, "pretrain/f5", {}, {})
+    assert models.named("tiny-base") == version and version.is_base
+    import mlflow
+
+    mlflow.set_tracking_uri(tracking.client().tracking_uri)
+    mlflow.set_registry_uri(tracking.client().tracking_uri)
+    loaded = mlflow.pyfunc.load_model("models:/tiny-base/1")
+    assert [column.name for column in loaded.metadata.signature.inputs] == ["text"]
+    answers = loaded.predict([{"text": "the quick brown"}], params={"max_tokens": 4})
+    names = Tokenizer.load(directory)
+    prompt = [names.begin, *names.encode("the quick brown")]
+    model = load_directory(directory).eval()
+    ids = torch.tensor([prompt])
+    for _ in range(4):
+        ids = torch.cat([ids, model(ids)[:, -1:].argmax(-1)], dim=1)
+    assert answers == [names.decode(ids[0, len(prompt) :].tolist())]
 
 
 def test_a_missing_alias_names_what_exists() -> None:

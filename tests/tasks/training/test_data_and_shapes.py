@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from model.families import family_of
 from model.huggingface import save_directory
@@ -24,13 +25,14 @@ from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Workspace
 from tasks.runtime.store import Store
 from tasks.tokenizer.shards import shard_sources, source_of
+from tasks.training.data import heldout_data, training_data
 from tasks.training.job import PairsData, TrainingJob, impossible
-from tasks.training.launch import require_whole
+from tasks.training.launch import require_tokenizer_of, require_whole
 from tasks.training.options import ModelOptions, RunOptions
-from tasks.training.pretrain import PretrainConfig
+from tasks.training.pretrain import PretrainConfig, pretrain
 from tasks.training.samples import openings, questions, samples
 from tasks.training.shapes import FAMILIES, WINDOWED
-from tasks.training.worker import heldout_data, training_data
+from tasks.training.start_from import left_out_of
 from tests.foreign_checkpoints import byte_level
 from tests.tiny_models import VOCABULARY, tokenizer, transformer
 
@@ -257,6 +259,21 @@ def test_a_damaged_shard_is_named_before_anything_is_learned(shards: Manifest, t
         require_whole(work, [shards])
 
 
+def test_shards_of_another_tokenizer_are_refused_before_anything_is_learned(
+    shards: Manifest,
+) -> None:
+    def named(mark: str) -> Manifest:
+        counts = {"vocabulary": VOCABULARY}
+        return Manifest(stage="tokenizer", version=1, fingerprint=mark, content=mark, counts=counts)
+
+    written = shards.model_copy(
+        update={"inputs": {"tokenizer": "theirs"}, "counts": {"tokens": 1800}}
+    )
+    with pytest.raises(UserError, match="written with tokenizer/theirs, not with tokenizer/ours;"):
+        pretrain(PretrainConfig(), shards=written, tokenizer=named("ours"))
+    require_tokenizer_of(written, named("theirs"))
+
+
 def test_shards_are_found_by_source() -> None:
     names = ["tokens-00000.npy", "tokens-00000.documents.npy", "tokens-my-notes-00001.npy"]
     names += ["heldout-tokens-00000.npy", "report.json"]
@@ -265,6 +282,18 @@ def test_shards_are_found_by_source() -> None:
         "my-notes": ["tokens-my-notes-00001.npy"],
     }
     assert (source_of("warc/00000.warc.gz"), source_of("notes:a/b.txt")) == ("seeds", "notes")
+
+
+def test_what_is_left_out_of_a_checkpoint_is_said_in_the_log(tmp_path, caplog) -> None:
+    shape = ModelOptions(family="bert", width=32, heads=2, context=16).config(300)
+    save_directory(tmp_path / "theirs", Transformer(shape))
+    assert left_out_of(tmp_path / "theirs") == "" and not caplog.records
+    file = tmp_path / "theirs" / "model.safetensors"
+    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    save_file(weights | {"bert.pooler.dense.bias": torch.ones(3)}, file)
+    assert left_out_of(tmp_path / "theirs") == "bert.pooler (1 tensor)"
+    (record,) = caplog.records
+    assert record.getMessage() == "of theirs is left out: bert.pooler (1 tensor)"
 
 
 def test_a_checkpoint_to_start_from_is_known_by_its_content(tmp_path, monkeypatch) -> None:

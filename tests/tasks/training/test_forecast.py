@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +16,27 @@ import yaml
 from flows.cli import main
 from flows.deployments import parameters
 from flows.parameters import PRESETS
-from model.flops import count_parameters
+from model.flops import count_parameters, training_flops_per_token
 from model.huggingface import save_directory
 from model.transformer import Transformer
+from model.width import width_ratio
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import MANIFEST, Store
-from tasks.training.forecast import Law, forecast, memory_bytes, quick_run
+from tasks.training.forecast import (
+    Law,
+    effective_tokens,
+    effective_tokens_of,
+    forecast,
+    memory_bytes,
+    quick_run,
+    scaled_down,
+)
 from tasks.training.foreseen import errors, keep
 from tasks.training.options import ModelOptions, RunOptions
 from tasks.training.pretrain import PretrainConfig
+from tasks.training.shapes import ExpertOptions
 
 FREQUENCIES = 1 / np.arange(1, 301)
 FREQUENCIES /= FREQUENCIES.sum()
@@ -68,6 +79,20 @@ def test_a_preset_tells_its_forecast(name: str) -> None:
     ) in told
 
 
+@pytest.mark.parametrize("name", ["demo", "tiny"])
+def test_a_preset_that_brings_its_corpus_tells_its_size_and_its_loss(name: str) -> None:
+    text = (PRESETS / f"{name}.yaml").read_text()
+    checked = parameters("pipeline", yaml.safe_load(text))
+    shape = checked.pretrain.model.config(checked.tokenizer.vocab_size)
+    sequence, tokens = checked.pretrain.sequence, checked.pretrain.tokens
+    operations = training_flops_per_token(shape, sequence, 1.0) * tokens
+    told = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
+    parameters_told = f"{count_parameters(shape).total:,} parameters, {operations:.3g} operations"
+    assert f"Forecast: {parameters_told}" in told
+    found = re.search(r"held-out text: ([\d.]+) nats per token, ([\d.]+) bits per byte", told)
+    assert found and 0 < float(found[2]) < float(found[1]) / math.log(2)
+
+
 def test_the_demo_preset_is_the_defaults() -> None:
     values = yaml.safe_load((PRESETS / "demo.yaml").read_text())
     assert parameters("pipeline", values) == parameters("pipeline", {})
@@ -81,6 +106,43 @@ def test_the_law_is_found_again_from_its_own_points() -> None:
     # No amount is negative, whatever the runs say.
     odd = Law.fitted([(n, d, 5 - 1e3 / n - 1e3 / d) for n in (1e4, 1e5) for d in (1e4, 1e5)])
     assert min(odd.floor, odd.per_parameters, odd.per_tokens) >= 0
+
+
+def test_repeated_tokens_count_as_less_than_new_ones() -> None:
+    assert effective_tokens(800, 1000) == 800  # not all of it is read
+    for passes, worth in ((1, 1.0), (2, 1.97), (4, 3.73), (44, 15.45), (1000, 16.39)):
+        assert effective_tokens(passes * 1e9, 1e9) == pytest.approx(worth * 1e9, rel=2e-3)
+    config = PretrainConfig(tokens=4000)
+    sizes = {"seeds": 1000, "notes": 1000, "mail": 10}
+    assert effective_tokens_of(config, sizes) == effective_tokens(4000, 2010)
+    # Weighed sources repeat each by itself, and one that is left out not at all.
+    weighed = config.model_copy(update={"source_weights": {"seeds": 1, "notes": 3, "mail": 0}})
+    assert effective_tokens_of(weighed, sizes) == 1000 + effective_tokens(3000, 1000)
+
+
+def test_quick_runs_are_small_copies_of_the_model() -> None:
+    experts = {"count": 8, "per_token": 2, "width": 2048, "dense_layers": 3}
+    values = {
+        "model": {"family": "deepseek_v3", "width": 4096, "heads": 32, "layers": 8}
+        | {"context": 4096, "tied_embeddings": False, "experts": experts},
+        "optimizer": {"base_width": 1024},
+    }
+    config = PretrainConfig.model_validate(values)
+    small = scaled_down(config, 64, 2)
+    shape = small.model.config(300)
+    assert (shape.width, shape.layers, shape.experts, shape.expert_width) == (64, 2, 8, 32)
+    assert not shape.has_experts(0) and shape.has_experts(1)
+    ratios = [
+        width_ratio(each.model.config(300), each.optimizer.base_width) for each in (config, small)
+    ]
+    assert ratios == [0.25, 0.25]
+    # Without a width of their own, experts have that of the large model's, narrowed.
+    derived = config.model.model_copy(
+        update={"mlp_width": 12_288, "experts": ExpertOptions(per_token=2)}
+    )
+    narrow = scaled_down(config.model_copy(update={"model": derived}), 64, 2)
+    assert narrow.model.config(300).expert_width == 64
+    assert scaled_down(PretrainConfig(), 64, 2).optimizer == PretrainConfig().optimizer
 
 
 def test_a_gpu_forecast_is_operations_over_the_rate() -> None:
@@ -194,6 +256,8 @@ def test_the_loss_foreseen_of_random_text_is_its_entropy(shards: Manifest, monke
     found = forecast(config, 300, shards, device_flops=1.0, mfu=1.0)
     entropy = -float((FREQUENCIES * np.log(FREQUENCIES)).sum())  # no model can do better
     assert found.loss == pytest.approx(entropy, rel=0.05)
+    assert found.effective_tokens == effective_tokens(150_000, 60_000) < 150_000
+    assert "as if of new text" in dict(found.rows())
     assert found.bits_per_byte == pytest.approx(found.loss / math.log(2) / 2)
     short = shards.model_copy(update={"files": shards.files[:1]})
     with pytest.raises(UserError, match=r"no quick runs on this corpus: .* or pass --no-runs"):

@@ -29,7 +29,7 @@ from tests.foreign_checkpoints import save_checkpoint
 from tests.tasks.api_pages import PagesConfig, split_pages
 from tests.tasks.corpus.inline_shards import InlineSession
 from tests.tasks.test_evaluation_stages import STAGES
-from tests.tasks.training.test_training import RUN, bare_losses, losses, trained, training
+from tests.tasks.training.stage_runs import RUN, bare_losses, losses, trained, training
 
 pytestmark = [pytest.mark.timeout(500), pytest.mark.peer]
 
@@ -139,8 +139,11 @@ def test_another_tokenizer_is_refused_before_any_work_and_by_the_stage(
         with pytest.raises(UserError, match=message):
             train_base(None, TokenizerConfig(import_from=import_from), config)
     learned = train_tokenizer(TokenizerConfig(vocab_size=600), corpus=corpus)
-    with pytest.raises(UserError, match="was not made with this run's tokenizer"):
+    with pytest.raises(UserError, match="were written with tokenizer/"):
         pretrain(config, shards=shards, tokenizer=learned)
+    its_own = write_token_shards(ShardsConfig(), corpus=corpus, tokenizer=learned)
+    with pytest.raises(UserError, match="was not made with this run's tokenizer"):
+        pretrain(config, shards=its_own, tokenizer=learned)
 
 
 def test_the_digest_knows_their_tokenizer(config: PretrainConfig, theirs: Path) -> None:

@@ -10,9 +10,10 @@ back all of its memory, its libraries' kernels included, as its process ends.
 Between the two goes a pair of sockets that nobody else can reach (`serve.messages`).
 """
 
-import contextlib
 import logging
 import os
+import queue
+import select
 import socket
 import subprocess
 import sys
@@ -24,9 +25,12 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import torch
+
 from model.chat import Tokenizer
 from model.engine import (
-    Engine,
+    ConstraintFactory,
+    Core,
     EngineBusy,
     EngineClosed,
     FinishReason,
@@ -46,7 +50,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 # Weights on large pages: a step of 30 million float32 parameters takes 4.4 ms instead of 4.9.
 ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 COUNTED_EVERY = 0.2  # seconds, between looks whether the counters changed
-UNBOUNDED = 2**31  # who may wait is decided before a request is sent
+AT_ONCE = 64  # messages heard between two steps
 
 
 class EngineProcess:
@@ -206,28 +210,20 @@ class EngineProcess:
 
 
 class _Server:
-    """The process's side: messages to an engine's calls."""
+    """The process's side: one thread that reads messages between steps, so that a request is in the
+    engine as soon as it is read.
+    """
 
     def __init__(self, pipe: Connection, start: Start) -> None:
         self.pipe = pipe
-        self.sending = threading.Lock()
-        self.engine = self._load(start)
-        self.grammars = GrammarCompiler(self.engine.tokenizer)
-        self.compiler = ThreadPoolExecutor(1)  # so that a large schema holds up nobody else
-        self.compiling: set[str] = set()  # guarded by `aborting`
-        self.aborting = threading.Lock()
-        self.told = self.engine.counters()
-
-    @staticmethod
-    def _load(start: Start) -> Engine:
         options = start.options
+        torch.set_num_threads(options.threads)
         loaded = load_model(start.directory, device=options.device)
         draft = load_model(start.draft, device=options.device).model if start.draft else None
-        return Engine(
+        self.core = core = Core(
             loaded.model,
             loaded.tokenizer,
             slots=options.slots,
-            max_waiting=UNBOUNDED,
             threads=options.threads,
             version=start.version,
             weights=options.weights,
@@ -236,69 +232,100 @@ class _Server:
             compiled=options.compiled,
             draft=draft,
         )
+        parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+        self.told = self.counters()
+        self.ready = Ready(core.config.context, core.vocabulary, parameters, self.told)
+        self.grammars = GrammarCompiler(loaded.tokenizer)
+        self.compiler = ThreadPoolExecutor(1)  # so that a large schema holds up nobody
+        self.compiling: set[str] = set()
+        self.compiled: queue.SimpleQueue[tuple[Ask, ConstraintFactory | None]] = queue.SimpleQueue()
+        self.signal, self.signalling = os.pipe()  # that something is in `compiled`
+        self.incoming = select.poll()
+        for descriptor in (pipe.fileno(), self.signal):
+            self.incoming.register(descriptor, select.POLLIN)
 
-    def ready(self) -> Ready:
-        engine = self.engine
-        return Ready(engine.context, engine.vocabulary, engine.parameters, engine.counters())
+    def counters(self) -> Counters:
+        """As they are now."""
+        return replace(self.core.counters, steps_of=list(self.core.counters.steps_of))
 
     def run(self) -> None:
         """Until told to close, or nobody is there any more."""
-        while True:
-            if not self.pipe.poll(COUNTED_EVERY):
-                if not self.engine.healthy:
-                    return
-                if self.engine.counters() != self.told:
-                    self.tell([])
-                continue
-            message = receive(self.pipe)
-            if isinstance(message, Close):
-                self.engine.close()
-                return
-            if isinstance(message, Abort):
-                with self.aborting:
-                    self.compiling.discard(message.id)
-                self.engine.abort(message.id)
-            elif message.grammar is not None:
-                with self.aborting:
-                    self.compiling.add(message.id)
-                self.compiler.submit(self.constrained, message)
-            else:
-                self.begin(message)
+        while self.listen():
+            if self.core.has_work:
+                if updates := self.core.step():
+                    self.tell(updates)
+            elif self.counters() != self.told:
+                self.tell([])
+        scheduler = self.core.scheduler
+        self.tell(self.core.abort([s.id for s in (*scheduler.waiting, *scheduler.running)]))
+        self.core.close()
 
-    def constrained(self, ask: Ask) -> None:
+    def listen(self) -> bool:
+        """Hear what has come; where there is nothing to do, wait for it. False: it is to end."""
+        patience = 0.0 if self.core.has_work else 1e3 * COUNTED_EVERY
+        for _ in range(AT_ONCE):
+            if not (came := self.incoming.poll(patience)):
+                break
+            patience = 0
+            for descriptor, _ in came:
+                if descriptor == self.signal:
+                    self.begin_compiled(len(os.read(self.signal, AT_ONCE)))
+                elif isinstance(message := receive(self.pipe), Close):
+                    return False
+                else:
+                    self.hear(message)
+        return True
+
+    def hear(self, message: Ask | Abort) -> None:
+        if isinstance(message, Abort):
+            self.compiling.discard(message.id)
+            self.core.abort([message.id])
+        elif message.grammar is not None:
+            self.compiling.add(message.id)
+            self.compiler.submit(self.compile, message)
+        else:
+            self.begin(message)
+
+    def compile(self, ask: Ask) -> None:
         """In the compiler's thread."""
-        assert ask.grammar is not None
+        asked, constraint = ask.grammar, None
+        assert asked is not None
         try:
-            asked = ask.grammar
             constraint = self.grammars.compile(asked.kind, asked.text, asked.param, asked.limits)
         except Exception:  # the other side compiled it, too
             log.exception("a grammar that was checked cannot be compiled")
-            self.tell([Update(ask.id, "", [], "error", 0, 0)])
-            return
-        with self.aborting:
-            if ask.id in self.compiling:
-                self.compiling.discard(ask.id)
+        self.compiled.put((ask, constraint))
+        os.write(self.signalling, b"1")
+
+    def begin_compiled(self, count: int) -> None:
+        for _ in range(count):
+            ask, constraint = self.compiled.get()
+            if ask.id not in self.compiling:
+                continue  # aborted meanwhile
+            self.compiling.discard(ask.id)
+            if constraint is None:
+                self.refuse(ask)
+            else:
                 self.begin(replace(ask, sampling=replace(ask.sampling, constraint=constraint)))
 
     def begin(self, ask: Ask) -> None:
         try:
-            self.engine.submit(
-                ask.prompt,
-                ask.sampling,
-                self.tell,
-                streamed=ask.streamed,
-                embed=ask.embed,
-                id=ask.id,
+            self.core.add(
+                self.core.sequence(
+                    ask.id, ask.prompt, ask.sampling, streamed=ask.streamed, embed=ask.embed
+                )
             )
         except Exception:  # what the other side let pass must not end this side for all
             log.exception("the engine refuses a request that was checked")
-            self.tell([Update(ask.id, "", [], "error", 0, 0)])
+            self.refuse(ask)
+
+    def refuse(self, ask: Ask) -> None:
+        self.tell([Update(ask.id, "", [], "error", 0, 0)])
 
     def tell(self, updates: list[Update]) -> None:
         """Updates of one step, or only how much there is to do."""
-        with self.sending:
-            self.told = self.engine.counters()
-            send(self.pipe, News(updates, self.told))
+        self.told = self.counters()
+        send(self.pipe, News(updates, self.told))
 
 
 def main(descriptor: int) -> None:
@@ -312,8 +339,12 @@ def main(descriptor: int) -> None:
         log.exception("%s cannot be loaded", start.directory)
         send(pipe, Failed(str(error) or type(error).__name__))
         return
-    send(pipe, server.ready())
-    with contextlib.suppress(EOFError, OSError):  # the replica is gone, and with it whoever waited
+    send(pipe, server.ready)
+    try:
         server.run()
+    except (EOFError, OSError):
+        pass  # the replica is gone, and with it whoever waited
+    except BaseException:
+        log.exception("the engine failed; every request in it ends with an error")
     # Threads inside torch, which have nobody left to answer, must not hold up the end.
     os._exit(0)

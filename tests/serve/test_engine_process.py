@@ -122,9 +122,12 @@ def test_more_than_slots_and_queue_hold_are_refused(engine: EngineProcess) -> No
 
 def test_an_aborted_sequence_is_heard_of_no_more_and_holds_nothing(engine: EngineProcess) -> None:
     heard = Heard()
-    id = engine.submit(PROMPT, LONG, heard)
-    assert eventually(lambda: bool(heard.updates))
-    engine.abort(id)
+
+    def abort_at_once(updates: list[Update]) -> None:
+        heard(updates)
+        engine.abort("x")
+
+    engine.submit(PROMPT, LONG, abort_at_once, id="x")
     assert eventually(lambda: engine.counters().aborted == 1)
     told = len(heard.updates)
     assert eventually(lambda: engine.counters().pages_used == 0 and engine.idle)

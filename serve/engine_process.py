@@ -10,6 +10,7 @@ back all of its memory, its libraries' kernels included, as its process ends.
 Between the two goes a pair of sockets that nobody else can reach (`serve.messages`).
 """
 
+import asyncio
 import logging
 import os
 import queue
@@ -55,7 +56,7 @@ AT_ONCE = 64  # messages heard between two steps
 
 class EngineProcess:
     """An engine elsewhere. As `Engine`, it may be called from any thread; listeners are called in a
-    thread of ours.
+    thread of ours, and in the event loop once one is attached.
     """
 
     def __init__(
@@ -81,6 +82,10 @@ class EngineProcess:
         self._closed = False
         self._failed = False
         self._when_lost: Callable[[], None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # that hears the engine, or will
+        self._loop_thread = 0  # where that loop runs
+        self._ended = threading.Event()  # nothing more will be heard
+        self._ended.set()
         try:
             send(self._pipe, Start(directory, options, version, draft))
             told = receive(self._pipe)
@@ -93,8 +98,19 @@ class EngineProcess:
         self.longest_token = max(map(len, self.tokenizer.token_bytes))  # bytes
         self.context, self.vocabulary = told.context, told.vocabulary
         self.parameters, self._counters = told.parameters, told.counters
-        self._reader = threading.Thread(target=self._read, name="engine-news", daemon=True)
-        self._reader.start()
+        self._read_in_thread()
+
+    def attach(self) -> None:
+        """Let the running event loop hear the engine, which spares each token a thread's turn."""
+        loop = asyncio.get_running_loop()
+        if self._loop is loop:
+            return
+        with self._lock:
+            if self._loop is None:
+                self._loop, self._loop_thread = loop, threading.get_ident()
+            elif self._loop.is_closed() and not self._ended.is_set():  # which heard it until then
+                self._loop = None
+                self._read_in_thread()
 
     def when_lost(self, call: Callable[[], None]) -> None:
         """Call this, in a thread of ours, when the process ends that was not told to."""
@@ -144,12 +160,15 @@ class EngineProcess:
             already, self._closed = self._closed, True
             if not already:
                 self._send(Close())
-        self._reader.join(timeout)
+        if self._loop_thread == threading.get_ident():
+            while self._hear():
+                pass
+        self._ended.wait(timeout)
         self._end(timeout)
 
     @property
     def healthy(self) -> bool:
-        return not self._failed and self._reader.is_alive()
+        return not self._failed and not self._ended.is_set()
 
     @property
     def idle(self) -> bool:
@@ -168,15 +187,34 @@ class EngineProcess:
         except OSError:
             log.info("the engine's process is gone")
 
+    def _read_in_thread(self) -> None:
+        self._ended.clear()
+        threading.Thread(target=self._read, name="engine-news", daemon=True).start()
+
     def _read(self) -> None:
-        """Pass news on until the process ends."""
+        """Pass news on until the process ends, or an event loop takes over."""
+        while self._hear():
+            if (loop := self._loop) is not None:
+                try:
+                    loop.call_soon_threadsafe(loop.add_reader, self._pipe.fileno(), self._hear)
+                    return
+                except RuntimeError:  # it has ended
+                    self._loop = None
+
+    def _hear(self) -> bool:
+        """Pass one message on; False when there will be no more."""
         try:
-            while True:
-                news = receive(self._pipe)
-                self._counters = news.counters
-                self._publish(news.updates)
+            news = receive(self._pipe)
         except (EOFError, OSError):
-            pass
+            self._end_of_news()
+            return False
+        self._counters = news.counters
+        self._publish(news.updates)
+        return True
+
+    def _end_of_news(self) -> None:
+        if self._loop is not None and self._loop_thread == threading.get_ident():
+            self._loop.remove_reader(self._pipe.fileno())
         with self._lock:
             self._failed = not self._closed
             waiting, self._listeners = self._listeners, {}
@@ -186,6 +224,7 @@ class EngineProcess:
         reason: FinishReason = "error" if self._failed else "abort"
         for id, listener in waiting.items():
             listener([Update(id, "", [], reason, 0, 0)])
+        self._ended.set()
         if lost is not None:
             lost()
 
@@ -206,6 +245,7 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+            self._ended.wait(1)
         self._pipe.close()
 
 

@@ -30,6 +30,7 @@ class Mailbox:
         Raises what `Engine.submit` raises, and then none of them is left running.
         """
         mail = Mail()
+        engine.attach()
         try:
             for index, (prompt, sampling) in enumerate(requests):
                 id = uuid.uuid4().hex
@@ -51,12 +52,16 @@ class Mailbox:
                 del self._mails[id]
 
     def _publish(self, updates: list[Update]) -> None:
-        """In the thread that hears the engine."""
+        """In the loop or the thread that hears the engine."""
+        running = asyncio._get_running_loop()
         news: dict[asyncio.AbstractEventLoop, list[tuple[Mail, Update]]] = defaultdict(list)
         for update in updates:
             if mail := self._mails.get(update.id):
                 news[mail.loop].append((mail, update))
         for loop, deliveries in news.items():
+            if loop is running:
+                _deliver(deliveries)
+                continue
             with suppress(RuntimeError):  # the loop has ended, and nobody waits any more
                 loop.call_soon_threadsafe(_deliver, deliveries)
 

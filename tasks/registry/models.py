@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,7 +142,10 @@ def models() -> list[str]:
 
 def get(model: str, version_or_alias: str) -> Version:
     """A version by number or alias. Raises UserError naming what exists."""
-    rows = versions(model)
+    return _of(versions(model), model, version_or_alias)
+
+
+def _of(rows: Sequence[Version], model: str, version_or_alias: str) -> Version:
     for row in rows:
         if version_or_alias == row.version or version_or_alias in row.aliases:
             return row
@@ -155,9 +158,10 @@ def named(text: str) -> Version:
     """The version that MODEL@VERSION names: a number or an alias; without it the champion, of a
     base model, which has none, the newest."""
     model, _, version = text.partition("@")
-    if not version and (rows := versions(model)) and all(row.is_base for row in rows):
+    rows = versions(model)
+    if not version and rows and all(row.is_base for row in rows):
         return rows[0]
-    return get(model, version or CHAMPION)
+    return _of(rows, model, version or CHAMPION)
 
 
 def find(model: str, version_or_alias: str) -> Version | None:

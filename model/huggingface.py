@@ -66,7 +66,8 @@ def export_config(
 def import_config(theirs: Mapping[str, Any]) -> ModelConfig:
     """The inverse of `export_config`, for any config.json of a known family; of a model of text and
     pictures (Gemma 3) that of its text part."""
-    theirs = theirs.get("text_config") or theirs
+    text = theirs.get("text_config")
+    theirs = text if text and isinstance(text, Mapping) else theirs
     model_type = theirs.get("model_type")
     family = next((f for f in FAMILIES if f.model_type == model_type), None)
     if family is None:

@@ -111,9 +111,12 @@ class Program:
             return
         if self._closed:
             return
-        if self._child.returncode:
-            reason = errors.decode(errors="replace").strip().splitlines() or ["it was killed"]
-            self._give_up(f"the compiler ended: {reason[-1]}")
+        if (code := self._child.returncode) < 0:
+            self._give_up(f"the compiler was killed by signal {-code}")
+            return
+        if code:
+            words = errors.decode(errors="replace").strip().splitlines() or ["without a word"]
+            self._give_up(f"the compiler ended: {words[-1]}")
             return
         self._use()
         if self.runner.single is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -223,6 +224,23 @@ def test_the_compiler_says_why_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["-c", "name"])
     with pytest.raises(SystemExit, match="StopIteration"):
         programs.main()
+
+
+def test_a_compiler_that_is_killed_ends_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def killed(name: str, scratch: str) -> subprocess.Popen[bytes]:
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        return subprocess.Popen(["sh", "-c", "echo a warning >&2; kill -9 $$"], **pipes)
+
+    monkeypatch.setattr(programs, "_child", killed)
+    core = core_of()
+    with caplog.at_level(logging.WARNING):
+        assert core.program is not None and not core.program.wait()
+    assert "answers go on uncompiled: the compiler was killed by signal 9" in caplog.text
+    core.add(core.sequence("1", [30, 31], GREEDY))
+    while core.has_work:
+        core.step()
 
 
 def test_a_compiler_left_alone_leaves_nothing(

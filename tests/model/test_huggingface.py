@@ -382,6 +382,12 @@ def test_what_a_checkpoint_has_beyond_the_model_is_named(tmp_path: Path) -> None
         "model.layers.3 (1 tensor)",
         "model.layers.4 (1 tensor)",
     ]
+    config = tmp_path / "deepseekv3" / "config.json"  # and a model is not cut short unasked
+    config.write_text(
+        config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 2')
+    )
+    with pytest.raises(FormatError, match=r"holds unknown model\.layers\.2"):
+        load_directory(config.parent)
 
 
 @pytest.mark.peer

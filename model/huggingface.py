@@ -9,7 +9,7 @@ no family expresses is refused, never exported as something near it.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from model.huggingface_rope import export_rope, import_rope
 from model.transformer import Transformer
 
 Weights = dict[str, Tensor]
+AHEAD = "eh_proj|enorm|hnorm|shared_head"  # what only layers that predict further tokens have
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def export_config(
 def import_config(theirs: Mapping[str, Any]) -> ModelConfig:
     """The inverse of `export_config`, for any config.json of a known family; of a model of text and
     pictures (Gemma 3) that of its text part."""
-    theirs = theirs.get("text_config") or theirs
+    text = theirs.get("text_config")
+    theirs = text if text and isinstance(text, Mapping) else theirs
     model_type = theirs.get("model_type")
     family = next((f for f in FAMILIES if f.model_type == model_type), None)
     if family is None:
@@ -209,8 +211,9 @@ def import_weights(config: ModelConfig, theirs: Mapping[str, Tensor]) -> Weights
 def _modern_names(config: ModelConfig, family: Family, theirs: Mapping[str, Tensor]) -> Weights:
     """Their tensors without those that say nothing new, under the names of today."""
     weights = {}
+    omitted = _omitted(config, family, theirs)
     for name, tensor in theirs.items():
-        if _omitted(config, family, name):
+        if name in omitted:
             continue
         for before, after in family.within.items():
             if name.startswith(before):
@@ -229,13 +232,16 @@ def _modern_names(config: ModelConfig, family: Family, theirs: Mapping[str, Tens
     return weights
 
 
-def _omitted(config: ModelConfig, family: Family, name: str) -> str:
-    """Which part of a checkpoint that we do not have a tensor belongs to; empty for ours."""
-    part = next((part for part in family.omits if name.startswith(part)), "")
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    if "num_nextn_predict_layers" in family.writes and layer and int(layer[1]) >= config.layers:
-        part = layer[0]  # DeepSeek's prediction of the tokens after the next
-    return part.rstrip(".")
+def _omitted(config: ModelConfig, family: Family, names: Collection[str]) -> dict[str, str]:
+    """Of tensors of a checkpoint that the model does not have, the part that they belong to."""
+    parts = list(family.omits)
+    if "num_nextn_predict_layers" in family.writes:
+        # DeepSeek's prediction of the tokens after the next: layers behind the last, told from
+        # those of a deeper model by what only they have.
+        found = (re.match(rf"(model\.layers\.(\d+)\.)({AHEAD})", name) for name in names)
+        parts += {layer[1] for layer in found if layer and int(layer[2]) >= config.layers}
+    whose = {name: next(filter(name.startswith, parts), "").rstrip(".") for name in names}
+    return {name: part for name, part in whose.items() if part}
 
 
 def left_out(directory: Path) -> list[str]:
@@ -243,12 +249,8 @@ def left_out(directory: Path) -> list[str]:
     tensors: what sees pictures, predicts further tokens, or served another objective."""
     config = load_config(directory)
     family = family_of(config)
-    parts = Counter(_omitted(config, family, name) for name in load_weights(directory))
-    return [
-        f"{part} ({count} tensor{'s' * (count > 1)})"
-        for part, count in sorted(parts.items())
-        if part
-    ]
+    parts = Counter(_omitted(config, family, load_weights(directory).keys()).values())
+    return [f"{part} ({n} tensor{'s' * (n > 1)})" for part, n in sorted(parts.items())]
 
 
 def _expanded(config: ModelConfig) -> list[Rule]:

@@ -74,7 +74,7 @@ class DivergedError(RuntimeError):
     sequences were read from; `places` has the same.
     """
 
-    def __init__(self, message: str, places: Sequence[Place]) -> None:
+    def __init__(self, message: str, places: Sequence[Place] = ()) -> None:  # () when unpickled
         super().__init__(message)
         self.places = places
 

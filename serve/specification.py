@@ -32,8 +32,8 @@ class EngineOptions(BaseModel):
     )
     compiled: bool = Field(
         True,
-        description="On a CPU, make a program of a single answer's step once there were many; "
-        "needs a C++ compiler, without which answers go on as they are.",
+        description="On a CPU, make a program of a single answer's step once there were many, "
+        "unless deterministic; needs a C++ compiler, without which answers go on as they are.",
     )
 
     @model_validator(mode="after")
@@ -44,6 +44,7 @@ class EngineOptions(BaseModel):
                 "weights int8": self.weights == "int8",
                 f"threads {self.threads}": self.threads > 1,
                 "deterministic": self.deterministic,
+                "compiled false": not self.compiled,
             }
             for name in (name for name, given in own.items() if given):
                 raise ValueError(f"{name} is of our own engine; leave it out with vllm")

@@ -1,10 +1,10 @@
 """Where the compiled steps (`single_step`) are made and kept.
 
 A program is a library, `<XDG_CACHE_HOME>/gristmill/steps/<of what>-<of its bytes>.so`: digests of
-its recipe, of torch, of the processor and of this code, and of the file, as the system's loader
-takes a file cut short for a whole one and dies of it. It is made by a process of its own, at the
-lowest priority, once enough steps were taken to be worth it; until then, and where there is no C++
-compiler, the engine goes on without.
+its recipe, of torch, of the processor and of the code it is made of, and of the file, as the
+system's loader takes a file cut short for a whole one and dies of it. It is made by a process of
+its own, at the lowest priority, once enough steps were taken to be worth it; until then, and where
+there is no C++ compiler, the engine goes on without.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ import torch
 from model.config import ModelConfig
 from model.engine import single_step
 from model.engine.single_step import SHORTEST, CompiledStep, Recipe, SingleStep, expressible
+from model.layers import activate
+from model.losses import softcapped
 from model.rope_scaling import RopeScaling
 
 if TYPE_CHECKING:
@@ -90,7 +93,10 @@ class Program:
     def _make(self) -> None:
         assert self.recipe is not None and self.name is not None
         try:
-            directory().mkdir(parents=True, exist_ok=True)
+            cache = directory()
+            cache.mkdir(parents=True, exist_ok=True)
+            if not os.access(cache, os.W_OK):
+                raise PermissionError(f"{cache} cannot be written")
             told = json.dumps(dataclasses.asdict(self.recipe)).encode()
             with tempfile.TemporaryDirectory(prefix="gristmill-step-") as scratch:
                 with self._lock:
@@ -101,21 +107,33 @@ class Program:
         except (OSError, subprocess.TimeoutExpired) as error:
             if self._child is not None:
                 _kill(self._child)
-            log.warning("answers go on uncompiled: %s", error)
+            self._give_up(str(error))
             return
         if self._closed:
             return
-        if self._child.returncode:
-            reason = errors.decode(errors="replace").strip().splitlines() or ["it was killed"]
-            log.warning("answers go on uncompiled, as the compiler ended: %s", reason[-1])
+        if (code := self._child.returncode) < 0:
+            self._give_up(f"the compiler was killed by signal {-code}")
+            return
+        if code:
+            words = errors.decode(errors="replace").strip().splitlines() or ["without a word"]
+            self._give_up(f"the compiler ended: {words[-1]}")
             return
         self._use()
+        if self.runner.single is None:
+            self._give_up("what was made cannot be loaded")
+
+    def _give_up(self, reason: str) -> None:
+        log.warning("answers go on uncompiled: %s", reason)
+        self.runner.drop_plain()
 
     def _use(self) -> None:
         """Load the program if it is there; a file that is damaged is removed."""
         if self.recipe is None:
             return
-        for path in directory().glob(f"{self.name}-*.so"):
+        paths: list[Path] = []
+        with contextlib.suppress(OSError):
+            paths += directory().glob(f"{self.name}-*.so")
+        for path in paths:
             try:
                 if not path.stem.endswith(_of_bytes(path)):
                     raise RuntimeError("it is not as it was written")
@@ -128,7 +146,11 @@ class Program:
 
 
 def directory() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Raises OSError for a user who has no home."""
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise FileNotFoundError(f"there is nowhere to keep a program: {error}") from error
     return Path(cache) / "gristmill" / "steps"
 
 
@@ -164,7 +186,7 @@ def main() -> None:
     try:
         compile_step(_recipe(json.load(sys.stdin)), sys.argv[1])
     except Exception as error:
-        sys.exit(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+        sys.exit(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0])
 
 
 def _child(name: str, scratch: str) -> "subprocess.Popen[bytes]":
@@ -181,15 +203,17 @@ def _child(name: str, scratch: str) -> "subprocess.Popen[bytes]":
 
 
 def _kill(child: "subprocess.Popen[bytes]") -> None:
-    """The child and the compilers it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
+    """The child and the compilers it has started; once it has ended, its id may be another's."""
+    if child.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def _end_with(parent: int) -> None:
-    """End this process and those it started when its parent ends."""
+    """End this process and those it started when its parent ends, which cannot tidy up then."""
     while os.getppid() == parent:
         time.sleep(LOOKED)
+    shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
 
 
@@ -215,6 +239,7 @@ def _digest(recipe: Recipe) -> str:
         torch.backends.cpu.get_cpu_capability(),
         _processor(),
         inspect.getsource(single_step),
+        *(inspect.getsource(made_of) for made_of in (activate, softcapped, compile_step)),
         json.dumps(OPTIONS),
     ]
     return hashlib.sha256("\n".join(known).encode()).hexdigest()[:32]

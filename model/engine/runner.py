@@ -24,7 +24,7 @@ from model.engine.kv_cache import KVCache
 from model.engine.layer_weights import LayerWeights, Norm, gain
 from model.engine.pages import PAGE
 from model.engine.rotation import angles, turn_
-from model.engine.single_step import CompiledStep
+from model.engine.single_step import CompiledStep, written_for
 from model.engine.weights import (
     Dense,
     Matrix,
@@ -130,13 +130,16 @@ class Runner:
         self.norm: Norm = model.model.norm
         plain = config.norm != "layer" and dtype == torch.float32
         self.gain = gain(model.model.norm) if plain else None
-        self.layers = [LayerWeights.of(block, config, weights) for block in model.model.layers]
+        self.layers: list[LayerWeights] = []
+        copied = 0 if compiled and self.on_cpu and written_for(config) else COPIED + 1
+        for block in model.model.layers:
+            self.layers.append(LayerWeights.of(block, config, weights))
+            dense = [one for one in self.layers[-1].matrices if isinstance(one, Dense)]
+            copied += sum(one.plain.nbytes for one in dense if one.plain is not None)
+            if copied > COPIED:
+                self.drop_plain()
         matrices = [matrix for layer in self.layers for matrix in layer.matrices]
         settle([*matrices, self.output], tried=not reproducible)
-        dense = [one for one in matrices if isinstance(one, Dense) and one.plain is not None]
-        copied = sum(one.plain.nbytes for one in dense if one.plain is not None)
-        for one in dense if not compiled or copied > COPIED else ():
-            one.drop_plain()
         if isinstance(self.output, Dense):
             self.output.drop_plain()
         self.single: CompiledStep | None = None  # another thread may set it
@@ -150,6 +153,13 @@ class Runner:
         # Which experts are chosen is known only as the step goes: no graph can hold that.
         captured = self.device.type == "cuda" and not config.experts
         self.fixed = FixedSteps(self) if captured else None
+
+    def drop_plain(self) -> None:
+        """No compiled step will read the matrices as they were given."""
+        for layer in self.layers:
+            for one in layer.matrices:
+                if isinstance(one, Dense):
+                    one.drop_plain()
 
     @staticmethod
     def place(page: int) -> int:

@@ -63,14 +63,18 @@ class Recipe:
         return min(window or self.config.context, self.config.context)
 
 
+def written_for(config: ModelConfig) -> bool:
+    """Whether `SingleStep` says what such a network does. What a layer sees must vary in length."""
+    longest = min(config.sliding_window or config.context, config.context)
+    return not config.experts and config.kv_latent is None and longest > SHORTEST
+
+
 def expressible(runner: "Runner") -> bool:
     """Whether a program can be made of this runner's step."""
     matrices = [matrix for layer in runner.layers for matrix in layer.matrices]
     return (
         runner.on_cpu
-        and not runner.config.experts
-        and runner.config.kv_latent is None
-        and all(window is None or window >= SHORTEST for window in runner.windows)
+        and written_for(runner.config)
         and all(isinstance(one, Int8) or _plain(one) is not None for one in matrices)
     )
 

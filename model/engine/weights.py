@@ -43,7 +43,7 @@ class Dense:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self.plain: Tensor | None = weight  # until it is settled who reads it
+        self.plain: Tensor | None = weight  # for a compiled step, which alone reads it
         self.packed = _packed(weight)
         self.transposed = weight.t()
         self.single = self.packed is None
@@ -66,7 +66,7 @@ class Dense:
             self.transposed = self.transposed.new_empty(0)
 
     def drop_plain(self) -> None:
-        """Nobody reads the weight as it was given."""
+        """Nobody will read the weight as it was given."""
         self.plain = None
 
     def __call__(self, x: Tensor) -> Tensor:

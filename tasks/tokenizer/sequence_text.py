@@ -38,15 +38,23 @@ def passages(store: Store, artifact: Manifest, place: Place) -> Iterator[Passage
 
     Raises UserError when the artifact has no such file or place.
     """
-    if place.file not in artifact.names():
+    readable = [name for name in artifact.names() if _is_data(artifact.stage, name)]
+    if place.file not in readable:
         raise UserError(
-            f"{artifact.stage}/{artifact.fingerprint[:12]} has no file {place.file!r}; it has "
-            f"{', '.join(artifact.names()[:6])}"
+            f"{artifact.stage}/{artifact.fingerprint[:12]} has no training data {place.file!r}; it "
+            f"has {', '.join(readable[:6])}"
         )
     if artifact.stage == PAIRS:
         yield from _examples(store, artifact, place)
     else:
         yield from _documents(store, artifact, place)
+
+
+def _is_data(stage: str, name: str) -> bool:
+    """Whether a file holds what is learned, and not where documents begin or how it was made."""
+    if stage == PAIRS:
+        return name.startswith(("pairs-", "questions-")) and name.endswith(".parquet")
+    return name.endswith(".npy") and not name.endswith(".documents.npy")
 
 
 def _examples(store: Store, pairs: Manifest, place: Place) -> Iterator[Passage]:

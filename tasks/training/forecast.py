@@ -123,21 +123,28 @@ def effective_tokens(tokens: float, unique: float) -> float:
     passes are nearly as good as new text; beyond some forty nothing is gained.
     """
     used = min(tokens, unique)
+    if not used:
+        return 0.0
     repeats = tokens / used - 1
     return used + used * REPEATS * (1 - math.exp(-repeats / REPEATS))
 
 
 def effective_tokens_of(config: PretrainConfig, sizes: Mapping[str, int]) -> float:
     """Of a whole run, whose sources (sizes: tokens by name) repeat each by itself where they are
-    weighed."""
+    weighed. Raises UserError for weights that a training would refuse."""
     weights = config.source_weights
     if not weights:
         return effective_tokens(config.tokens, sum(sizes.values()))
-    shares = {name: weights.get(name, 0.0) / sum(weights.values()) for name in sizes}
+    if weights.keys() != sizes.keys():
+        raise UserError(
+            f"source_weights are for {', '.join(sorted(weights))}, sources are "
+            f"{', '.join(sorted(sizes))}; give every source one weight, 0 to leave it out"
+        )
+    total = sum(weights.values())
     return sum(
-        effective_tokens(share * config.tokens, sizes[name])
-        for name, share in shares.items()
-        if share
+        effective_tokens(weight / total * config.tokens, sizes[name])
+        for name, weight in weights.items()
+        if weight
     )
 
 
@@ -220,11 +227,11 @@ def forecast(
     if config.start_from:
         say("no loss is foreseen of a run that goes on from a checkpoint")
         return found
+    effective = effective_tokens_of(config, _source_sizes(Store.open(), shards))
     runs = []
     for width, layers, tokens in QUICK_RUNS:
         say(f"a quick run: width {width}, {layers} layers, {tokens:,} tokens")
         runs.append(quick_run(config, width, layers, tokens, shards))
-    effective = effective_tokens_of(config, _source_sizes(Store.open(), shards))
     loss = Law.fitted(runs).loss(_without_tables(shape), effective)
     per_token = shards.metrics.get("bytes_per_token")
     bits = loss / math.log(2) / float(per_token) if per_token else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,10 +13,11 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.engine import Core, Sampling, generate_batch
+from model.engine import Core, Sampling, generate_batch, programs
 from model.engine.programs import Program, directory
 from model.engine.runner import Span
-from model.engine.single_step import Recipe, SingleStep, expressible, parts_of
+from model.engine.single_step import Recipe, SingleStep, expressible, parts_of, written_for
+from model.engine.weights import Dense
 from tests.model.test_engine import GREEDY, VARIANTS, continued, prompts
 from tests.tiny_models import DEEPSEEK2, GEMMA2, GEMMA3, GPT2, transformer
 
@@ -141,10 +144,114 @@ def test_without_a_compiler_answers_go_on(
         assert core.program is not None and not core.program.wait()
     assert "answers go on uncompiled" in caplog.text and "compiler" in caplog.text
     assert not list(directory().iterdir())
+    assert not kept_plain(core)
+    with monkeypatch.context() as later:  # the child's number may be another's by now
+        later.setattr(os, "killpg", lambda *of: pytest.fail(f"killed {of}"))
+        core.close()
     (prompt,) = prompts(1)
     core.add(core.sequence("1", prompt, GREEDY))
     while core.has_work:
         core.step()
+
+
+def kept_plain(core: Core) -> int:
+    """Matrices that are kept as they were given, too."""
+    matrices = [matrix for layer in core.runner.layers for matrix in layer.matrices]
+    return sum(isinstance(one, Dense) and one.plain is not None for one in matrices)
+
+
+def without_a_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value", "said"),
+    [
+        (Path, "home", without_a_home, "Could not determine home directory"),
+        (programs.os, "access", lambda *asked: False, "steps cannot be written"),
+    ],
+)
+def test_without_a_place_for_programs_answers_go_on(
+    owner: object,
+    name: str,
+    value: object,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(owner, name, value)
+    monkeypatch.setattr(programs, "_child", lambda *told: pytest.fail("compiles for nothing"))
+    core = core_of()
+    with caplog.at_level(logging.WARNING):
+        assert core.program is not None and not core.program.wait()
+    assert said in caplog.text
+    core.add(core.sequence("1", [30, 31], GREEDY))
+    while core.has_work:
+        core.step()
+
+
+def test_matrices_are_kept_twice_only_for_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once: list[int] = []  # of the layers and of the output, when all are made
+    monkeypatch.setattr(
+        "model.engine.runner.settle",
+        lambda matrices, tried: at_once.append(sum(one.plain is not None for one in matrices)),
+    )
+    assert kept_plain(core_of(layers=3)) == 3 * 4
+    Core(transformer(layers=3), None, slots=2)
+    assert not kept_plain(core_of(**DEEPSEEK2))
+    monkeypatch.setattr("model.engine.runner.COPIED", 1)
+    assert not kept_plain(core_of(layers=3))
+    assert at_once == [3 * 4 + 1, 1, 1, 1]
+
+
+def test_a_program_is_named_by_all_the_code_it_is_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.of(core_of().runner, 1)
+    names = {programs._digest(recipe)}
+    for function in ("activate", "softcapped", "compile_step"):
+        with monkeypatch.context() as changed:
+            changed.setattr(programs, function, without_a_home)
+            names.add(programs._digest(recipe))
+    assert len(names) == 4
+
+
+def test_the_compiler_says_why_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "_end_with", lambda parent: None)
+    monkeypatch.setattr(programs.json, "load", lambda stream: {})  # an error that says nothing
+    monkeypatch.setattr(programs, "_recipe", lambda told: next(iter(())))
+    monkeypatch.setattr(sys, "argv", ["-c", "name"])
+    with pytest.raises(SystemExit, match="StopIteration"):
+        programs.main()
+
+
+def test_a_compiler_that_is_killed_ends_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def killed(name: str, scratch: str) -> subprocess.Popen[bytes]:
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        return subprocess.Popen(["sh", "-c", "echo a warning >&2; kill -9 $$"], **pipes)
+
+    monkeypatch.setattr(programs, "_child", killed)
+    core = core_of()
+    with caplog.at_level(logging.WARNING):
+        assert core.program is not None and not core.program.wait()
+    assert "answers go on uncompiled: the compiler was killed by signal 9" in caplog.text
+    core.add(core.sequence("1", [30, 31], GREEDY))
+    while core.has_work:
+        core.step()
+
+
+def test_a_compiler_left_alone_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch, ended = tmp_path / "scratch", []
+    (scratch / "deep").mkdir(parents=True)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(scratch))
+    monkeypatch.setattr(os, "killpg", lambda *of: ended.append(of))
+    programs._end_with(parent=-1)
+    assert ended and not scratch.exists()
 
 
 def test_closing_ends_the_compiler() -> None:
@@ -167,6 +274,9 @@ def test_who_cannot_have_one() -> None:
     assert not expressible(Core(transformer(**DEEPSEEK2), None, compiled=True).runner)
     assert not expressible(Core(transformer(), None, compiled=False).runner)
     assert Core(transformer(), None, compiled=True, deterministic=True).program is None
+    for flags in ({"sliding_window": 2}, {"context": 2}):  # nothing varies in length
+        assert not written_for(ModelConfig(**flags))
+    assert written_for(ModelConfig(sliding_window=3))
     with_latents = Core(transformer(**DEEPSEEK2), None, slots=2, compiled=True)
     assert with_latents.program is not None and not with_latents.program.wait()
     (answer,) = generate_batch(transformer(**DEEPSEEK2), None, [[30, 31]], GREEDY, compiled=True)

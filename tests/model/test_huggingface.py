@@ -353,6 +353,12 @@ def test_of_a_model_of_text_and_pictures_the_text_part_is_read(tmp_path: Path) -
     assert parts == ["multi_modal_projector", "vision_tower"]
 
 
+@pytest.mark.parametrize("text", ["of a model", 3, ["model_type"]])
+def test_a_text_part_that_is_none_is_passed_over(text: object) -> None:
+    with pytest.raises(FormatError, match="model_type 'llava'"):
+        import_config({"model_type": "llava", "text_config": text})
+
+
 def test_what_a_checkpoint_has_beyond_the_model_is_named(tmp_path: Path) -> None:
     more = {
         "bert": ["bert.pooler.dense.weight", "bert.pooler.dense.bias", "cls.seq_relationship.bias"],
@@ -376,6 +382,12 @@ def test_what_a_checkpoint_has_beyond_the_model_is_named(tmp_path: Path) -> None
         "model.layers.3 (1 tensor)",
         "model.layers.4 (1 tensor)",
     ]
+    config = tmp_path / "deepseekv3" / "config.json"  # and a model is not cut short unasked
+    config.write_text(
+        config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 2')
+    )
+    with pytest.raises(FormatError, match=r"holds unknown model\.layers\.2"):
+        load_directory(config.parent)
 
 
 @pytest.mark.peer

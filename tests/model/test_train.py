@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import pickle
 import shutil
 import sys
 import time
@@ -328,6 +329,8 @@ def test_a_diverged_run_names_the_step_and_the_sequences(loader: WindowLoader) -
     with pytest.raises(DivergedError, match=where) as stopped:
         train(tiny_model(), loader, config)
     assert {place.count for place in stopped.value.places} == {32}
+    again = pickle.loads(pickle.dumps(stopped.value))  # as Ray hands it on
+    assert (str(again), again.places) == (str(stopped.value), stopped.value.places)
 
 
 class Poisoned(WindowLoader):

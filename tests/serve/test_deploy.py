@@ -279,6 +279,7 @@ def test_a_replica_may_take_as_long_as_the_longest_answer(tmp_path: Path) -> Non
         ({"engine": {"kind": "vllm", "weights": "int8"}}, "weights int8 is of our own engine"),
         ({"engine": {"kind": "vllm", "threads": 2}}, "threads 2 is of our own engine"),
         ({"engine": {"kind": "vllm", "deterministic": True}}, "deterministic is of our own"),
+        ({"engine": {"kind": "vllm", "compiled": False}}, "compiled false is of our own engine"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(values: dict[str, Any], said: str) -> None:

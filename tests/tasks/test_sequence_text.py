@@ -128,8 +128,13 @@ def test_places_that_are_not_there_are_told(
 ) -> None:
     mark = f"token-shards/{shards.fingerprint[:12]}"
     for words, message in (
-        ([mark, "tokens-00009.npy", "0"], "has no file 'tokens-00009.npy'; it has heldout-tokens"),
+        (
+            [mark, "tokens-00009.npy", "0"],
+            "has no training data 'tokens-00009.npy'; it has heldout",
+        ),
         ([mark, "tokens-00000.npy", "99999"], "none at 99999 (of 1); count from 0"),
+        ([mark, "tokens-00000.documents.npy", "0"], "it has heldout-tokens-00000.npy, heldout"),
+        ([mark, "report.json", "0"], "has no training data 'report.json'; it has"),
         (["split/split", "tokens-00000.npy", "0"], "is neither token-shards/FINGERPRINT nor"),
         (["token-shards/zz", "x", "0"], "0 artifacts of stage 'token-shards' match 'zz'"),
     ):

@@ -118,6 +118,11 @@ def test_repeated_tokens_count_as_less_than_new_ones() -> None:
     # Weighed sources repeat each by itself, and one that is left out not at all.
     weighed = config.model_copy(update={"source_weights": {"seeds": 1, "notes": 3, "mail": 0}})
     assert effective_tokens_of(weighed, sizes) == 1000 + effective_tokens(3000, 1000)
+    for wrong in ({"nots": 1}, {"seeds": 1}):  # before any quick run
+        weighed = config.model_copy(update={"source_weights": wrong})
+        with pytest.raises(UserError, match="sources are mail, notes, seeds; give every source"):
+            effective_tokens_of(weighed, sizes)
+    assert effective_tokens_of(config, {}) == 0
 
 
 def test_quick_runs_are_small_copies_of_the_model() -> None:

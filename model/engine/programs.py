@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 WORTH_IT = 2000  # single steps: some seconds of one stream, after which a compilation is
 TIMEOUT = 600  # seconds for a compilation
 NICE = "19"
+KEPT = 100  # programs, of some 2 MB, those used last
 LOOKED = 1.0  # seconds, between looks whether the engine still lives
 OPTIONS = {"assert_indirect_indexing": False, "aot_inductor.compile_wrapper_opt_level": "O1"}
 
@@ -138,6 +139,8 @@ class Program:
                 if not path.stem.endswith(_of_bytes(path)):
                     raise RuntimeError("it is not as it was written")
                 self.runner.single = CompiledStep(self.runner, self.recipe, path)
+                with contextlib.suppress(OSError):
+                    os.utime(path)  # for whoever keeps the latest
                 return
             except (OSError, RuntimeError) as error:
                 log.warning("%s is removed, as it cannot be loaded: %s", path, error)
@@ -177,6 +180,8 @@ def compile_step(recipe: Recipe, name: str) -> None:
     part = directory() / f"{name}.{os.getpid()}.part"
     part.write_bytes(Path(made).read_bytes())
     part.replace(directory() / f"{name}-{_of_bytes(part)}.so")
+    for old in sorted(directory().iterdir(), key=lambda path: -path.stat().st_mtime)[KEPT:]:
+        old.unlink(missing_ok=True)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from model.config import ModelConfig
 from model.engine import Core, Sampling, generate_batch, programs
-from model.engine.programs import Program, directory
+from model.engine.programs import KEPT, Program, directory
 from model.engine.runner import Span
 from model.engine.single_step import Recipe, SingleStep, expressible, parts_of, written_for
 from model.engine.weights import Dense
@@ -110,7 +110,14 @@ def test_a_program_is_made_once_and_found_again() -> None:
     again = core_of()
     assert again.runner.single is not None
     assert core_of(width=128).runner.single is None
-    (file,) = directory().glob("*.so")
+    old = [directory() / f"old{number}.so" for number in range(KEPT)]
+    for file in old:
+        file.touch()
+        os.utime(file, (0, 0))
+    other = core_of(width=128)
+    assert other.program is not None and other.program.wait()
+    assert sum(file.exists() for file in old) == KEPT - 2
+    (file,) = directory().glob(f"{first.program.name}*.so")
     half = file.read_bytes()[: file.stat().st_size // 2]
     file.unlink()  # which those keep that have loaded it
     file.write_bytes(half)

@@ -298,8 +298,8 @@ class Frontier:
         ):
             setattr(address, name, getattr(outcome, name))
         address.robots = "denied" if outcome.state == "denied" else "allowed"
-        if outcome.state == "error" and not outcome.status:
-            address.robots = ""
+        if outcome.state in ("error", "stale") and not outcome.status:
+            address.robots = ""  # nobody said
         self.counts["links that are no address"] += outcome.links_invalid
         self.counts["links left out"] += outcome.links_left_out
         earlier = self.earlier.get(address.url)

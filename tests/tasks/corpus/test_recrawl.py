@@ -48,6 +48,7 @@ def test_a_page_that_fails_for_the_moment_stays_as_it_was(
     b, c = f"{site.url}/b", f"{site.url}/c"
     assert second.reason(b) == ("stale", reason)
     assert second.addresses[b]["stale"] == 1
+    assert second.addresses[b]["robots"] == ("allowed" if reason.startswith("HTTP") else "")
     assert second.pages[b].body == first.pages[b].body
     assert second.pages[b].fetched_at == first.pages[b].fetched_at
     assert second.outcome.content == first.outcome.content
@@ -58,6 +59,25 @@ def test_a_page_that_fails_for_the_moment_stays_as_it_was(
     third = crawler.crawl(site.url, epoch=2)
     assert third.reason(b) == ("not_modified", "") and third.addresses[b]["stale"] == 0
     assert third.addresses[b]["visits"] == 1  # the visit in vain says nothing of its changes
+
+
+def test_an_error_page_says_nothing_of_the_page_that_stays(crawler: Crawler) -> None:
+    """Its ETag and date would be asked for next time, and a 304 to them be believed."""
+
+    def answering(status: int, tag: str, date: str) -> Any:
+        headers = {"ETag": tag, "Last-Modified": date}
+        return lambda: web.Response(
+            status=status, text=page(text=tag), content_type="text/html", headers=headers
+        )
+
+    good = ('"page"', "Sun, 01 Feb 2026 00:00:00 GMT")
+    with LoopbackSite({"/": page("/a"), "/a": answering(200, *good)}) as site:
+        crawler.crawl(site.url)
+        site.pages["/a"] = answering(503, '"error"', "Mon, 02 Feb 2026 00:00:00 GMT")
+        second = crawler.crawl(site.url, epoch=1, retries=0)
+        row = second.addresses[f"{site.url}/a"]
+        assert row["state"] == "stale"
+        assert (row["etag"], row["modified"]) == good
 
 
 def test_it_stays_for_so_many_epochs_and_no_longer(crawler: Crawler, site: LoopbackSite) -> None:

@@ -127,10 +127,19 @@ class EarlierEpoch:
         if self.directory is None:
             return {}
         links = self._links
+        maps: dict[str, list[str]] = {}  # by the sitemap that names them
+        for url, row in self._rows.items():
+            if row["kind"] == "sitemap":
+                maps.setdefault(row["source"], []).append(url)
         return {
-            url: Lead(row["location"], links.get(url, ()), row.get("stale", 0))
+            url: Lead(
+                row["location"],
+                links.get(url, ()),
+                () if row["location"] else tuple(maps.get(url, ())),
+                row.get("stale", 0),
+            )
             for url, row in self._rows.items()
-            if row["location"] or (row["kind"] == "sitemap" and url in links)
+            if row["location"] or (row["kind"] == "sitemap" and (url in links or url in maps))
         }
 
     @cached_property

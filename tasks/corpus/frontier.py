@@ -27,7 +27,7 @@ from tasks.corpus.addresses import (
     Host,
 )
 from tasks.corpus.fetch_plan import HostPlan, HostResult, Outcome, Request
-from tasks.corpus.revisit import NOT_ASKED, Revisit, remember, take_over
+from tasks.corpus.revisit import NOT_ASKED, Revisit, may_have_passed, remember, take_over
 from tasks.corpus.robots import Robots
 from tasks.corpus.urls import Scope, host_of
 
@@ -246,7 +246,8 @@ class Frontier:
             address, outcome = known[url], by_url.get(url)
             if outcome is None:
                 continue
-            outcome = without_failure(address, outcome)
+            if url not in self.revisit.leads:
+                outcome = without_failure(address, outcome)
             outcome, address.stale = self.revisit.kept(outcome, self.earlier.get(url))
             found = self._merge(address, outcome)
             if found:
@@ -389,7 +390,8 @@ class Frontier:
 
 def without_failure(address: Address, outcome: Outcome) -> Outcome:
     """A sitemap nobody promised: where there is none, nothing failed."""
-    if address.source != TRIED or outcome.status >= 500 or not outcome.status:
+    passing = not outcome.status or (outcome.status != 200 and may_have_passed(outcome))
+    if address.source != TRIED or passing:
         return outcome
     elsewhere = outcome.state == "redirect" and "sitemap" in outcome.location
     if elsewhere or outcome.links or outcome.sitemaps or outcome.state == "not_modified":

@@ -35,6 +35,7 @@ class Lead:
 
     location: str = ""
     links: tuple[str, ...] = ()
+    sitemaps: tuple[str, ...] = ()  # that a sitemap names
     stale: int = 0
 
 
@@ -63,7 +64,10 @@ class Revisit:
         if earlier is not None:
             return dataclasses.replace(outcome, state="stale", digest=earlier.address.digest), stale
         assert lead is not None
-        return dataclasses.replace(outcome, location=lead.location, links=lead.links), stale
+        outcome = dataclasses.replace(
+            outcome, location=lead.location, links=lead.links, sitemaps=lead.sitemaps
+        )
+        return outcome, stale
 
 
 def take_over(address: Address, outcome: Outcome, known: Address) -> None:

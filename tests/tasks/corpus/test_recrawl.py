@@ -138,6 +138,39 @@ def test_ways_to_pages_are_known_when_a_redirect_or_a_sitemap_fails(crawler: Cra
         assert set(third.pages) == {f"{site.url}/"}
 
 
+def test_pages_are_known_when_the_index_of_their_sitemap_fails(crawler: Crawler) -> None:
+    """Through a redirect, an index and a sitemap: whichever of them fails, twice in a row."""
+    pages: dict[str, Any] = {"/": page(), "/alone": page(text="alone")}
+    pages["/map.xml"] = redirect("/index.xml")
+    pages["/index.xml"] = "<sitemapindex><sitemap><loc>/m.xml</loc></sitemap></sitemapindex>"
+    pages["/m.xml"] = "<urlset><url><loc>/alone</loc></url></urlset>"
+    with LoopbackSite(pages) as site:
+        text = f"User-agent: *\nSitemap: {site.url}/map.xml\n"
+        site.pages["/robots.txt"] = lambda: web.Response(text=text)
+        first = crawler.crawl(site.url)
+        assert f"{site.url}/alone" in first.pages
+        for number, path in enumerate(("/index.xml", "/m.xml", "/map.xml", "/map.xml")):
+            good, site.pages[path] = site.pages[path], failing(503)
+            later = crawler.crawl(site.url, epoch=number + 1, retries=0)
+            assert set(later.pages) == set(first.pages), path
+            assert later.reason(f"{site.url}{path}") == ("error", "HTTP 503")
+            site.pages[path] = good
+
+
+@pytest.mark.parametrize(("status", "known"), [(429, True), (503, True), (404, False)])
+def test_pages_are_known_when_a_sitemap_that_nobody_named_fails(
+    crawler: Crawler, status: int, known: bool
+) -> None:
+    sitemap = "<urlset><url><loc>/alone</loc></url></urlset>"
+    pages = {"/": page(), "/alone": page(text="alone"), "/sitemap.xml": sitemap}
+    with LoopbackSite(pages) as site:
+        crawler.crawl(site.url)
+        site.pages["/sitemap.xml"] = failing(status)
+        second = crawler.crawl(site.url, epoch=1, retries=0)
+        assert (f"{site.url}/alone" in second.pages) is known
+        assert second.reason(f"{site.url}/sitemap.xml") == ("error", f"HTTP {status}")
+
+
 def test_a_recrawl_that_has_nothing_new_to_say_is_refused(crawler: Crawler) -> None:
     with LoopbackSite(small_site()) as site:
         crawler.crawl(site.url)

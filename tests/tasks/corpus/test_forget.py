@@ -23,10 +23,12 @@ from test_corpus_chain import THINGS, module
 from flows import forget as forget_commands
 from flows.corpus import CorpusParams, build_corpus
 from tasks.corpus.erase import Done, _names, erase
+from tasks.corpus.gather import GatherConfig, gather
 from tasks.corpus.line_edits import LinesConfig, edit_lines
 from tasks.corpus.pages import page_rows, read_pages
 from tasks.corpus.report import ReportConfig, report_corpus
 from tasks.corpus.same_document import known_ids
+from tasks.corpus.source_config import SourceConfig
 from tasks.corpus.tombstoned import Forgotten, parse
 from tasks.corpus.warc import members, padding
 from tasks.runtime.errors import UserError
@@ -212,6 +214,32 @@ def test_what_was_cut_out_of_a_document_is_erased_with_it(
         purge()
         (left,) = Store.open().all("lines")
         assert rows(left, "cut-") == [kept]
+
+
+def test_what_was_cut_out_of_a_payload_is_erased_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stages_inline(monkeypatch, tmp_path / "home"):
+        inbox = tmp_path / "home" / "sources"
+        inbox.mkdir(parents=True)
+        for name in ("stays", "gone"):
+            lines = (f"A whole sentence of some words about {name}.", f"Home of {name}")
+            text = "".join(f"<p>{line}</p>" for line in lines)
+            (inbox / f"{name}.html").write_text(f"<article>{text}</article>")
+        source = SourceConfig(name="pages", path=str(inbox))
+        read = gather(GatherConfig(sources=(source,)))
+        config = LinesConfig(rules=("punctuation",), min_sentences=0)
+        edited = edit_lines(config, documents=read)
+        assert sorted(row["text"] for row in rows(edited, "cut-")) == [
+            "Home of gone",
+            "Home of stays",
+        ]
+        digests = {row["url"]: row["digest"] for row in rows(read)}
+        bury(next(digest for url, digest in digests.items() if "gone" in url))
+        purge()
+        (left,) = Store.open().all("lines")
+        assert [row["text"] for row in rows(left, "cut-")] == ["Home of stays"]
+        assert holders("Home of gone") == []
 
 
 @pytest.mark.parametrize("by", ["url", "digest"])

@@ -59,6 +59,7 @@ class Frontier:
         self.max_pages_per_host = max_pages_per_host
         self.round_seconds = round_seconds
         self.earlier = earlier or {}
+        self._known_hosts = {host_of(url) for url in self.earlier}
         self.forgotten = forgotten
         self.revisit = revisit or Revisit()
         self.begun = time.time()  # saved with the rounds: one crawl is of one moment
@@ -164,13 +165,15 @@ class Frontier:
         """The addresses to ask for; on the way, those that need no asking are done with."""
         queued: list[Address] = []
         todo = deque(a for a in self.addresses.values() if a.state == "queued")
-        unread = {host_of(a.url) for a in todo if a.kind == "sitemap"}
+        unread = {host_of(a.url) for a in todo if a.kind == "sitemap"} & self._known_hosts
         while todo:
             address = todo.popleft()
             if self.forgotten(address.url):  # asked here: a tombstone may be younger than the crawl
                 address.state, address.reason = "skipped", "tombstoned"
-            elif address.depth and address.url in self.earlier and host_of(address.url) in unread:
-                continue  # till its sitemap has said whether it changed
+            elif address.depth and address.kind == "page" and host_of(address.url) in unread:
+                # Till its sitemap has said what changed. New ones wait too: under max_pages they
+                # would take the place of known ones.
+                continue
             elif self._needs_no_visit(address):
                 known = len(self.addresses)
                 self._take_over(address)

@@ -114,6 +114,17 @@ def test_what_changed_since_the_last_visit_is_asked_for_and_first(crawler: Crawl
         assert order[0] == "/quiet3" and len(order) == 4
 
 
+@pytest.mark.parametrize("limit", ["max_pages", "max_pages_per_host"])
+def test_a_sitemap_makes_no_room_for_other_pages_than_before(crawler: Crawler, limit: str) -> None:
+    pages = {f"/{number}": page(text=f"page {number}") for number in range(6)}
+    with LoopbackSite({"/": page(*pages), "/sitemap.xml": urlset()} | pages) as site:
+        site.pages["/sitemap.xml"] = urlset(*(f"<loc>{site.url}{path}</loc>" for path in pages))
+        first = crawler.crawl(site.url, **{limit: 4})
+        second = crawler.crawl(site.url, epoch=1, **{limit: 4})
+        assert len(first.pages) == 4
+        assert set(second.pages) == set(first.pages)
+
+
 @pytest.mark.parametrize(
     ("lastmod", "moment"),
     [

@@ -165,7 +165,8 @@ class Frontier:
         """The addresses to ask for; on the way, those that need no asking are done with."""
         queued: list[Address] = []
         todo = deque(a for a in self.addresses.values() if a.state == "queued")
-        unread = {host_of(a.url) for a in todo if a.kind == "sitemap"} & self._known_hosts
+        maps = [a.url for a in todo if a.kind == "sitemap" and not self.forgotten(a.url)]
+        unread = {host_of(url) for url in maps} & self._known_hosts
         while todo:
             address = todo.popleft()
             if self.forgotten(address.url):  # asked here: a tombstone may be younger than the crawl

@@ -220,6 +220,20 @@ def test_other_pace_limits_and_scope_lose_nothing_and_others_start_anew_saying_s
         assert set(third.pages) == set(first.pages)
 
 
+def test_of_two_crawls_of_the_same_epoch_it_goes_on_from_that_with_the_same_settings(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LoopbackSite(small_site()) as site:
+        crawler.crawl(site.url)
+        with monkeypatch.context() as patch:  # a short one, to try something, made later
+            work = crawler.workspace("f" * 64)
+            patch.setattr(crawler, "workspace", lambda fingerprint: work)
+            crawler.crawl(site.url, max_pages=1)
+        second = crawler.crawl(site.url, epoch=1)
+        assert second.counts["not_modified"] == 4
+        assert "with other settings: none" in note(second)
+
+
 def test_a_page_that_is_too_large_by_now_is_not_kept_by_a_304(crawler: Crawler) -> None:
     asked: list[str] = []
     bodies = {"/": page("/long"), "/long": page(text="long " * 100)}

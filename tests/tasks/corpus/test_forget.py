@@ -360,6 +360,14 @@ def test_a_document_is_forgotten_by_any_of_its_digests(site: LoopbackSite) -> No
     }
 
 
+@pytest.mark.parametrize("digest", ["sha256:" + "A" * 52, "sha1:" + "A" * 32])
+def test_for_a_payload_digest_no_table_of_documents_is_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str
+) -> None:
+    monkeypatch.delattr("tasks.corpus.same_document._documents")
+    assert known_ids(Settings(home=tmp_path), digest) == [digest]
+
+
 def test_it_is_said_which_pages_a_payload_digest_finds(
     site: LoopbackSite, capsys: pytest.CaptureFixture[str]
 ) -> None:

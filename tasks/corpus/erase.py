@@ -297,6 +297,9 @@ def _rewrite(
     directory = store.of(manifest)
     for name in manifest.names(suffix=".warc.gz"):
         _blank(directory, name, forgotten, found)
+    for name in manifest.names(suffix=".parquet"):
+        if name not in found.rows:
+            _unname(directory, name, found.addresses)
     for name, gone in found.rows.items():
         table = directory.read_table(name)
         kept = table.filter(pa.array([not goes for goes in gone], pa.bool_()))
@@ -328,6 +331,15 @@ def _unnamed(table: pa.Table, addresses: set[str]) -> pa.Table:
                 place, table.schema.field(place), pa.array(mended, pa.string())
             )
     return table
+
+
+def _unname(directory: Directory, name: str, addresses: set[str]) -> None:
+    """The same of a table none of whose rows goes; written only where that changes it."""
+    with directory.filesystem.open_input_file(directory.location(name)) as file:
+        parquet = pq.ParquetFile(file)
+        texts = parquet.read([key for key in TEXTS if key in parquet.schema_arrow.names])
+    if _unnamed(texts, addresses) is not texts:
+        directory.write_table(name, _unnamed(directory.read_table(name), addresses))
 
 
 def _mask(value: str, addresses: set[str]) -> str:

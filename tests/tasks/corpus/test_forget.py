@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from documents_of import documents, rows, urls
+from documents_of import documents, rows, unique, urls
 from fastwarc.warc import ArchiveIterator
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +22,7 @@ from test_corpus_chain import THINGS, module
 
 from flows import forget as forget_commands
 from flows.corpus import CorpusParams, build_corpus
+from tasks.corpus.dedup import DeduplicateConfig
 from tasks.corpus.erase import Done, _names, erase
 from tasks.corpus.gather import GatherConfig, gather
 from tasks.corpus.line_edits import LinesConfig, edit_lines
@@ -240,6 +241,26 @@ def test_what_was_cut_out_of_a_payload_is_erased_with_it(
         (left,) = Store.open().all("lines")
         assert [row["text"] for row in rows(left, "cut-")] == ["Home of stays"]
         assert holders("Home of gone") == []
+
+
+def test_no_row_of_another_shard_names_what_is_erased(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither as the text that it was removed for, nor as its canonical address."""
+    with stages_inline(monkeypatch, tmp_path / "home"):
+        texts = {f"http://h/{n}": f"A text of its own, number {n}." for n in range(8)}
+        texts["http://h/7/copy"] = texts["http://h/0"]  # of the third shard; the other of the first
+        given = documents(texts, canonical={"http://h/5": "http://h/0"})
+        made = unique(DeduplicateConfig(), given)
+        assert rows(made, "rejected-")[0]["reason"] == "same text as http://h/0"
+        bury("http://h/0")
+        purge()
+        assert urls(made) == [f"http://h/{n}" for n in range(1, 8)]
+        assert [row["reason"] for row in rows(made, "rejected-")] == ["same text as (erased)"]
+        told = {row["url"]: row["canonical"] for row in rows(made)}
+        assert told["http://h/5"] == "(erased)" and set(told.values()) == {"", "(erased)"}
+        for left in Store.open().all("deduplicate"):
+            Store.open().verify(left)
 
 
 @pytest.mark.parametrize("by", ["url", "digest"])

@@ -33,6 +33,7 @@ from tasks.corpus.urls import Scope, host_of
 
 MAX_QUERIES = 500  # distinct query strings below one path; more is an endless space
 TRIED = "tried, as robots.txt names no sitemap"
+OF_PAGES = ("file type", "excluded", "not included")  # reasons that are none for a sitemap
 CIRCLE = "redirects in a circle"
 MAX_REQUESTS_PER_ROUND = 1000  # of one host
 
@@ -80,6 +81,8 @@ class Frontier:
 
     def _add(self, address: Address) -> None:
         known = self.addresses.get(address.url)
+        if known is not None and address.kind == "sitemap" and _may_be_sitemap(known):
+            known = None  # a page had a link to it
         if known is not None:
             self.counts["links to a known address"] += 1
             if known.state == "queued" and known.kind == address.kind:
@@ -107,7 +110,7 @@ class Frontier:
 
     def _out_of_scope(self, address: Address) -> str:
         reason = self.scope.reason(address.url, address.depth)
-        if address.kind == "sitemap" and reason in ("file type", "excluded", "not included"):
+        if address.kind == "sitemap" and reason in OF_PAGES:
             return ""  # sitemaps are read, not kept: their own names say nothing
         return reason
 
@@ -272,7 +275,8 @@ class Frontier:
                     if source == TRIED:  # once for a host, not for http and for https
                         bare = sitemap.partition(":")[2]
                         names |= {f"http:{bare}", f"https:{bare}"}
-                    if not names & self.addresses.keys():
+                    met = [self.addresses[name] for name in names & self.addresses.keys()]
+                    if all(one.url == sitemap and _may_be_sitemap(one) for one in met):
                         self._add(Address(sitemap, "sitemap", source=source))
         self._ask_again(time.time())
         return links
@@ -390,6 +394,11 @@ class Frontier:
         for address in self.addresses.values():
             if not self._out_of_scope(address):
                 self._count_query(address.url)
+
+
+def _may_be_sitemap(known: Address) -> bool:
+    """Whether an address that was taken for that of a page has not been asked for as one."""
+    return known.kind == "page" and (known.state == "queued" or known.reason in OF_PAGES)
 
 
 def without_failure(address: Address, outcome: Outcome) -> Outcome:

@@ -89,8 +89,8 @@ class EarlierEpoch:
                 other = CrawlConfig(**manifest.config)
                 if other.epoch < config.epoch and {*other.seeds} & {*config.seeds}:
                     found.append((other.epoch, manifest, other))
-        # Stable: of the same number the last that was made.
-        found.sort(key=lambda epoch: (epoch[2].seeds == config.seeds, epoch[0]))
+        # Of the same number one of the same settings, or else, as the order is stable, the last.
+        found.sort(key=lambda it: (it[2].seeds == config.seeds, it[0], _is_alike(it[2], config)))
         same = [epoch for epoch in found if page_settings(epoch[2]) == page_settings(config)]
         if same:
             number, manifest, other = same[-1]
@@ -127,10 +127,19 @@ class EarlierEpoch:
         if self.directory is None:
             return {}
         links = self._links
+        maps: dict[str, list[str]] = {}  # by the sitemap that names them
+        for url, row in self._rows.items():
+            if row["kind"] == "sitemap":
+                maps.setdefault(row["source"], []).append(url)
         return {
-            url: Lead(row["location"], links.get(url, ()), row.get("stale", 0))
+            url: Lead(
+                row["location"],
+                links.get(url, ()),
+                () if row["location"] else tuple(maps.get(url, ())),
+                row.get("stale", 0),
+            )
             for url, row in self._rows.items()
-            if row["location"] or (row["kind"] == "sitemap" and url in links)
+            if row["location"] or (row["kind"] == "sitemap" and (url in links or url in maps))
         }
 
     @cached_property
@@ -149,6 +158,10 @@ def page_settings(config: CrawlConfig) -> dict[str, Any]:
     """What decides what a page is; pace, limits and scope do not."""
     values: dict[str, Any] = identity(config)
     return {name: values[name] for name in PAGE_SETTINGS}
+
+
+def _is_alike(one: CrawlConfig, other: CrawlConfig) -> bool:
+    return bool(identity(one) | {"epoch": 0} == identity(other) | {"epoch": 0})
 
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:

@@ -74,6 +74,14 @@ class _Found:
         return sum(sum(gone) for name, gone in self.rows.items() if name.startswith(KEPT))
 
 
+@dataclass(frozen=True)
+class _Payloads:
+    """What is known of payloads whose digest is tombstoned, for tables that do not have digests."""
+
+    records: set[str] = field(default_factory=set)  # ids of their records
+    texts: set[tuple[str, str]] = field(default_factory=set)  # address and id of what they say
+
+
 def erase(
     settings: Settings,
     forgotten: Forgotten,
@@ -112,7 +120,7 @@ def _erase(
     artifacts.sort(key=lambda manifest: (manifest.created, manifest.fingerprint))
     interrupted = {e.fingerprint for e in state.erased() if e.finished is None}
     stones = tuple(stone.id for stone in forgotten.stones)
-    records = _records(store, forgotten, artifacts)
+    payloads = _payloads(store, forgotten, artifacts)
     lost = _lost_before(state, artifacts)
     tainted: set[str] = set()
     results: list[Done] = []
@@ -141,7 +149,7 @@ def _erase(
         inputs = set(manifest.inputs.values())
         stale = any(lost.get(mark, "") > manifest.created for mark in inputs)
         found = _search(
-            store.of(manifest), list(manifest.names(suffix=".parquet")), forgotten, records
+            store.of(manifest), list(manifest.names(suffix=".parquet")), forgotten, payloads
         )
         addresses.update(found.addresses)
         if found.rows or manifest.fingerprint in interrupted:
@@ -160,7 +168,7 @@ def _erase(
             if not manifest.not_replayable:
                 why = f"not replayable: {NOTE} from what it was made of"
                 note(manifest, "marked", 0, partial(store.amend, manifest, not_replayable=why))
-    sweep([*_unfinished(store, forgotten, records)])
+    sweep([*_unfinished(store, forgotten, payloads)])
     for erasure in state.erased():
         if erasure.finished is None:
             state.finish(erasure.id)
@@ -198,26 +206,37 @@ def _quotes(store: Store, manifest: Manifest, addresses: set[str]) -> bool:
     return _names(page, [*addresses])
 
 
-def _records(store: Store, forgotten: Forgotten, artifacts: list[Manifest]) -> set[str]:
-    """Ids of the records whose payload digest is tombstoned."""
-    found: set[str] = set()
+def _payloads(store: Store, forgotten: Forgotten, artifacts: list[Manifest]) -> _Payloads:
+    found = _Payloads()
     if not any(stone.kind == "digest" for stone in forgotten.stones):
         return found
+    digests = pa.array(sorted(forgotten.digests), pa.string())
     for manifest in artifacts:
-        if "pages.parquet" in manifest.names():
-            table = store.of(manifest).read_table("pages.parquet", ["record_id", "digest"])
-            rows = zip(table["record_id"].to_pylist(), table["digest"].to_pylist(), strict=True)
-            found |= {record for record, digest in rows if forgotten.digest(digest)}
+        directory = store.of(manifest)
+        for name in manifest.names(suffix=".parquet"):
+            if not name.startswith(KEPT):
+                continue
+            with directory.filesystem.open_input_file(directory.location(name)) as file:
+                parquet = pq.ParquetFile(file)
+                columns = parquet.schema_arrow.names
+                if not {"url", "record_id", "digest"} <= set(columns):
+                    continue
+                keys = [key for key in ("url", "id", "record_id", "digest") if key in columns]
+                table = parquet.read(keys)
+            named = pc.is_in(pc.utf8_rtrim(table["digest"], "="), value_set=digests)
+            for row in table.filter(named).to_pylist():
+                found.records.update(filter(None, [row["record_id"]]))
+                found.texts.update([(row["url"], row["id"])] if "id" in row else ())
     return found
 
 
 def _search(
-    directory: Directory, names: list[str], forgotten: Forgotten, records: set[str]
+    directory: Directory, names: list[str], forgotten: Forgotten, payloads: _Payloads
 ) -> _Found:
     """The rows of an artifact's tables that name what is to be erased; reads key columns only."""
     found = _Found()
     with ThreadPoolExecutor(READERS) as readers:
-        looked = readers.map(partial(_rows, directory, forgotten, records), names)
+        looked = readers.map(partial(_rows, directory, forgotten, payloads), names)
         for name, (gone, rows) in zip(names, looked, strict=True):
             if not rows:
                 continue
@@ -229,7 +248,7 @@ def _search(
 
 
 def _rows(
-    directory: Directory, forgotten: Forgotten, records: set[str], name: str
+    directory: Directory, forgotten: Forgotten, payloads: _Payloads, name: str
 ) -> tuple[list[bool], list[dict[str, Any]]]:
     """Which rows of a table are to be erased, and the keys of those."""
     with directory.filesystem.open_input_file(directory.location(name)) as file:
@@ -239,8 +258,8 @@ def _rows(
             return [], []
         table = parquet.read(keys)
     possible = forgotten.possibly(table["url" if "url" in keys else "host"])
-    ids = pa.array(sorted(forgotten.digests), pa.string())
-    looked_for = {"id": ids, "before": ids, "digest": ids, "record_id": sorted(records)}
+    ids = sorted({*forgotten.digests, *(id for _, id in payloads.texts)})
+    looked_for = {"id": ids, "before": ids, "digest": ids, "record_id": sorted(payloads.records)}
     for key, values in looked_for.items():
         if key in keys:
             column = pc.utf8_rtrim(table[key], "=") if key == "digest" else table[key]
@@ -250,19 +269,24 @@ def _rows(
     rows = []
     for place in np.flatnonzero(possible.to_numpy()).tolist():
         row = {key: table[key][place].as_py() for key in keys}
-        if _is_forgotten(row, forgotten, records):
+        if _is_forgotten(row, forgotten, payloads):
             gone[place] = True
             rows.append(row)
     return gone, rows
 
 
-def _is_forgotten(row: dict[str, Any], forgotten: Forgotten, records: set[str]) -> bool:
+def _is_forgotten(row: dict[str, Any], forgotten: Forgotten, payloads: _Payloads) -> bool:
     if "host" in row and "url" not in row:
         return forgotten.host(row["host"]) is not None
+    # Attributes stay: they say nothing, and are looked up by documents of other payloads too.
+    if "record_id" in row and "digest" not in row:
+        texts = {(row["url"], row.get("id")), (row["url"], row.get("before"))}
+        if texts & payloads.texts:
+            return True
     return (
         forgotten.address(row["url"] or "") is not None
         or forgotten.digest(row.get("id"), row.get("before"), row.get("digest")) is not None
-        or row.get("record_id") in records
+        or row.get("record_id") in payloads.records
     )
 
 
@@ -273,6 +297,9 @@ def _rewrite(
     directory = store.of(manifest)
     for name in manifest.names(suffix=".warc.gz"):
         _blank(directory, name, forgotten, found)
+    for name in manifest.names(suffix=".parquet"):
+        if name not in found.rows:
+            _unname(directory, name, found.addresses)
     for name, gone in found.rows.items():
         table = directory.read_table(name)
         kept = table.filter(pa.array([not goes for goes in gone], pa.bool_()))
@@ -304,6 +331,15 @@ def _unnamed(table: pa.Table, addresses: set[str]) -> pa.Table:
                 place, table.schema.field(place), pa.array(mended, pa.string())
             )
     return table
+
+
+def _unname(directory: Directory, name: str, addresses: set[str]) -> None:
+    """The same of a table none of whose rows goes; written only where that changes it."""
+    with directory.filesystem.open_input_file(directory.location(name)) as file:
+        parquet = pq.ParquetFile(file)
+        texts = parquet.read([key for key in TEXTS if key in parquet.schema_arrow.names])
+    if _unnamed(texts, addresses) is not texts:
+        directory.write_table(name, _unnamed(directory.read_table(name), addresses))
 
 
 def _mask(value: str, addresses: set[str]) -> str:
@@ -366,13 +402,15 @@ def _is_about(member: warc.Member, forgotten: Forgotten, found: _Found) -> bool:
     return target in found.addresses or forgotten.address(target) is not None
 
 
-def _unfinished(store: Store, forgotten: Forgotten, records: set[str]) -> Iterator[tuple[str, str]]:
+def _unfinished(
+    store: Store, forgotten: Forgotten, payloads: _Payloads
+) -> Iterator[tuple[str, str]]:
     """Half-made artifacts that hold some of it: a later run would take up their shards."""
     for stage in store.stages():
         for fingerprint in store.unfinished(stage):
             directory = store.directory(stage, fingerprint)
             tables = [name for name in directory.names() if name.endswith(".parquet")]
-            if _search(directory, tables, forgotten, records).rows:
+            if _search(directory, tables, forgotten, payloads).rows:
                 yield stage, fingerprint
 
 

@@ -27,12 +27,13 @@ from tasks.corpus.addresses import (
     Host,
 )
 from tasks.corpus.fetch_plan import HostPlan, HostResult, Outcome, Request
-from tasks.corpus.revisit import NOT_ASKED, Revisit, remember, take_over
+from tasks.corpus.revisit import NOT_ASKED, Revisit, may_have_passed, remember, take_over
 from tasks.corpus.robots import Robots
 from tasks.corpus.urls import Scope, host_of
 
 MAX_QUERIES = 500  # distinct query strings below one path; more is an endless space
 TRIED = "tried, as robots.txt names no sitemap"
+OF_PAGES = ("file type", "excluded", "not included")  # reasons that are none for a sitemap
 CIRCLE = "redirects in a circle"
 MAX_REQUESTS_PER_ROUND = 1000  # of one host
 
@@ -59,6 +60,7 @@ class Frontier:
         self.max_pages_per_host = max_pages_per_host
         self.round_seconds = round_seconds
         self.earlier = earlier or {}
+        self._known_hosts = {host_of(url) for url in self.earlier}
         self.forgotten = forgotten
         self.revisit = revisit or Revisit()
         self.begun = time.time()  # saved with the rounds: one crawl is of one moment
@@ -79,6 +81,8 @@ class Frontier:
 
     def _add(self, address: Address) -> None:
         known = self.addresses.get(address.url)
+        if known is not None and address.kind == "sitemap" and _may_be_sitemap(known):
+            known = None  # a page had a link to it
         if known is not None:
             self.counts["links to a known address"] += 1
             if known.state == "queued" and known.kind == address.kind:
@@ -106,7 +110,7 @@ class Frontier:
 
     def _out_of_scope(self, address: Address) -> str:
         reason = self.scope.reason(address.url, address.depth)
-        if address.kind == "sitemap" and reason in ("file type", "excluded", "not included"):
+        if address.kind == "sitemap" and reason in OF_PAGES:
             return ""  # sitemaps are read, not kept: their own names say nothing
         return reason
 
@@ -164,13 +168,16 @@ class Frontier:
         """The addresses to ask for; on the way, those that need no asking are done with."""
         queued: list[Address] = []
         todo = deque(a for a in self.addresses.values() if a.state == "queued")
-        unread = {host_of(a.url) for a in todo if a.kind == "sitemap"}
+        maps = [a.url for a in todo if a.kind == "sitemap" and not self.forgotten(a.url)]
+        unread = {host_of(url) for url in maps} & self._known_hosts
         while todo:
             address = todo.popleft()
             if self.forgotten(address.url):  # asked here: a tombstone may be younger than the crawl
                 address.state, address.reason = "skipped", "tombstoned"
-            elif address.depth and address.url in self.earlier and host_of(address.url) in unread:
-                continue  # till its sitemap has said whether it changed
+            elif address.depth and address.kind == "page" and host_of(address.url) in unread:
+                # Till its sitemap has said what changed. New ones wait too: under max_pages they
+                # would take the place of known ones.
+                continue
             elif self._needs_no_visit(address):
                 known = len(self.addresses)
                 self._take_over(address)
@@ -246,7 +253,8 @@ class Frontier:
             address, outcome = known[url], by_url.get(url)
             if outcome is None:
                 continue
-            outcome = without_failure(address, outcome)
+            if url not in self.revisit.leads:
+                outcome = without_failure(address, outcome)
             outcome, address.stale = self.revisit.kept(outcome, self.earlier.get(url))
             found = self._merge(address, outcome)
             if found:
@@ -267,7 +275,8 @@ class Frontier:
                     if source == TRIED:  # once for a host, not for http and for https
                         bare = sitemap.partition(":")[2]
                         names |= {f"http:{bare}", f"https:{bare}"}
-                    if not names & self.addresses.keys():
+                    met = [self.addresses[name] for name in names & self.addresses.keys()]
+                    if all(one.url == sitemap and _may_be_sitemap(one) for one in met):
                         self._add(Address(sitemap, "sitemap", source=source))
         self._ask_again(time.time())
         return links
@@ -298,8 +307,8 @@ class Frontier:
         ):
             setattr(address, name, getattr(outcome, name))
         address.robots = "denied" if outcome.state == "denied" else "allowed"
-        if outcome.state == "error" and not outcome.status:
-            address.robots = ""
+        if outcome.state in ("error", "stale") and not outcome.status:
+            address.robots = ""  # nobody said
         self.counts["links that are no address"] += outcome.links_invalid
         self.counts["links left out"] += outcome.links_left_out
         earlier = self.earlier.get(address.url)
@@ -387,9 +396,15 @@ class Frontier:
                 self._count_query(address.url)
 
 
+def _may_be_sitemap(known: Address) -> bool:
+    """Whether an address that was taken for that of a page has not been asked for as one."""
+    return known.kind == "page" and (known.state == "queued" or known.reason in OF_PAGES)
+
+
 def without_failure(address: Address, outcome: Outcome) -> Outcome:
     """A sitemap nobody promised: where there is none, nothing failed."""
-    if address.source != TRIED or outcome.status >= 500 or not outcome.status:
+    passing = not outcome.status or (outcome.status != 200 and may_have_passed(outcome))
+    if address.source != TRIED or passing:
         return outcome
     elsewhere = outcome.state == "redirect" and "sitemap" in outcome.location
     if elsewhere or outcome.links or outcome.sitemaps or outcome.state == "not_modified":

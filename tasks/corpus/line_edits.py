@@ -120,7 +120,8 @@ def edit_shard(
                 continue
             cut[one.rule] += 1
             if len(examples.setdefault(one.rule, [])) < EXAMPLES:
-                examples[one.rule].append(one.text.strip()[:EXCERPT])
+                # With its address, by which a purge finds it.
+                examples[one.rule].append(f"{one.text.strip()[:EXCERPT]} ({document['url']})")
         few = _few_sentences(left, config)
         removals.append(few)
         texts.append(text if few else left)  # what goes can be looked at whole

@@ -88,7 +88,7 @@ KINDS: tuple[Kind, ...] = (
             r"-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----"
             r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
             # A bare secret key of AWS is any 40 characters: only its name tells it.
-            r"|(?i:secret_?access_?key)[\"'\s:=>]{1,8}(?P<value>[A-Za-z0-9/+]{40})(?![\w/+=])"
+            r"|(?i:secret[_ ]?access[_ ]?key)[\"'\s:=>]{1,8}(?P<value>[A-Za-z0-9/+]{40})(?![\w/+=])"
             r"|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{60,}\b"
             r"|\bgl(?:pat|dt|rt|ptt|ft|cbt|soat)-[\w-]{20,}\b"
             r"|\bxox[abeprs]-[A-Za-z0-9-]{20,}\b|\bxapp-\d-[A-Za-z0-9-]{20,}\b"
@@ -96,14 +96,16 @@ KINDS: tuple[Kind, ...] = (
             r"|\bAIza[\w-]{35}(?![\w-])|\bGOCSPX-[\w-]{28}(?![\w-])|\bya29\.[\w-]{30,}"
             r"|\b[sr]k_live_[A-Za-z0-9]{20,}\b|\bsk-(?:proj-|ant-)?[\w-]{32,}\b"
             r"|\bhf_[A-Za-z0-9]{30,}\b|\bnpm_[A-Za-z0-9]{36}\b"
-            r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{20,}"
+            # From the start of a run, or one of many hyphens is read again from each.
+            r"|(?<![\w-])eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{20,}"
         ),
         _always,
         (
             *("-----BEGIN", "AKIA", "ASIA", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
             *("glpat-", "gldt-", "glrt-", "glptt-", "glft-", "glcbt-", "glsoat-", "npm_", "ya29."),
             *("xox", "xapp-", "hooks.slack", "AIza", "GOCSPX-", "k_live_", "sk-", "hf_", "eyJ"),
-            *("ccessKey", "ccess_key", "CCESS_KEY", "ccesskey", "CCESSKEY"),
+            *("ccessKey", "ccess_key", "ccess_Key", "CCESS_KEY", "ccesskey", "CCESSKEY"),
+            *("ccess key", "ccess Key", "CCESS KEY"),
         ),
     ),
     Kind(

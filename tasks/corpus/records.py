@@ -108,6 +108,9 @@ def scan(path: Path) -> Iterator[Place | int]:
         lost = False  # in a damaged stretch: bytes in it that look like a head are no new one
         while offset is not None and offset < size:
             if not lost and (behind := behind_skippable(data, offset)):
+                if behind > size:  # clipped, or its length is wrong and hides records
+                    yield offset
+                    lost, behind = True, _next_head(data, offset + 1)
                 offset = behind
                 continue
             record = _record_at(data, offset, dictionary)

@@ -35,6 +35,7 @@ class Lead:
 
     location: str = ""
     links: tuple[str, ...] = ()
+    sitemaps: tuple[str, ...] = ()  # that a sitemap names
     stale: int = 0
 
 
@@ -63,15 +64,20 @@ class Revisit:
         if earlier is not None:
             return dataclasses.replace(outcome, state="stale", digest=earlier.address.digest), stale
         assert lead is not None
-        return dataclasses.replace(outcome, location=lead.location, links=lead.links), stale
+        outcome = dataclasses.replace(
+            outcome, location=lead.location, links=lead.links, sitemaps=lead.sitemaps
+        )
+        return outcome, stale
 
 
 def take_over(address: Address, outcome: Outcome, known: Address) -> None:
     """An address whose body stands in the record of the epoch before."""
     address.content_type, address.bytes = known.content_type, known.bytes
     address.canonical, address.noindex = known.canonical, known.noindex
-    address.etag = outcome.etag or known.etag
-    address.modified = outcome.modified or known.modified
+    address.etag, address.modified = known.etag, known.modified
+    if outcome.state != "stale":  # an error page has validators of its own
+        address.etag = outcome.etag or address.etag
+        address.modified = outcome.modified or address.modified
     address.record_id, address.fetched_at = known.record_id, known.fetched_at
     address.segment, address.offset, address.length = "", known.offset, known.length
 

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from documents_of import documents, rows, urls
+from documents_of import documents, rows, unique, urls
 from fastwarc.warc import ArchiveIterator
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,11 +22,14 @@ from test_corpus_chain import THINGS, module
 
 from flows import forget as forget_commands
 from flows.corpus import CorpusParams, build_corpus
+from tasks.corpus.dedup import DeduplicateConfig
 from tasks.corpus.erase import Done, _names, erase
+from tasks.corpus.gather import GatherConfig, gather
 from tasks.corpus.line_edits import LinesConfig, edit_lines
 from tasks.corpus.pages import page_rows, read_pages
 from tasks.corpus.report import ReportConfig, report_corpus
 from tasks.corpus.same_document import known_ids
+from tasks.corpus.source_config import SourceConfig
 from tasks.corpus.tombstoned import Forgotten, parse
 from tasks.corpus.warc import members, padding
 from tasks.runtime.errors import UserError
@@ -214,6 +217,52 @@ def test_what_was_cut_out_of_a_document_is_erased_with_it(
         assert rows(left, "cut-") == [kept]
 
 
+def test_what_was_cut_out_of_a_payload_is_erased_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stages_inline(monkeypatch, tmp_path / "home"):
+        inbox = tmp_path / "home" / "sources"
+        inbox.mkdir(parents=True)
+        for name in ("stays", "gone"):
+            lines = (f"A whole sentence of some words about {name}.", f"Home of {name}")
+            text = "".join(f"<p>{line}</p>" for line in lines)
+            (inbox / f"{name}.html").write_text(f"<article>{text}</article>")
+        source = SourceConfig(name="pages", path=str(inbox))
+        read = gather(GatherConfig(sources=(source,)))
+        config = LinesConfig(rules=("punctuation",), min_sentences=0)
+        edited = edit_lines(config, documents=read)
+        assert sorted(row["text"] for row in rows(edited, "cut-")) == [
+            "Home of gone",
+            "Home of stays",
+        ]
+        digests = {row["url"]: row["digest"] for row in rows(read)}
+        bury(next(digest for url, digest in digests.items() if "gone" in url))
+        purge()
+        (left,) = Store.open().all("lines")
+        assert [row["text"] for row in rows(left, "cut-")] == ["Home of stays"]
+        assert holders("Home of gone") == []
+
+
+def test_no_row_of_another_shard_names_what_is_erased(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither as the text that it was removed for, nor as its canonical address."""
+    with stages_inline(monkeypatch, tmp_path / "home"):
+        texts = {f"http://h/{n}": f"A text of its own, number {n}." for n in range(8)}
+        texts["http://h/7/copy"] = texts["http://h/0"]  # of the third shard; the other of the first
+        given = documents(texts, canonical={"http://h/5": "http://h/0"})
+        made = unique(DeduplicateConfig(), given)
+        assert rows(made, "rejected-")[0]["reason"] == "same text as http://h/0"
+        bury("http://h/0")
+        purge()
+        assert urls(made) == [f"http://h/{n}" for n in range(1, 8)]
+        assert [row["reason"] for row in rows(made, "rejected-")] == ["same text as (erased)"]
+        told = {row["url"]: row["canonical"] for row in rows(made)}
+        assert told["http://h/5"] == "(erased)" and set(told.values()) == {"", "(erased)"}
+        for left in Store.open().all("deduplicate"):
+            Store.open().verify(left)
+
+
 @pytest.mark.parametrize("by", ["url", "digest"])
 def test_a_purge_takes_the_records_of_payloads_that_did_not_change(
     site: LoopbackSite, by: str
@@ -330,6 +379,14 @@ def test_a_document_is_forgotten_by_any_of_its_digests(site: LoopbackSite) -> No
     assert not {document["url"], other["url"]} & {
         row["url"] for manifest in Store.open().all("extract") for row in rows(manifest)
     }
+
+
+@pytest.mark.parametrize("digest", ["sha256:" + "A" * 52, "sha1:" + "A" * 32])
+def test_for_a_payload_digest_no_table_of_documents_is_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digest: str
+) -> None:
+    monkeypatch.delattr("tasks.corpus.same_document._documents")
+    assert known_ids(Settings(home=tmp_path), digest) == [digest]
 
 
 def test_it_is_said_which_pages_a_payload_digest_finds(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from tasks.corpus.addresses import Address, Earlier
 from tasks.corpus.crawl_report import crawl_outcome
 from tasks.corpus.fetch_plan import HostPlan, HostResult, Outcome, Request
 from tasks.corpus.frontier import MAX_QUERIES, Frontier
@@ -30,6 +31,16 @@ def test_a_host_is_tried_once_for_a_sitemap_whatever_its_scheme() -> None:
         made.update([], [], [HostResult("e.org", 0.0, 0.0, 0.0, {}, (), tried, "", 1, 1, 0.0)])
     sitemaps = [url for url, address in made.addresses.items() if address.kind == "sitemap"]
     assert sitemaps == ["http://e.org/sitemap.xml"]
+
+
+def test_nothing_waits_for_a_sitemap_that_is_never_asked_for() -> None:
+    known = {f"{SEED}a": Earlier(Address(f"{SEED}a"), f"{SEED}a", ())}
+    made = Frontier(Scope(frozenset()), 9, 5, 10.0, known, lambda url: url.endswith(".xml"))
+    made.add_seed(SEED)
+    sitemap = HostResult("e.org", 0.0, 0.0, 0.0, {}, (f"{SEED}map.xml",), (), "", 1, 1, 0.0)
+    found = Outcome(SEED, "page", "fetched", status=200, links=(f"{SEED}a",))
+    made.update([HostPlan("e.org", (Request(SEED),))], [found], [sitemap])
+    assert [request.url for plan in made.generate() for request in plan.requests] == [f"{SEED}a"]
 
 
 def restarted(before: Frontier, **scope: Any) -> Frontier:

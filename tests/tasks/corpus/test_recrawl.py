@@ -48,6 +48,7 @@ def test_a_page_that_fails_for_the_moment_stays_as_it_was(
     b, c = f"{site.url}/b", f"{site.url}/c"
     assert second.reason(b) == ("stale", reason)
     assert second.addresses[b]["stale"] == 1
+    assert second.addresses[b]["robots"] == ("allowed" if reason.startswith("HTTP") else "")
     assert second.pages[b].body == first.pages[b].body
     assert second.pages[b].fetched_at == first.pages[b].fetched_at
     assert second.outcome.content == first.outcome.content
@@ -58,6 +59,25 @@ def test_a_page_that_fails_for_the_moment_stays_as_it_was(
     third = crawler.crawl(site.url, epoch=2)
     assert third.reason(b) == ("not_modified", "") and third.addresses[b]["stale"] == 0
     assert third.addresses[b]["visits"] == 1  # the visit in vain says nothing of its changes
+
+
+def test_an_error_page_says_nothing_of_the_page_that_stays(crawler: Crawler) -> None:
+    """Its ETag and date would be asked for next time, and a 304 to them be believed."""
+
+    def answering(status: int, tag: str, date: str) -> Any:
+        headers = {"ETag": tag, "Last-Modified": date}
+        return lambda: web.Response(
+            status=status, text=page(text=tag), content_type="text/html", headers=headers
+        )
+
+    good = ('"page"', "Sun, 01 Feb 2026 00:00:00 GMT")
+    with LoopbackSite({"/": page("/a"), "/a": answering(200, *good)}) as site:
+        crawler.crawl(site.url)
+        site.pages["/a"] = answering(503, '"error"', "Mon, 02 Feb 2026 00:00:00 GMT")
+        second = crawler.crawl(site.url, epoch=1, retries=0)
+        row = second.addresses[f"{site.url}/a"]
+        assert row["state"] == "stale"
+        assert (row["etag"], row["modified"]) == good
 
 
 def test_it_stays_for_so_many_epochs_and_no_longer(crawler: Crawler, site: LoopbackSite) -> None:
@@ -118,6 +138,39 @@ def test_ways_to_pages_are_known_when_a_redirect_or_a_sitemap_fails(crawler: Cra
         assert set(third.pages) == {f"{site.url}/"}
 
 
+def test_pages_are_known_when_the_index_of_their_sitemap_fails(crawler: Crawler) -> None:
+    """Through a redirect, an index and a sitemap: whichever of them fails, twice in a row."""
+    pages: dict[str, Any] = {"/": page(), "/alone": page(text="alone")}
+    pages["/map.xml"] = redirect("/index.xml")
+    pages["/index.xml"] = "<sitemapindex><sitemap><loc>/m.xml</loc></sitemap></sitemapindex>"
+    pages["/m.xml"] = "<urlset><url><loc>/alone</loc></url></urlset>"
+    with LoopbackSite(pages) as site:
+        text = f"User-agent: *\nSitemap: {site.url}/map.xml\n"
+        site.pages["/robots.txt"] = lambda: web.Response(text=text)
+        first = crawler.crawl(site.url)
+        assert f"{site.url}/alone" in first.pages
+        for number, path in enumerate(("/index.xml", "/m.xml", "/map.xml", "/map.xml")):
+            good, site.pages[path] = site.pages[path], failing(503)
+            later = crawler.crawl(site.url, epoch=number + 1, retries=0)
+            assert set(later.pages) == set(first.pages), path
+            assert later.reason(f"{site.url}{path}") == ("error", "HTTP 503")
+            site.pages[path] = good
+
+
+@pytest.mark.parametrize(("status", "known"), [(429, True), (503, True), (404, False)])
+def test_pages_are_known_when_a_sitemap_that_nobody_named_fails(
+    crawler: Crawler, status: int, known: bool
+) -> None:
+    sitemap = "<urlset><url><loc>/alone</loc></url></urlset>"
+    pages = {"/": page(), "/alone": page(text="alone"), "/sitemap.xml": sitemap}
+    with LoopbackSite(pages) as site:
+        crawler.crawl(site.url)
+        site.pages["/sitemap.xml"] = failing(status)
+        second = crawler.crawl(site.url, epoch=1, retries=0)
+        assert (f"{site.url}/alone" in second.pages) is known
+        assert second.reason(f"{site.url}/sitemap.xml") == ("error", f"HTTP {status}")
+
+
 def test_a_recrawl_that_has_nothing_new_to_say_is_refused(crawler: Crawler) -> None:
     with LoopbackSite(small_site()) as site:
         crawler.crawl(site.url)
@@ -165,6 +218,20 @@ def test_other_pace_limits_and_scope_lose_nothing_and_others_start_anew_saying_s
         assert "asks for every page anew" in note(third)
         assert 'crawl.user_agent "Gristmill/1.0" → "Other/2.0"' in note(third)
         assert set(third.pages) == set(first.pages)
+
+
+def test_of_two_crawls_of_the_same_epoch_it_goes_on_from_that_with_the_same_settings(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LoopbackSite(small_site()) as site:
+        crawler.crawl(site.url)
+        with monkeypatch.context() as patch:  # a short one, to try something, made later
+            work = crawler.workspace("f" * 64)
+            patch.setattr(crawler, "workspace", lambda fingerprint: work)
+            crawler.crawl(site.url, max_pages=1)
+        second = crawler.crawl(site.url, epoch=1)
+        assert second.counts["not_modified"] == 4
+        assert "with other settings: none" in note(second)
 
 
 def test_a_page_that_is_too_large_by_now_is_not_kept_by_a_304(crawler: Crawler) -> None:

@@ -83,6 +83,24 @@ def test_robots_txt_is_obeyed_and_an_index_elsewhere_followed(crawler: Crawler) 
         assert f"{site.url}/deep" in result.pages
 
 
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("excluded", [(), ("/*.xml",)])
+def test_a_sitemap_that_pages_link_to_is_read_as_one(
+    crawler: Crawler, named: bool, excluded: tuple[str, ...]
+) -> None:
+    index = "<sitemapindex><sitemap><loc>/m.xml</loc></sitemap></sitemapindex>"
+    pages = {"/": page("/sitemap.xml"), "/alone": page(text="alone")}
+    with LoopbackSite(pages) as site:
+        for path, text in (("/sitemap.xml", index), ("/m.xml", urlset("<loc>/alone</loc>"))):
+            site.pages[path] = text
+        if named:
+            told = f"User-agent: *\nSitemap: {site.url}/sitemap.xml\n"
+            site.pages["/robots.txt"] = lambda: web.Response(text=told)
+        result = crawler.crawl(site.url, exclude=excluded)
+        assert set(result.pages) == {f"{site.url}/", f"{site.url}/alone"}
+        assert site.paths["/sitemap.xml"] == 1
+
+
 def test_what_changed_since_the_last_visit_is_asked_for_and_first(crawler: Crawler) -> None:
     """Pages that never changed are taken over unasked, but for the one whose sitemap knows."""
     old, new = "2001-01-01", (datetime.now(UTC) + timedelta(days=1)).date().isoformat()
@@ -112,6 +130,17 @@ def test_what_changed_since_the_last_visit_is_asked_for_and_first(crawler: Crawl
         order = [path for _, path, _ in site.requests if path.startswith("/quiet")]
         # An old date keeps nothing from being asked.
         assert order[0] == "/quiet3" and len(order) == 4
+
+
+@pytest.mark.parametrize("limit", ["max_pages", "max_pages_per_host"])
+def test_a_sitemap_makes_no_room_for_other_pages_than_before(crawler: Crawler, limit: str) -> None:
+    pages = {f"/{number}": page(text=f"page {number}") for number in range(6)}
+    with LoopbackSite({"/": page(*pages), "/sitemap.xml": urlset()} | pages) as site:
+        site.pages["/sitemap.xml"] = urlset(*(f"<loc>{site.url}{path}</loc>" for path in pages))
+        first = crawler.crawl(site.url, **{limit: 4})
+        second = crawler.crawl(site.url, epoch=1, **{limit: 4})
+        assert len(first.pages) == 4
+        assert set(second.pages) == set(first.pages)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,21 @@ def test_without_its_dictionary_nothing_is_read_and_all_is_counted(file: Path) -
     assert found and all(isinstance(place, int) for place in found)
 
 
+@pytest.mark.parametrize("name", ["dictionary", "packed-dictionary"])
+def test_a_file_that_ends_in_its_dictionary_is_damaged_and_not_empty(file: Path, name: str) -> None:
+    file.write_bytes(FILES[name][:500])
+    assert list(scan(file)) == [0]
+
+
+def test_a_frame_of_a_wrong_length_hides_no_records(file: Path) -> None:
+    frame = struct.pack("<II", 0x184D2A53, 1 << 31) + b"x" * 10
+    first, *others = frames(RECORDS)
+    file.write_bytes(b"".join([first, frame, *others]))
+    found = list(scan(file))
+    assert [place for place in found if isinstance(place, int)] == [len(first)]
+    assert len(found) == 1 + len(RECORDS)
+
+
 def test_a_bomb_is_not_unpacked(file: Path) -> None:
     bomb = zstd.compress(plain(http("zeros") + bytes(300 << 20)))
     assert len(bomb) < STEP

@@ -196,10 +196,15 @@ class EngineProcess:
         while self._hear():
             if (loop := self._loop) is not None:
                 try:
-                    loop.call_soon_threadsafe(loop.add_reader, self._pipe.fileno(), self._hear)
+                    loop.call_soon_threadsafe(self._listen_in, loop)
                     return
                 except RuntimeError:  # it has ended
                     self._loop = None
+
+    def _listen_in(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self._lock:  # nobody sends
+            loop.add_reader(self._pipe.fileno(), self._hear)
+            os.set_blocking(self._pipe.fileno(), True)  # uvloop makes it other; messages are whole
 
     def _hear(self) -> bool:
         """Pass one message on; False when there will be no more."""

@@ -102,15 +102,8 @@ class EngineProcess:
 
     def attach(self) -> None:
         """Let the running event loop hear the engine, which spares each token a thread's turn."""
-        loop = asyncio.get_running_loop()
-        if self._loop is loop:
-            return
-        with self._lock:
-            if self._loop is None:
-                self._loop, self._loop_thread = loop, threading.get_ident()
-            elif self._loop.is_closed() and not self._ended.is_set():  # which heard it until then
-                self._loop = None
-                self._read_in_thread()
+        if self._loop is None:
+            self._loop_thread, self._loop = threading.get_ident(), asyncio.get_running_loop()
 
     def when_lost(self, call: Callable[[], None]) -> None:
         """Call this, in a thread of ours, when the process ends that was not told to."""
@@ -144,6 +137,9 @@ class EngineProcess:
                 raise EngineClosed("the engine is shutting down")
             if len(self._listeners) >= self.slots + self.max_waiting and not follows:
                 raise EngineBusy(f"{self.max_waiting} requests are waiting already")
+            if self._loop is not None and self._loop.is_closed():
+                self._loop = None
+                self._read_in_thread()
             self._listeners[id] = listener
             self._send(ask)
         return id

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import uvloop
 
 from model.engine import (
     Engine,
@@ -25,6 +27,7 @@ from model.engine import (
 )
 from serve.engine_process import EngineProcess
 from serve.grammar import GrammarCompiler
+from serve.mailbox import Mailbox
 from serve.specification import EngineOptions
 from tests.serve.conftest import eventually
 from tests.tiny_models import model_directory
@@ -118,6 +121,30 @@ def test_more_than_slots_and_queue_hold_are_refused(engine: EngineProcess) -> No
         engine.submit(PROMPT, LONG, Heard())
     engine.submit(PROMPT, LONG, follower := Heard(), follows=True)
     assert {listener.reason for listener in (*heard, follower)} == {"length"}
+
+
+@pytest.mark.parametrize("loops", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_event_loops_hear_the_engine_one_after_the_other(
+    engine: EngineProcess, loops: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    """Messages larger than a socket's buffer come whole, and loops may end."""
+    prompt = [30 + number % 60 for number in range(100)]
+    sampling = Sampling(max_tokens=20, logprobs=20, prompt_logprobs=True)
+    mailbox = Mailbox()
+
+    async def asked() -> int:
+        heard = 0
+        for _ in range(3):
+            with mailbox.open(engine, [(prompt, sampling)] * 2, streamed=False) as mail:
+                async for _, update in mail.updates():
+                    heard += len(update.prompt_logprobs)
+        return heard
+
+    for _ in range(3):
+        with asyncio.Runner(loop_factory=loops) as runner:
+            assert runner.run(asked()) == 600
+    assert answer(engine, Sampling(max_tokens=3)).reason == "length"
+    assert engine.healthy
 
 
 def test_an_aborted_sequence_is_heard_of_no_more_and_holds_nothing(engine: EngineProcess) -> None:

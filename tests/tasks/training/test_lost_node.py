@@ -38,28 +38,42 @@ from tests.tasks.training.stage_runs import (
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = 400
+ATTEMPTS = 3
 
 
 @contextlib.contextmanager
-def node(settings: Settings, number: int, *arguments: str) -> Iterator[psutil.Process]:
-    """The first or second node of the cluster, with room for one training worker."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1"),
-            *("--dashboard-agent-listen-port", str(free_ports(1)[0])),
-            *("--object-store-memory", str(80 * 2**20), *arguments),
-        ],
-        env=os.environ | settings.environment() | {"RAY_JOB_STOP_WAIT_TIME_S": "2"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    found = psutil.Process(process.pid)
+def node(settings: Settings, number: int, *arguments: str) -> Iterator[psutil.Popen]:
+    """The first or second node of the cluster, with room for one training worker. One that does not
+    come up, as somebody else took a port that Ray had chosen, is started again.
+    """
+    started: list[psutil.Popen] = []
     try:
-        wait_for_nodes(settings, number)
-        yield found
+        for attempt in range(ATTEMPTS):
+            log = settings.home / f"node-{number}-{attempt}.log"
+            started.append(start(settings, log, *arguments))
+            if joined(settings, number, started[-1]):
+                break
+            end(started[-1])
+        else:
+            pytest.fail(f"node {number} does not come up: {log.read_text()[-2000:]}")
+        yield started[-1]
     finally:
-        end(found)
-        process.wait()
+        for process in started:
+            end(process)
+
+
+def start(settings: Settings, log: Path, *arguments: str) -> psutil.Popen:
+    with log.open("wb") as told:
+        return psutil.Popen(
+            [
+                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
+                *("--num-cpus", "1", "--dashboard-agent-listen-port", str(free_ports(1)[0])),
+                *("--object-store-memory", str(80 * 2**20), *arguments),
+            ],
+            env=os.environ | settings.environment() | {"RAY_JOB_STOP_WAIT_TIME_S": "2"},
+            stdout=told,
+            stderr=subprocess.STDOUT,
+        )
 
 
 @pytest.fixture
@@ -84,27 +98,30 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
             yield Stack(settings)
 
 
-def wait_for_nodes(settings: Settings, count: int) -> None:
+def joined(settings: Settings, count: int, node: psutil.Popen) -> bool:
+    """Whether the cluster has so many nodes before the latest one ends, or a minute."""
     token = settings.ray_token_path.read_text()
-    deadline, alive = time.monotonic() + 60, 0
-    while alive < count:
-        assert time.monotonic() < deadline, f"{alive} of {count} nodes after a minute"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and node.poll() is None:
         time.sleep(0.2)
         with contextlib.suppress(OSError, Refused):
             told = call(f"{settings.ray_dashboard}/nodes?view=summary", token=token)
             states = [each["raylet"].get("state") for each in told["data"]["summary"]]
-            alive = states.count("ALIVE")
+            if states.count("ALIVE") >= count:
+                return True
+    return False
 
 
-def end(node: psutil.Process) -> list[int]:
+def end(node: psutil.Popen) -> list[int]:
     """`kill -9` of a node: its raylet, its workers and all else of it; returns their pids."""
+    processes: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
         processes = [node, *node.children(recursive=True)]
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        return [process.pid for process in processes]
-    return []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    node.wait()
+    return [process.pid for process in processes]
 
 
 def wait_for_step(step: int, workspace: Path, process: subprocess.Popen[str]) -> None:

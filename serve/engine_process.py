@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -42,7 +43,19 @@ from model.engine import (
 from model.engine.core import Counters, require_readable
 from model.engine.engine import Listener
 from serve.grammar import Grammar, GrammarCompiler
-from serve.messages import Abort, Ask, Close, Failed, Message, News, Ready, Start, receive, send
+from serve.messages import (
+    Abort,
+    Ask,
+    Close,
+    Failed,
+    Message,
+    News,
+    Ready,
+    Start,
+    framed,
+    receive,
+    send,
+)
 from serve.specification import EngineOptions
 
 log = logging.getLogger(__name__)
@@ -278,12 +291,17 @@ class _Server:
         self.ready = Ready(core.config.context, core.vocabulary, parameters, self.told)
         self.grammars = GrammarCompiler(loaded.tokenizer)
         self.compiler = ThreadPoolExecutor(1)  # so that a large schema holds up nobody
-        self.compiling: set[str] = set()
-        self.compiled: queue.SimpleQueue[tuple[Ask, ConstraintFactory | None]] = queue.SimpleQueue()
-        self.signal, self.signalling = os.pipe()  # that something is in `compiled`
+        self.constraining: set[str] = set()
+        self.constrained: queue.SimpleQueue[tuple[Ask, ConstraintFactory | None]]
+        self.constrained = queue.SimpleQueue()
+        self.signal, self.signalling = os.pipe()  # that something is in `constrained`
         self.incoming = select.poll()
         for descriptor in (pipe.fileno(), self.signal):
             self.incoming.register(descriptor, select.POLLIN)
+        self.outgoing = socket.socket(fileno=os.dup(pipe.fileno()))
+        self.both = select.poll()
+        self.both.register(pipe.fileno(), select.POLLIN | select.POLLOUT)
+        self.unheard: deque[Message] = deque()
 
     def counters(self) -> Counters:
         """As they are now."""
@@ -303,31 +321,35 @@ class _Server:
 
     def listen(self) -> bool:
         """Hear what has come; where there is nothing to do, wait for it. False: it is to end."""
-        patience = 0.0 if self.core.has_work else 1e3 * COUNTED_EVERY
+        patience = 0.0 if self.core.has_work or self.unheard else 1e3 * COUNTED_EVERY
         for _ in range(AT_ONCE):
-            if not (came := self.incoming.poll(patience)):
-                break
+            came = self.incoming.poll(patience)
             patience = 0
             for descriptor, _ in came:
                 if descriptor == self.signal:
-                    self.begin_compiled(len(os.read(self.signal, AT_ONCE)))
-                elif isinstance(message := receive(self.pipe), Close):
-                    return False
+                    self.begin_constrained(len(os.read(self.signal, AT_ONCE)))
                 else:
-                    self.hear(message)
+                    self.unheard.append(receive(self.pipe))
+            if not self.unheard:
+                break
+            if isinstance(message := self.unheard.popleft(), Close):
+                return False
+            self.hear(message)
         return True
 
-    def hear(self, message: Ask | Abort) -> None:
+    def hear(self, message: Message) -> None:
         if isinstance(message, Abort):
-            self.compiling.discard(message.id)
+            self.constraining.discard(message.id)
             self.core.abort([message.id])
-        elif message.grammar is not None:
-            self.compiling.add(message.id)
-            self.compiler.submit(self.compile, message)
+            return
+        assert isinstance(message, Ask)
+        if message.grammar is not None:
+            self.constraining.add(message.id)
+            self.compiler.submit(self.constrain, message)
         else:
             self.begin(message)
 
-    def compile(self, ask: Ask) -> None:
+    def constrain(self, ask: Ask) -> None:
         """In the compiler's thread."""
         asked, constraint = ask.grammar, None
         assert asked is not None
@@ -335,15 +357,15 @@ class _Server:
             constraint = self.grammars.compile(asked.kind, asked.text, asked.param, asked.limits)
         except Exception:  # the other side compiled it, too
             log.exception("a grammar that was checked cannot be compiled")
-        self.compiled.put((ask, constraint))
+        self.constrained.put((ask, constraint))
         os.write(self.signalling, b"1")
 
-    def begin_compiled(self, count: int) -> None:
+    def begin_constrained(self, count: int) -> None:
         for _ in range(count):
-            ask, constraint = self.compiled.get()
-            if ask.id not in self.compiling:
+            ask, constraint = self.constrained.get()
+            if ask.id not in self.constraining:
                 continue  # aborted meanwhile
-            self.compiling.discard(ask.id)
+            self.constraining.discard(ask.id)
             if constraint is None:
                 self.refuse(ask)
             else:
@@ -366,7 +388,14 @@ class _Server:
     def tell(self, updates: list[Update]) -> None:
         """Updates of one step, or only how much there is to do."""
         self.told = self.counters()
-        send(self.pipe, News(updates, self.told))
+        left = memoryview(framed(News(updates, self.told)))
+        while left:
+            try:
+                left = left[self.outgoing.send(left, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                # The other side reads nothing while it waits for us to read: so we do.
+                if any(event & ~select.POLLOUT for _, event in self.both.poll()):
+                    self.unheard.append(receive(self.pipe))
 
 
 def main(descriptor: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import os
 from collections.abc import Iterator
 
 from tasks.corpus import warc
@@ -21,7 +22,7 @@ class Segments:
     def __init__(self, plan: Plan, work: Workspace) -> None:
         self._plan, self._work = plan, work
         self._local = work.scratch("open")
-        self._lock = open(self._local / f"{plan.name}.lock", "wb")  # noqa: SIM115 (see close())
+        self._lock = os.open(self._local / f"{plan.name}.lock", os.O_RDWR | os.O_CREAT)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._number = 0
         self._writer: warc.SegmentWriter | None = None
@@ -74,7 +75,7 @@ class Segments:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-        self._lock.close()
+        os.close(self._lock)
 
     def commit(self) -> list[str]:
         """Copy the segments into the work directory, where the next step finds them."""

@@ -147,6 +147,33 @@ def test_event_loops_hear_the_engine_one_after_the_other(
     assert engine.healthy
 
 
+def test_more_than_the_sockets_hold_both_ways_stalls_nobody(directory: Path) -> None:
+    """A loop that sends reads nothing meanwhile, and what the engine has to tell is large."""
+    engine = EngineProcess(directory, EngineOptions(slots=8, max_waiting=2000))
+    prompt = [30 + number % 60 for number in range(100)]
+    sampling = Sampling(max_tokens=1, logprobs=20, prompt_logprobs=True)
+    mailbox = Mailbox()
+
+    async def asked(count: int) -> int:
+        with mailbox.open(engine, [(prompt, sampling)] * count, streamed=False) as mail:
+            return len([update async for _, update in mail.updates()])
+
+    async def in_time(count: int) -> int:
+        return await asyncio.wait_for(asked(count), 100)
+
+    async def both() -> list[int]:
+        return [await in_time(1), await in_time(1500)]  # from the first on the loop hears
+
+    try:
+        watch = threading.Timer(150, os.kill, (engine.pid, signal.SIGKILL))
+        watch.start()
+        assert asyncio.run(both()) == [1, 1500]
+        assert engine.healthy
+    finally:
+        watch.cancel()
+        engine.close()
+
+
 def test_an_aborted_sequence_is_heard_of_no_more_and_holds_nothing(engine: EngineProcess) -> None:
     heard = Heard()
 

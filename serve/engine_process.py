@@ -40,8 +40,9 @@ from model.engine import (
     Update,
     load_model,
 )
-from model.engine.core import Counters, require_readable
+from model.engine.counters import Counters
 from model.engine.engine import Listener
+from model.engine.readable import require_readable
 from serve.grammar import Grammar, GrammarCompiler
 from serve.messages import (
     Abort,

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from model.engine.core import STEP_TOKENS
+from model.engine.counters import STEP_TOKENS
 from serve.responses import Usage
 
 if TYPE_CHECKING:

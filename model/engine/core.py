@@ -2,18 +2,18 @@
 
 import logging
 import time
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from model.chat import Tokenizer
+from model.engine.counters import Counters
 from model.engine.draft import Drafter
 from model.engine.logprobs import logprobs
 from model.engine.pages import PAGE, PageTable
 from model.engine.programs import Program
+from model.engine.readable import PromptError, require_readable
 from model.engine.runner import Runner, Span
 from model.engine.sampling import Adjustment, ConstraintError, Sampling, choose_apart
 from model.engine.scheduler import Scheduler
@@ -26,56 +26,7 @@ from model.transformer import Transformer
 
 log = logging.getLogger(__name__)
 
-STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # vLLM's bounds
 GRID = 8 * PAGE  # tokens of a prompt read at once in deterministic mode
-
-
-class PromptError(ValueError):
-    """A prompt the model cannot read. The message says why and what would do."""
-
-
-def require_readable(
-    prompt: Sequence[int], sampling: Sampling, context: int, vocabulary: int, asks: bool
-) -> None:
-    """Raise PromptError for a prompt that is empty, holds ids outside the vocabulary, or leaves no
-    room in the context. asks: for an answer of one token at least.
-    """
-    if not prompt:
-        raise PromptError("the prompt is empty; give at least one token")
-    if len(prompt) + asks > context:
-        raise PromptError(
-            f"the prompt has {len(prompt)} tokens, this model's maximum context length is "
-            f"{context} tokens, the answer included; shorten the prompt"
-        )
-    mentioned = [*prompt, *sampling.stop_ids, *(token for token, _ in sampling.logit_bias)]
-    if min(mentioned) < 0 or max(mentioned) >= vocabulary:
-        raise PromptError(
-            f"token id {next(t for t in mentioned if not 0 <= t < vocabulary)} is outside "
-            f"the vocabulary of {vocabulary}"
-        )
-
-
-@dataclass
-class Counters:
-    """Totals since the engine started, and what it holds now."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0  # of the prompts, found in the cache
-    generation_tokens: int = 0
-    aborted: int = 0
-    ended: int = 0  # for whatever reason
-    steps: int = 0
-    drafts: int = 0  # guesses of one or more tokens
-    drafted_tokens: int = 0  # proposed by speculation
-    accepted_tokens: int = 0  # of these, those that were right
-    running: int = 0
-    waiting: int = 0
-    pages: int = 0
-    pages_used: int = 0
-    step_tokens: int = 0  # read by all steps, of prompts and answers
-    steps_of: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKENS) + 1))
-    """How many steps read how many tokens: up to each bound of STEP_TOKENS, then more."""
 
 
 class Core:
@@ -223,10 +174,8 @@ class Core:
                 self._read([(sequence, span)], updates)
         elif plan:
             self._read(plan, updates)
-        self.counters.steps += 1
         size = sum(len(span.tokens) for _, span in plan)
-        self.counters.step_tokens += size
-        self.counters.steps_of[bisect_left(STEP_TOKENS, size)] += 1
+        self.counters.count_step(size)
         if size == 1 and self.program is not None and self.runner.single is None:
             self.program.stepped()
         if self.counters.ended != ended:

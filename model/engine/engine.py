@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from model.chat import Tokenizer
-from model.engine.core import Core, Counters
+from model.engine.core import Core
+from model.engine.counters import Counters
 from model.engine.sampling import Sampling
 from model.engine.sequence import FinishReason, Sequence, Update
 from model.transformer import Transformer

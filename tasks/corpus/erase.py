@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from tasks.corpus import warc
 from tasks.corpus.tombstoned import Forgotten
@@ -216,13 +215,9 @@ def _payloads(store: Store, forgotten: Forgotten, artifacts: list[Manifest]) -> 
         for name in manifest.names(suffix=".parquet"):
             if not name.startswith(KEPT):
                 continue
-            with directory.filesystem.open_input_file(directory.location(name)) as file:
-                parquet = pq.ParquetFile(file)
-                columns = parquet.schema_arrow.names
-                if not {"url", "record_id", "digest"} <= set(columns):
-                    continue
-                keys = [key for key in ("url", "id", "record_id", "digest") if key in columns]
-                table = parquet.read(keys)
+            table = directory.read_present(name, ("url", "id", "record_id", "digest"))
+            if not {"url", "record_id", "digest"} <= set(table.column_names):
+                continue
             named = pc.is_in(pc.utf8_rtrim(table["digest"], "="), value_set=digests)
             for row in table.filter(named).to_pylist():
                 found.records.update(filter(None, [row["record_id"]]))
@@ -251,12 +246,10 @@ def _rows(
     directory: Directory, forgotten: Forgotten, payloads: _Payloads, name: str
 ) -> tuple[list[bool], list[dict[str, Any]]]:
     """Which rows of a table are to be erased, and the keys of those."""
-    with directory.filesystem.open_input_file(directory.location(name)) as file:
-        parquet = pq.ParquetFile(file)
-        keys = [key for key in KEYS if key in parquet.schema_arrow.names]
-        if not {"url", "host"} & set(keys):
-            return [], []
-        table = parquet.read(keys)
+    table = directory.read_present(name, KEYS)
+    keys = table.column_names
+    if not {"url", "host"} & set(keys):
+        return [], []
     possible = forgotten.possibly(table["url" if "url" in keys else "host"])
     ids = sorted({*forgotten.digests, *(id for _, id in payloads.texts)})
     looked_for = {"id": ids, "before": ids, "digest": ids, "record_id": sorted(payloads.records)}
@@ -335,9 +328,7 @@ def _unnamed(table: pa.Table, addresses: set[str]) -> pa.Table:
 
 def _unname(directory: Directory, name: str, addresses: set[str]) -> None:
     """The same of a table none of whose rows goes; written only where that changes it."""
-    with directory.filesystem.open_input_file(directory.location(name)) as file:
-        parquet = pq.ParquetFile(file)
-        texts = parquet.read([key for key in TEXTS if key in parquet.schema_arrow.names])
+    texts = directory.read_present(name, TEXTS)
     if _unnamed(texts, addresses) is not texts:
         directory.write_table(name, _unnamed(directory.read_table(name), addresses))
 

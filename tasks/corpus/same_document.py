@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import Store
 
@@ -35,10 +33,8 @@ def _documents(store: Store) -> Iterator[tuple[str, tuple[Any, ...]]]:
             for name in manifest.names(suffix=".parquet"):
                 if not name.startswith(TABLES):
                     continue
-                with directory.filesystem.open_input_file(directory.location(name)) as file:
-                    parquet = pq.ParquetFile(file)
-                    if not {"id", *PLACE} <= set(parquet.schema_arrow.names):
-                        continue
-                    rows = parquet.read(["id", *PLACE]).to_pylist()
-                for row in rows:
+                table = directory.read_present(name, ("id", *PLACE))
+                if table.num_columns <= len(PLACE):
+                    continue
+                for row in table.to_pylist():
                     yield row["id"], tuple(row[name] for name in PLACE)

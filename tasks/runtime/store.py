@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -124,6 +124,13 @@ class Directory:
         with self.filesystem.open_input_file(self.location(name)) as source:
             table = pq.ParquetFile(source, pre_buffer=not self.is_local).read(columns)
         return table if columns is None else table.select(columns)
+
+    def read_present(self, name: str, columns: Iterable[str]) -> pa.Table:
+        """Those of these columns that the table has, in their order."""
+        with self.filesystem.open_input_file(self.location(name)) as source:
+            parquet = pq.ParquetFile(source)
+            has = set(parquet.schema_arrow.names)
+            return parquet.read([column for column in columns if column in has])
 
     def write_bytes(self, name: str, data: bytes) -> FileEntry:
         """Write a whole file atomically: readers see the old file or the new one."""

@@ -9,13 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from documents_of import documents, rows, unique, urls
 from fastwarc.warc import ArchiveIterator
-from hypothesis import given
-from hypothesis import strategies as st
 from inline_shards import stages_inline
 from loopback_site import LoopbackSite, page
 from test_corpus_chain import THINGS, module
@@ -31,7 +28,7 @@ from tasks.corpus.report import ReportConfig, report_corpus
 from tasks.corpus.same_document import known_ids
 from tasks.corpus.source_config import SourceConfig
 from tasks.corpus.tombstoned import Forgotten, parse
-from tasks.corpus.warc import members, padding
+from tasks.corpus.warc import members
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.planning import Planned, planning
@@ -458,78 +455,3 @@ def test_half_made_artifacts_whose_text_no_table_tells_go_with_a_purge(site: Loo
     assert store.unfinished("deduplicate") == store.unfinished("token-shards") == []
     assert store.unfinished("pretrain") == [mark]
     assert not scratch.exists()
-
-
-@pytest.mark.parametrize(
-    ("what", "kind", "value"),
-    [
-        ("https://Example.org/a/../b?utm_source=x#c", "url", "//example.org/b"),
-        ("embedded://stdlib/library/json.html", "url", "embedded://stdlib/library/json.html"),
-        ("Example.ORG", "domain", "example.org"),
-        ("bücher.example", "domain", "xn--bcher-kva.example"),
-        ("0123456789abcdef", "digest", "0123456789abcdef"),
-        ("0123456789ABCDEF" * 4, "digest", "0123456789abcdef"),
-        ("sha256:" + "A" * 52 + "====", "digest", "sha256:" + "A" * 52),
-        ("SHA-256:" + "00" * 32, "digest", "sha256:" + "A" * 52),
-        ("sha1:" + "2sho" * 8, "digest", "sha1:" + "2SHO" * 8),
-        ("sha1:" + "ff" * 20, "digest", "sha1:" + "7" * 32),
-    ],
-)
-def test_what_is_meant_is_seen(what: str, kind: str, value: str) -> None:
-    assert parse(what) == (kind, value)
-
-
-@pytest.mark.parametrize(
-    "what",
-    ["", "word", "a b.org", "sha256:short", "deadbeef", "sha1:" + "A" * 52, "sha1:" + "1" * 32],
-)
-def test_what_means_nothing_is_refused(what: str) -> None:
-    with pytest.raises(UserError, match="is no address"):
-        parse(what)
-
-
-def test_a_domain_covers_what_is_below_it_and_nothing_beside() -> None:
-    stones = (
-        Tombstone(1, "domain", "example.org", "", 0),
-        Tombstone(2, "url", "//e.net/p", "", 0),
-    )
-    forgotten = Forgotten(stones)
-    for url in ("http://example.org/", "https://a.b.example.org:8443/x", "http://EXAMPLE.org"):
-        assert forgotten.address(url) == stones[0]
-    for url in ("http://notexample.org/", "http://example.org.net/", "http://e.net/p/q", ""):
-        assert forgotten.address(url) is None
-    assert forgotten.address("https://e.net/x/../p#top") == stones[1]
-    assert forgotten.digest(None, "") is None
-
-
-HOSTS = ("a.example", "b.a.example", "bücher.example", "127.0.0.1", "[::1]", "c.example:8080")
-SPELT = (*HOSTS, "A.Example", "xn--bcher-kva.example", "0x7f.1", "a.example.", "a%2eexample")
-PLACES = st.sampled_from(["", "/", "/x", "/X?q=1#part", "/x y", "/é"])
-
-
-@given(
-    st.lists(st.sampled_from(HOSTS) | st.tuples(st.sampled_from(HOSTS), PLACES), max_size=3),
-    st.lists(
-        st.tuples(
-            st.sampled_from(["http://", "https://", "file://"]), st.sampled_from(SPELT), PLACES
-        )
-    ),
-)
-def test_a_look_at_whole_columns_misses_no_address(buried: list[Any], spelt: list[Any]) -> None:
-    named = [what if isinstance(what, str) else "http://" + "".join(what) for what in buried]
-    stones = tuple(Tombstone(n, *parse(what), "", 0.0) for n, what in enumerate(named))
-    forgotten = Forgotten(stones)
-    addresses = ["".join(parts) for parts in spelt]
-    possible = forgotten.possibly(pa.chunked_array([addresses], pa.string())).to_pylist()
-    for address, asked in zip(addresses, possible, strict=True):
-        assert asked or forgotten.address(address) is None
-
-
-@given(st.integers(220, 300_000))
-def test_padding_is_a_member_of_just_that_length(length: int) -> None:
-    made = padding(length, "gone")
-    assert len(made) == length
-    [member] = members(made)
-    assert member.length == length and member.kind == b"metadata"
-    assert member.block.rstrip() == b"gone"
-    assert len(member.block) == int(member.field(b"content-length"))

@@ -140,3 +140,13 @@ def test_warcio_finds_every_digest_right(tmp_path: Path) -> None:
     if shutil.which(tool):
         checked = subprocess.run([tool, "check", "-v", path], capture_output=True, text=True)
         assert checked.returncode == 0, checked.stdout
+
+
+@given(st.integers(220, 300_000))
+def test_padding_is_a_member_of_just_that_length(length: int) -> None:
+    made = warc.padding(length, "gone")
+    assert len(made) == length
+    [member] = warc.members(made)
+    assert member.length == length and member.kind == b"metadata"
+    assert member.block.rstrip() == b"gone"
+    assert len(member.block) == int(member.field(b"content-length"))

@@ -23,7 +23,9 @@ import torch.distributed as dist
 # Imported here, before there is a process group: its functions have the group of that moment as
 # their default argument. DDP and the optimisers import it later, and the group with its threads
 # then outlives `destroy_process_group`; when such a thread wants the interpreter as it shuts down,
-# the process ends with "terminate called without an active exception".
+# the process ends with "terminate called without an active exception". (Where weights are divided
+# torch's caches keep the mesh and its group in any case: a script of its own that trains so on CPUs
+# ends with `os._exit` once all is said.)
 import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule

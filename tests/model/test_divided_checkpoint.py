@@ -19,7 +19,7 @@ from model.sharding import whole_model
 from model.train import train
 from model.train_config import TrainConfig
 from model.transformer import Transformer
-from tests.model.ranks import run_ranks
+from tests.model.ranks import end_rank, run_ranks
 
 CONFIG = TrainConfig(
     total_tokens=12 * 8 * 32,
@@ -79,7 +79,7 @@ def _one_rank(folder: Path) -> None:
     except CheckpointError as error:
         said["error"] = str(error)
     torch.distributed.destroy_process_group()
-    print(json.dumps(said))
+    end_rank(said)
 
 
 def _copied_rank(folder: Path) -> None:
@@ -92,7 +92,7 @@ def _copied_rank(folder: Path) -> None:
     resumed, found = trained(folder, "b", **how)
     same = all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     torch.distributed.destroy_process_group()
-    print(json.dumps({"same": same and resumed == unbroken}))
+    end_rank({"same": same and resumed == unbroken})
 
 
 def _damage(file: Path) -> None:

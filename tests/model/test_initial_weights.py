@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -18,6 +16,7 @@ from model.huggingface import load_directory, read_parameters, save_directory
 from model.initial_weights import InitialWeights, fresh, without_values
 from model.sharding import Ranks, shard, whole_tensors
 from model.transformer import Transformer
+from tests.model.ranks import end_rank, run_ranks
 from tests.tiny_models import BERT, DEEPSEEK3, GEMMA3, GPT2
 
 SIZES = {"vocab_size": 96, "width": 32, "layers": 2, "context": 32, "heads": 2}
@@ -82,7 +81,7 @@ def _rank(folder: Path) -> None:
         "peaks": [most, ours_most, theirs_most],
     }
     torch.distributed.destroy_process_group()
-    print(json.dumps(said))
+    end_rank(said)
 
 
 def test_two_ranks_hold_their_parts_and_never_the_whole(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Ranks that share the blocks' matrices compute what one rank computes."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from model.sharding import whole_model
 from model.train import train
 from model.train_config import TrainConfig
 from model.transformer import Transformer
-from tests.model.ranks import run_ranks
+from tests.model.ranks import end_rank, run_ranks
 
 SHAPES = {
     "qwen3": {"kv_heads": 2, "qk_norm": True, "tied_embeddings": False},
@@ -88,7 +87,7 @@ def _one_rank(folder: Path, shapes: list[str]) -> None:
             state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             save_file(state, folder / f"{shape}.safetensors")
     torch.distributed.destroy_process_group()
-    print(json.dumps(said))
+    end_rank(said)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from model.sharding import whole_model
 from model.train import DivergedError, train
 from model.train_config import TrainConfig
 from model.transformer import Transformer
-from tests.model.ranks import run_ranks
+from tests.model.ranks import end_rank, run_ranks
 
 TEXT = (b"the quick brown fox jumps over the lazy dog and the dog sleeps on. " * 60)[:3000]
 CONFIG = TrainConfig(
@@ -233,7 +233,7 @@ def _one_rank(folder: Path, how: str, kind: str) -> None:
     }
     torch.distributed.destroy_process_group()
     tasks = Path("/proc/self/task").glob("*/comm")
-    print(json.dumps(said | {"threads": [task.read_text().strip() for task in tasks]}))
+    end_rank(said | {"threads": [task.read_text().strip() for task in tasks]})
 
 
 UNEVEN = {
@@ -272,7 +272,7 @@ def _uneven_rank(folder: Path) -> None:
     torch.distributed.init_process_group("gloo")
     said = {shape: uneven(folder, shape, sharded=True) for shape in UNEVEN}
     torch.distributed.destroy_process_group()
-    print(json.dumps(said))
+    end_rank(said)
 
 
 def test_held_out_text_is_looked_at_and_the_best_is_kept(loader, tmp_path) -> None:
@@ -400,7 +400,7 @@ def _apart_rank(folder: Path, how: str) -> None:
     except CheckpointError as error:
         said["problem"] = str(error).partition(" [")[0]
     torch.distributed.destroy_process_group()
-    print(json.dumps(said))
+    end_rank(said)
 
 
 def test_a_lasting_rise_without_checkpoints_does_not_stop_learning(loader, tmp_path) -> None:

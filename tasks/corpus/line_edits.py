@@ -2,9 +2,9 @@
 
 C4 (Raffel et al. 2020, arXiv:1910.10683, section 2.2) keeps lines that end in a terminal mark and
 have at least five words, drops those that speak of JavaScript or of policies and cookies, and then
-pages of fewer than three sentences. FineWeb found that the first rule alone costs a third of all
-tokens, so none is on by default; as bounds on whole pages they stand with `quality`
-(`filters/colossal.py`).
+pages of fewer than three sentences: that is a threshold (`quality.min_sentences`) and stands with
+the others. FineWeb found that the first rule alone costs a third of all tokens, so none is on by
+default; as bounds on whole pages they stand with `quality` as well (`filters/colossal.py`).
 
 Aware of code: code blocks and tables are never cut, pages of which a tenth is code stay as they
 are, and a heading goes only when nothing is left below it (rule heading). Every line is counted by
@@ -33,7 +33,6 @@ from tasks.corpus.documents import (
     selection_reports,
     write_selection,
 )
-from tasks.corpus.filters.sentences import sentence_count
 from tasks.corpus.reading import Reading
 from tasks.corpus.sharding import run_shards
 from tasks.corpus.text_units import units_of, without
@@ -44,6 +43,7 @@ from tasks.runtime.store import Directory
 
 LineRule = Literal["punctuation", "words", "javascript", "policy"]
 HEADING = "heading"  # the rule by which one with nothing left below it goes
+NOTHING = "no-line-left"  # the rule by which a document goes that has no other line
 TERMINAL = (".", "!", "?", '"', "”", "。", "！", "？", "」")
 # The phrases of C4's published code.
 POLICY = (
@@ -67,18 +67,16 @@ class LinesConfig(StageConfig):
     speak of JavaScript, or of terms of use, privacy and cookies. Empty: the stage is left out."""
     shortest_words: int = Field(5, ge=1)
     """Rule words: a line of fewer goes."""
-    min_sentences: int = Field(3, ge=0)
-    """A document left with fewer sentences goes (rule few-sentences); 0 keeps all with any text."""
 
 
-@stage("lines", version=2)
+@stage("lines", version=3)
 def edit_lines(config: LinesConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """Cut lines by C4's rules out of documents that are no code."""
     where = work.store.of(documents)
     items = [(config, where, name) for name in document_shards(documents)]
     reports = run_shards(work, "edited", edit_shard, items, label="Lines")
     tally = Tally.total(report["tally"] for report in reports)
-    remedies = {"": "crawl more pages", "few-sentences": "lower lines.min_sentences or drop a rule"}
+    remedies = {"": "crawl more pages", NOTHING: "drop a rule of lines.rules"}
     require_some("lines", tally, remedies, "documents")
     examples = {
         rule: [line for report in reports for line in report["examples"].get(rule, ())]
@@ -122,10 +120,10 @@ def edit_shard(
             if len(examples.setdefault(one.rule, [])) < EXAMPLES:
                 # With its address, by which a purge finds it.
                 examples[one.rule].append(f"{one.text.strip()[:EXCERPT]} ({document['url']})")
-        few = _few_sentences(left, config)
-        removals.append(few)
-        texts.append(text if few else left)  # what goes can be looked at whole
-        if dropped and not few:
+        nothing = not left.strip()
+        removals.append(Removal(NOTHING, "every line broke a rule") if nothing else None)
+        texts.append(text if nothing else left)  # what goes can be looked at whole
+        if dropped and not nothing:
             cuts += cut_rows(document, document_id(left), dropped)
     write_cuts(work, number, cuts)
     for column, values in (
@@ -179,14 +177,6 @@ def _level(line: str) -> int:
     """Of a Markdown heading; 0 for other lines."""
     level = len(line) - len(line.lstrip("#"))
     return level if 0 < level <= 6 and line[level : level + 1] == " " else 0
-
-
-def _few_sentences(text: str, config: LinesConfig) -> Removal | None:
-    found = sentence_count(Reading.of(text)) if text else 0
-    least = max(config.min_sentences, 0 if text else 1)
-    if found is None or found >= least:
-        return None
-    return Removal("few-sentences", f"{found} sentences are left < {least}")
 
 
 _CHECKS: dict[str, Callable[[str, LinesConfig], bool]] = {

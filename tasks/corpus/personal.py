@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from tasks.corpus.telephones import (
+    DIALLED,
     INTERNATIONAL,
     NATIONAL,
     NORTH_AMERICAN,
+    is_dialled,
     is_international,
     is_national,
     is_north_american,
@@ -153,6 +155,7 @@ KINDS: tuple[Kind, ...] = (
         ":",
     ),
     Kind("telephones", "<telephone>", INTERNATIONAL, is_international, "+"),
+    Kind("telephones", "<telephone>", DIALLED, is_dialled, ("00",)),
     Kind("telephones", "<telephone>", NORTH_AMERICAN, is_north_american, "23456789"),
     Kind("telephones", "<telephone>", NATIONAL, is_national, "0"),
 )

@@ -76,7 +76,7 @@ class LimitConfig(StageConfig):
     most: int
 
 
-@stage("pii", version=4)
+@stage("pii", version=5)
 def pii(config: MaskConfig, work: Workspace, *, documents: Manifest) -> Outcome:
     """Mask personal data and secrets, and count them beside the documents."""
     where = work.store.of(documents)

@@ -347,7 +347,7 @@ def _datasheet(
     if personal is None:
         tell("Personal data", "not looked for (pii.action=keep)")
     else:
-        tell("Personal data", f"masked, {personal.metrics}")
+        tell("Personal data", f"masked, before the selection: {personal.metrics}")
         limit = by_stage.get("pii-drop")
         tell("Most finds of it in a document", limit and limit.config["most"])
     forgotten = by_stage.get("forget")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -14,6 +15,7 @@ from tasks.corpus.warc import warc_date
 
 MAX_LINKS = 50_000  # sitemaps.org's own limit
 MAX_BYTES = 50 * 1024 * 1024
+_DECLARATION = re.compile(r"\s*<\?xml[^>]*\?>")
 _MOMENT = re.compile(
     r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(?:\.\d+)?)?(Z|[+-]\d\d:\d\d))?)?)?"
 )
@@ -43,7 +45,7 @@ def sitemap_links(body: bytes, url: str) -> SitemapLinks:
     """
     if body.startswith(b"\x1f\x8b"):
         body = _unpacked(body)
-    text = body.lstrip(b"\xef\xbb\xbf \t\r\n")
+    text = _utf8(body).lstrip(b"\xef\xbb\xbf \t\r\n")
     found: dict[str, dict[str, str]] = {"url": {}, "sitemap": {}}
     invalid = left_out = 0
 
@@ -60,7 +62,13 @@ def sitemap_links(body: bytes, url: str) -> SitemapLinks:
     damage = ""
     if text.startswith(b"<"):
         parser = etree.XMLParser(
-            recover=True, resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False
+            recover=True,
+            resolve_entities=False,
+            no_network=True,
+            load_dtd=False,
+            huge_tree=False,
+            remove_comments=True,  # one within an address would end it
+            remove_pis=True,
         )
         root = etree.fromstring(text, parser)
         if root is None:
@@ -103,6 +111,14 @@ def last_moment(lastmod: str) -> str:
         return warc_date(begin + timedelta(days=days, seconds=-1))
     except (ValueError, OverflowError):
         return ""
+
+
+def _utf8(body: bytes) -> bytes:
+    """UTF-16 that says so by its first two bytes, as XML demands, as UTF-8; else as it is."""
+    if not body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return body
+    # What the file says of its encoding is no longer true.
+    return _DECLARATION.sub("", body.decode("utf-16", "replace")).encode()
 
 
 def _unpacked(body: bytes) -> bytes:

@@ -1,8 +1,9 @@
-"""Telephone numbers as people write them: international, North American, and with a trunk 0.
+"""Telephone numbers as people write them: international (+ or 00), North American, trunk 0.
 
 Patterns propose, functions decide. A number in a text about software is mostly no telephone, so
-only numbers in groups are taken: with +, with an area code in brackets or behind hyphens or dots,
-or with an area code that begins with the trunk prefix 0, as in Britain, Germany or France.
+only numbers in groups are taken: with +, with 00 and the code of a country, with an area code in
+brackets or behind hyphens or dots, or with an area code that begins with the trunk prefix 0, as in
+Britain, Germany or France.
 """
 
 from __future__ import annotations
@@ -40,11 +41,31 @@ NATIONAL = re.compile(
     """.replace("[ ", r"[\ "),
     re.VERBOSE,
 )
+DIALLED = re.compile(
+    r"""
+    0(?<![\w+.,=/:#$-]0)(?<!\d[ ]0)
+    0[ ]?[1-9]\d{0,2} (?: [ ]?\(0\) [ ]? \d{1,5} )? (?: [ ./-] \d{1,8} ){2,5}
+    (?! [\w-] | [ .,]\w?\d )
+    """.replace("[ ", r"[\ "),
+    re.VERBOSE,
+)
+COUNTRY = re.compile(
+    r"1|7|2[07]|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]"
+    r"|2[1-689]\d|3[578]\d|42\d|5[09]\d|6[7-9]\d|8[0578]\d|9[679]\d"
+)  # ITU-T E.164, the codes assigned and their spare neighbours
 MOST_DIGITS = 15  # ITU-T E.164
 
 
 def is_international(found: str) -> bool:
     return 10 <= len(re.sub(r"\D", "", found)) <= MOST_DIGITS
+
+
+def is_dialled(found: str) -> bool:
+    """0049 30 901820, 00 33 1 23 45 67 89: the code stands alone, the groups differ in length."""
+    country, *rest = re.findall(r"\d+", found.replace("(0)", " ").replace("00 ", "00", 1))
+    digits = len(country) - 2 + sum(map(len, rest))
+    same = len({len(group) for group in [country, *rest]}) == 1
+    return bool(COUNTRY.fullmatch(country[2:])) and 9 <= digits <= MOST_DIGITS and not same
 
 
 def is_north_american(found: str) -> bool:

@@ -76,9 +76,7 @@ def test_every_option_is_a_stage_of_the_chain_and_none_by_default(home: Path) ->
     plain = build_corpus(CorpusParams.model_validate(params))
     after = chain(plain)
     assert after[:2] == ["split", "deduplicate"]
-    edited = build_corpus(
-        CorpusParams.model_validate(params | {"lines": {"rules": ["words"], "min_sentences": 0}})
-    )
+    edited = build_corpus(CorpusParams.model_validate(params | {"lines": {"rules": ["words"]}}))
     assert chain(edited) == [*after, "lines"]
 
     second = [first[0], *(f"{NOTICE}\n\n{prose(n)}" for n in range(20, 26))]
@@ -150,7 +148,7 @@ def of_all_documents(home: Path) -> dict:
     texts += [texts[3], texts[4] + "\n\nAnd a line of its own in the second copy of the text."]
     mixed = "Das ist the house of the man und die Frau with the Kind in the garden der Stadt. "
     texts += [f"{mixed}{mixed}It is number 3."]
-    lines = {"rules": ["javascript"], "min_sentences": 0}
+    lines = {"rules": ["javascript"]}
     return {
         "seeds": [],
         "sources": [source(home, "all", texts)],

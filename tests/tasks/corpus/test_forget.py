@@ -203,9 +203,7 @@ def test_what_was_cut_out_of_a_document_is_erased_with_it(
             f"http://h/{name}": f"A whole sentence of some words about {name}.\nHome of {name}"
             for name in ("stays", "gone")
         }
-        made = edit_lines(
-            LinesConfig(rules=("punctuation",), min_sentences=0), documents=documents(texts)
-        )
+        made = edit_lines(LinesConfig(rules=("punctuation",)), documents=documents(texts))
         kept, cut = (row for row in rows(made, "cut-"))
         assert (kept["text"], cut["text"]) == ("Home of stays", "Home of gone")
         bury(cut.get(what, what))
@@ -226,7 +224,7 @@ def test_what_was_cut_out_of_a_payload_is_erased_with_it(
             (inbox / f"{name}.html").write_text(f"<article>{text}</article>")
         source = SourceConfig(name="pages", path=str(inbox))
         read = gather(GatherConfig(sources=(source,)))
-        config = LinesConfig(rules=("punctuation",), min_sentences=0)
+        config = LinesConfig(rules=("punctuation",))
         edited = edit_lines(config, documents=read)
         assert sorted(row["text"] for row in rows(edited, "cut-")) == [
             "Home of gone",

@@ -6,7 +6,7 @@ from inline_shards import run_inline
 from test_quality import CONSTANTS, DOCUMENTATION, PROSE
 
 from tasks.corpus.documents import document_id
-from tasks.corpus.line_edits import HEADING, LinesConfig, edit_lines, edited
+from tasks.corpus.line_edits import HEADING, NOTHING, LinesConfig, edit_lines, edited
 from tasks.runtime.store import REPORT, Store
 
 ALL = LinesConfig(rules=("punctuation", "words", "javascript", "policy"))
@@ -85,7 +85,7 @@ def test_code_is_never_torn_and_documentation_stays() -> None:
 
 
 def test_what_went_is_counted_by_rule_and_what_is_left_is_a_document() -> None:
-    menu = "# Menu\n\nHome\nAbout us\nA sentence of more than five words is here."
+    menu = "# Menu\n\nHome\nAbout us"
     texts = {"http://h/a": PAGE, "http://h/b": PROSE, "http://h/c": menu, "http://h/d": "Home"}
     made = edit_lines(ALL, documents=documents(texts))
     assert urls(made) == ["http://h/a", "http://h/b"]
@@ -93,7 +93,7 @@ def test_what_went_is_counted_by_rule_and_what_is_left_is_a_document() -> None:
     assert (first["text"], first["id"]) == (LEFT, document_id(LEFT))
     assert first["bytes"] == len(LEFT.encode())
     assert second["text"] == PROSE
-    assert made.rules == {"few-sentences": 2}
+    assert made.rules == {NOTHING: 2}
     assert made.metrics == {
         "mended_lines-punctuation": 5,
         "mended_lines-words": 2,
@@ -102,7 +102,7 @@ def test_what_went_is_counted_by_rule_and_what_is_left_is_a_document() -> None:
     }
     gone = rows(made, "rejected-")
     assert [row["text"] for row in gone] == [menu, "Home"]  # whole, to be looked at
-    assert gone[0]["reason"] == "1 sentences are left < 3"
+    assert gone[0]["reason"] == "every line broke a rule"
     cuts = rows(made, "cut-")  # of what stayed; what went is whole among the rejected
     lines = PAGE.split("\n")
     assert [cut["text"] for cut in cuts] == [lines[cut["line"] - 1] for cut in cuts]
@@ -113,11 +113,3 @@ def test_what_went_is_counted_by_rule_and_what_is_left_is_a_document() -> None:
     }
     told = Store.open().of(made).read_bytes(REPORT).decode()
     assert "Home | News | Contact" in told
-
-
-def test_pages_of_code_need_no_sentences_and_others_do() -> None:
-    texts = {"http://h/a": "It is one sentence of enough words.", "http://h/c": CONSTANTS}
-    strict = LinesConfig(rules=("javascript",), min_sentences=5)
-    assert urls(edit_lines(strict, documents=documents(texts))) == ["http://h/c"]
-    lax = LinesConfig(rules=("javascript",), min_sentences=0)
-    assert urls(edit_lines(lax, documents=documents(texts))) == list(texts)

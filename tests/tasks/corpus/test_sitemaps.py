@@ -30,6 +30,18 @@ def failed(result: Any) -> list[str]:
     return [row["failed"] for row in hosts]
 
 
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
+def test_a_sitemap_in_another_unicode_form_with_comments_is_read(codec: str) -> None:
+    mark = "" if codec in ("utf-16", "utf-8-sig") else "\ufeff"
+    named = "utf-8" if codec == "utf-8-sig" else "UTF-16"
+    head = f'{mark}<?xml version="1.0" encoding="{named}"?>\n'
+    entry = "<loc>http://e.org/<!-- moved -->ä</loc>"
+    found = sitemap_links((head + urlset(entry)).encode(codec), "http://e.org/")
+    assert (found.pages, found.damage) == (("http://e.org/%C3%A4",), "")
+    listed = sitemap_links(f"{mark}http://e.org/a\nhttp://e.org/b\n".encode(codec), "http://e.org/")
+    assert listed.pages == ("http://e.org/a", "http://e.org/b")
+
+
 def test_a_sitemap_is_tried_once_where_robots_txt_names_none(crawler: Crawler) -> None:
     with LoopbackSite({"/": page("/a"), "/a": page(), "/alone": page(text="alone")}) as site:
         site.pages["/sitemap.xml"] = lambda: web.Response(

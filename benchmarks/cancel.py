@@ -48,8 +48,8 @@ def case(stage: str, number: int) -> tuple[str, list[str], tuple[float, float]]:
             return "corpus", [f"corpus.crawl.max_depth={100 + number}"], (0.5, 4)
         case "extract":
             return "corpus", [f"corpus.extract.seconds_per_document={30 + number}"], (0.3, 3)
-        case "deduplicate":
-            return "corpus", [f"corpus.deduplicate.threshold={0.6 + number % 300 / 1000}"], (0.3, 2)
+        case "signatures":
+            return "corpus", [f"corpus.deduplicate.bands={60 + number % 190}"], (0.3, 2)
         case "pretrain":
             return "pretrain", ["pretrain.tokens=500000000", f"pretrain.seed={number}"], (1, 16)
         case "finetune":
@@ -57,7 +57,7 @@ def case(stage: str, number: int) -> tuple[str, list[str], tuple[float, float]]:
     raise SystemExit(f"no case {stage!r}")
 
 
-STAGES = ("crawl", "extract", "deduplicate", "pretrain", "finetune")
+STAGES = ("crawl", "extract", "signatures", "pretrain", "finetune")
 
 
 def work_of(fresh: Home, present: set[int]) -> list[psutil.Process]:

@@ -11,6 +11,7 @@ influence on the neighbours.
 `tests/model/test_engine.py` holds it equal to the plain forward.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,8 @@ from model.engine.weights import (
 from model.layers import activate
 from model.losses import softcapped
 from model.transformer import Transformer
+
+log = logging.getLogger(__name__)
 
 COPIED = 2 << 30  # bytes of weights up to which a compiled step may have its own copy
 
@@ -172,7 +175,11 @@ class Runner:
         normed, (T, C), in the order of the spans.
         """
         if (single := self.single) is not None and single.takes(spans):
-            return single(spans[0])
+            try:
+                return single(spans[0])
+            except RuntimeError as error:  # the step is taken below, over whatever it had written
+                log.warning("answers go on uncompiled, as a program failed: %s", error)
+                self.single = None
         if self.fixed is not None and all(len(span.tokens) == 1 for span in spans):
             return self.fixed.forward(spans)
         lengths = [len(span.tokens) for span in spans]

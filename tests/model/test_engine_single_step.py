@@ -161,6 +161,37 @@ def test_without_a_compiler_answers_go_on(
         core.step()
 
 
+class Failing:
+    """A program that cannot run here."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def takes(self, spans: list[Span]) -> bool:
+        return len(spans) == 1 and len(spans[0].tokens) == 1
+
+    def __call__(self, span: Span) -> torch.Tensor:
+        self.asked += 1
+        raise RuntimeError("run_func_(...) API call failed")
+
+
+def test_a_program_that_fails_is_left_and_its_answer_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, (prompt,) = transformer(), prompts(1)
+    core = Core(model, None, slots=3, compiled=True)
+    failing = Failing()
+    core.runner.single = failing  # type: ignore[assignment]
+    core.add(core.sequence("1", prompt, GREEDY))
+    answer: list[int] = []
+    with caplog.at_level(logging.WARNING):
+        while core.has_work:
+            answer += [token for update in core.step() for token in update.tokens]
+    assert answer == continued(model, prompt, len(answer)) and answer
+    assert failing.asked == 1 and core.runner.single is None
+    assert "answers go on uncompiled, as a program failed: run_func_" in caplog.text
+
+
 def kept_plain(core: Core) -> int:
     """Matrices that are kept as they were given, too."""
     matrices = [matrix for layer in core.runner.layers for matrix in layer.matrices]

@@ -43,7 +43,7 @@ class FinetuneConfig(TrainingConfig):
             )
 
 
-@stage("finetune", version=2)
+@stage("finetune", version=3)
 def finetune(
     config: FinetuneConfig, work: Workspace, *, base: Manifest, pairs: Manifest
 ) -> Outcome:

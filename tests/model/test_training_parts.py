@@ -65,6 +65,25 @@ def test_the_loss_in_bf16_is_near_the_loss_in_fp32() -> None:
     assert abs(rough - exact) / exact < 2e-3
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_nearly_known_has_loss_and_gradient_in_bf16(masked: bool) -> None:
+    torch.manual_seed(0)
+    targets = torch.randint(0, 64, (1, 300))  # in three slices
+    known = torch.tensor([0.5, 0.9, 0.99, 0.9985, 0.9999]).repeat(60)
+    logits = torch.zeros(1, 300, 64).scatter_(
+        2, targets[..., None], (known / (1 - known) * 63).log()[None, :, None]
+    )
+    mask = torch.arange(300)[None] < 290 if masked else None
+    hidden = logits.bfloat16().float().requires_grad_()  # the output matrix changes nothing
+    kept = targets if mask is None else targets.masked_fill(~mask, -100)
+    reference = F.cross_entropy(hidden[0], kept[0], reduction="sum")
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = cross_entropy_sum(hidden, torch.eye(64), targets, mask)
+    torch.testing.assert_close(ours, reference, rtol=1e-5, atol=0)
+    found, expected = (torch.autograd.grad(loss, hidden)[0] for loss in (ours, reference))
+    torch.testing.assert_close(found, expected, rtol=2**-8, atol=0)
+
+
 def test_the_loss_does_not_change_with_sharding() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(4, 10, 8), torch.randn(20, 8)

@@ -3,9 +3,9 @@
 `SummedGradients` joins the ranks of a run on CPUs that each have all weights; on GPUs DDP does.
 
 FSDP2 (`shard`) divides parameters, gradients and optimiser state: each block is gathered when its
-turn comes and let go after it; what stands outside the blocks stays gathered from the forward to
-the backward pass, because the loss uses the output matrix there. Tensor parallelism
-(`model.tensor_parallel`) divides the work of each block as well.
+turn comes, in the dtype it computes in, and let go after it; what stands outside the blocks stays
+gathered from the forward to the backward pass, because the loss uses the output matrix there.
+Tensor parallelism (`model.tensor_parallel`) divides the work of each block as well.
 """
 
 import contextlib
@@ -18,9 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from model.moe import Router
 from model.transformer import Transformer
 
 
@@ -89,13 +91,37 @@ def _move_gradient(place: Tensor, parameter: Tensor) -> None:
         parameter.grad = place.copy_(gradient)
 
 
-def shard(module: nn.Module, model: Transformer, ranks: Ranks) -> nn.Module:
-    """Divide the parameters of `model` among all that read a slice; `module` computes its loss."""
+def shard(module: nn.Module, model: Transformer, ranks: Ranks, *, bf16: bool) -> nn.Module:
+    """Divide the parameters of `model` among all that read a slice; `module` computes its loss.
+
+    bf16: blocks are gathered in bf16, and their gradients added in float32. Autocast would keep its
+    own casts of what was gathered in float32, the whole model's, until the step ends. Two things
+    are gathered in float32 still: routers, which choose in float32, and the tables outside the
+    blocks, where the gradients of all places of a token are added.
+    """
     mesh = None if ranks.mesh is None else ranks.mesh["data"]
+    rough = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh)
+        if not bf16:
+            fully_shard(block, mesh=mesh)
+            continue
+        for router in (part for part in block.modules() if isinstance(part, Router)):
+            fully_shard(router, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=rough)
     fully_shard(module, mesh=mesh)
     return module
+
+
+@contextlib.contextmanager
+def synchronised(module: nn.Module, last: bool) -> Iterator[None]:
+    """Copies send gradients with the last micro-batch of a step only. Divided ones go with each, or
+    every rank would hold those of the whole model until then.
+    """
+    if isinstance(module, DistributedDataParallel) and not last:
+        with module.no_sync():
+            yield
+    else:
+        yield
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ import torch.distributed as dist
 # ends with `os._exit` once all is said.)
 import torch.distributed.nn.functional
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from model.checkpoint import (
@@ -59,6 +58,7 @@ from model.sharding import (
     gathered,
     load_whole_state,
     shard,
+    synchronised,
     whole_tensors,
 )
 from model.spikes import SpikeGuard
@@ -148,7 +148,7 @@ def train(
         divide_blocks(model, ranks)
     bare: nn.Module = _Loss(model)
     if config.sharded and ranks.count > 1:
-        bare = shard(bare, model, ranks)
+        bare = shard(bare, model, ranks, bf16=bf16)
     if weights is not None:
         weights.fill(model)
     ratio = width_ratio(model.config, config.optim.base_width)
@@ -225,7 +225,7 @@ def train(
                 piece = (mine.micro_batches(1)[0] if idle else micro[number]).to(device)
                 weight = 0.0 if idle else averaging / max(counted, 1)
                 last = number == pieces - 1
-                with _synchronised(module, last), uncounted(model, idle):
+                with synchronised(module, last), uncounted(model, idle):
                     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                         nats = module(piece)
                     (nats * weight).backward()
@@ -276,7 +276,8 @@ def train(
                     losses = heldout_losses(bare, heldout, *shown, device, ranks, bf16=bf16)
                     least = min((earlier[OVERALL] for _, earlier in past.heldout), default=math.inf)
                     past.heldout.append((done, losses))
-                    with gathered(bare):
+                    cast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+                    with gathered(bare), cast:
                         on_heldout(done, losses)
                     model.train()
                     if losses[OVERALL] < least and config.keep_best:
@@ -312,18 +313,6 @@ class _History:
         self.curve = [StepRecord(**record) for record in state["curve"]]
         self.heldout = [(step, losses) for step, losses in state.get("heldout", ())]
         self.seconds, self.meter = state.get("seconds", 0.0), state.get("meter")
-
-
-@contextlib.contextmanager
-def _synchronised(module: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients go between ranks with the last micro-batch of a step only."""
-    if isinstance(module, DistributedDataParallel):
-        with contextlib.nullcontext() if last else module.no_sync():
-            yield
-        return
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(last)
-    yield
 
 
 def _require_agreement(older: Path | None, ranks: Ranks) -> None:

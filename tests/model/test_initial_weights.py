@@ -61,7 +61,7 @@ def _divided(weights: InitialWeights | None, mapped: int) -> tuple[dict[str, Ten
             model = Transformer(DEEP)
         else:
             model = without_values(DEEP)
-        shard(model, model, Ranks.here(1, CPU))
+        shard(model, model, Ranks.here(1, CPU), bf16=False)
         if weights is not None:
             weights.fill(model)
     most = peak(watched.profiler.kineto_results.events(), mapped)

@@ -9,12 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of logits alive at once: on a CPU 4 MB in bf16 at vocabulary 4096, near the caches; a GPU
-# wants large products, and 8,192 rows of a vocabulary of 50,304 are 0.8 GB.
-CHUNK_ROWS, CHUNK_ROWS_GPU = 512, 8192
-# Rows of them whose softmax is taken at once, in float32: 2 MB there on a CPU. Both are multiples
-# of ROW_GRAIN.
-SLICE_ROWS, SLICE_ROWS_GPU = 128, 1024
+from model.chunks import CHUNK_ROWS, CHUNK_ROWS_GPU, SLICE_ROWS, SLICE_ROWS_GPU
+
 # Chosen rows are padded to a multiple of this. oneDNN makes and keeps a kernel for every number of
 # rows it meets: with a fresh number in every step that cost 100 ms and 9 MB each time.
 ROW_GRAIN = 128

@@ -30,6 +30,7 @@ from model.flops import count_parameters, training_flops_per_token
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.store import Store
+from tasks.training.memory import memory_bytes
 from tasks.training.pretrain import PretrainConfig
 from tasks.training.shapes import LatentOptions
 
@@ -146,40 +147,6 @@ def effective_tokens_of(config: PretrainConfig, sizes: Mapping[str, int]) -> flo
         for name, weight in weights.items()
         if weight
     )
-
-
-def memory_bytes(shape: ModelConfig, config: PretrainConfig, workers: int) -> float:
-    """Of one worker: fp32 weights and gradients, optimiser state, activations of a micro-batch.
-
-    Muon keeps one number for a weight in the blocks, AdamW two for any. Activations are 34 bytes
-    for each token, channel and layer where attention keeps no matrix (Korthikanti et al.,
-    arXiv:2205.05198, in bf16), 16 of them for a feed-forward twice as wide as the stream (ours is
-    gated: 8 for each of its channels); with checkpointing 2, and one layer.
-    On a CPU the attention matrix of short sequences is kept too (model/kernels.py). With tensor
-    parallelism a worker has its part of the matrices; activations are counted whole, and are less.
-    """
-    count, slices = count_parameters(shape), max(workers // config.run.tensor, 1)
-    matrices = count.matrices / config.run.tensor
-    weights = count.total - count.matrices + matrices
-    states = 2 * weights
-    if config.optimizer.kind == "muon":
-        states -= matrices
-    held = 4 * (2 * weights + states)
-    if config.run.sharded:
-        # Beside its share a worker holds the tables, and the weights and gradients of a block.
-        held = held / slices + 8 * (count.embedding + matrices / shape.layers)
-    rows = min(config.run.micro_batch, -(-config.batch // slices))
-    tokens = rows * config.sequence
-    layer: float = tokens * (18 * shape.width + 8 * shape.mlp_size)
-    if not config.run.gpu and config.sequence <= 1024:
-        layer += tokens * shape.heads * config.sequence * 4
-    if config.precision == "fp32":
-        layer *= 2
-    if config.run.activation_checkpointing:
-        activations = layer + tokens * shape.width * 2 * shape.layers
-    else:
-        activations = layer * shape.layers
-    return held + activations
 
 
 def forecast(

@@ -7,17 +7,21 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from torch.profiler import ProfilerActivity, profile
 
 from flows.cli import main
 from flows.deployments import parameters
 from flows.parameters import PRESETS
 from model.flops import count_parameters, training_flops_per_token
 from model.huggingface import save_directory
+from model.loader import WindowLoader
+from model.train import train
 from model.transformer import Transformer
 from model.width import width_ratio
 from tasks.runtime.errors import UserError
@@ -26,17 +30,19 @@ from tasks.runtime.settings import Settings
 from tasks.runtime.store import MANIFEST, Store
 from tasks.training.forecast import (
     Law,
+    _train_config,
     effective_tokens,
     effective_tokens_of,
     forecast,
-    memory_bytes,
     quick_run,
     scaled_down,
 )
 from tasks.training.foreseen import errors, keep
+from tasks.training.memory import memory_bytes
 from tasks.training.options import ModelOptions, RunOptions
 from tasks.training.pretrain import PretrainConfig
 from tasks.training.shapes import ExpertOptions
+from tests.model.test_initial_weights import peak
 
 FREQUENCIES = 1 / np.arange(1, 301)
 FREQUENCIES /= FREQUENCIES.sum()
@@ -162,16 +168,34 @@ def test_a_gpu_forecast_is_operations_over_the_rate() -> None:
     assert memory_bytes(shape, eight, 64) < 40e9 < 100e9 < memory_bytes(shape, whole, 64)
 
 
-def test_weights_and_optimiser_are_counted_to_the_byte() -> None:
-    options = ModelOptions(width=32, layers=2, heads=2, context=16)
-    config = PretrainConfig(sequence=16, batch=1, model=options, run=RunOptions(micro_batch=1))
-    shape = options.config(300)
-    model = Transformer(shape)
-    total = sum(p.numel() for p in model.parameters())
-    matrices = sum(p.numel() for n, p in model.named_parameters() if "layers" in n and p.ndim == 2)
-    states = 4 * (total + total + matrices + 2 * (total - matrices))
-    small = config.model_copy(update={"sequence": 0})
-    assert memory_bytes(shape, small, 1) == states
+@pytest.mark.parametrize(
+    ("vocabulary", "sizes", "optimizer"),
+    [
+        (40_000, {"width": 128, "mlp_width": 256, "tied_embeddings": False}, "muon"),
+        (2000, {"width": 384, "mlp_width": 1024}, "adamw"),
+    ],
+)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_memory_is_what_steps_allocate(
+    vocabulary: int, sizes: dict[str, Any], optimizer: str, precision: str, tmp_path: Path
+) -> None:
+    tokens = np.random.default_rng(0).integers(0, vocabulary, 5000).astype(np.uint16)
+    np.save(tmp_path / "tokens.npy", tokens)
+    values = {
+        "sequence": 64,
+        "batch": 4,
+        "precision": precision,
+        "model": {"layers": 4, "heads": 4, "context": 64} | sizes,
+        "optimizer": {"kind": optimizer},
+        "run": {"micro_batch": 2},
+    }
+    config = PretrainConfig.model_validate(values)
+    shape = config.model.config(vocabulary)
+    loader = WindowLoader([tmp_path / "tokens.npy"], 64, seed=0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        train(Transformer(shape), loader, _train_config(config, tokens=2 * 4 * 64))
+    measured = peak(watched.profiler.kineto_results.events(), mapped=0)
+    assert memory_bytes(shape, config, 1) == pytest.approx(measured, rel=0.12)
 
 
 def test_a_run_says_how_wrong_its_forecast_was(tmp_path: Path, monkeypatch) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ class StepRecord:
     skipped: int = 0  # steps not taken because of a loss spike, since the beginning
     rollbacks: int = 0  # times older weights were taken, several in a row having been skipped
     back_to: int | None = None  # step of the checkpoint that the last of these went back to
+    refused: Sequence[int] = ()  # numbers of the skipped steps since the last record
     imbalance: float | None = None  # load of the busiest expert over the mean, of the last step
 
 

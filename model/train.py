@@ -10,6 +10,7 @@ checkpoint goes on with the same batches, and on one CPU with the same threads w
 
 import contextlib
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ from model.checkpoint import (
     CheckpointError,
     CheckpointWriter,
     latest_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     read_manifest,
     save_checkpoint,
@@ -45,7 +47,7 @@ from model.compiling import compile_blocks
 from model.config import ModelConfig
 from model.divided_checkpoint import Together, is_divided, load_divided
 from model.initial_weights import InitialWeights
-from model.loader import Batch, Loader, Place, rank_slice, told
+from model.loader import Batch, Ints, Loader, Place, rank_slice, told
 from model.losses import cross_entropy_sum
 from model.meter import Meter, StepRecord, device_peak, seen_keys
 from model.moe import balance, uncounted
@@ -68,6 +70,7 @@ from model.transformer import Transformer
 from model.validation import OVERALL, heldout_losses
 from model.width import width_ratio
 
+logger = logging.getLogger("gristmill.training")
 BEST = "best"  # folder of the checkpoints with the least held-out loss
 
 
@@ -129,8 +132,8 @@ def train(
     on_checkpoint: called on rank 0 when a checkpoint is whole, in the thread that wrote it; one is
         also made after the last step. When this function returns all are whole.
 
-    refresh: called on every rank before it goes back to a checkpoint, to bring those that rank 0
-        has written into a `checkpoints` of its own.
+    refresh: called on every rank before it goes back to a checkpoint, to bring all that are kept,
+        and no others, into a `checkpoints` of its own.
 
     Raises `ConfigError` for settings that contradict each other or the checkpoint,
     `CheckpointError` for a damaged checkpoint, `DivergedError` when loss or gradient is not finite.
@@ -240,25 +243,33 @@ def train(
             grad_norm = float(optimizer.clip(config.clip))
             loss = float(totals[0]) / max(counted, 1)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                places = [place for number in ids.tolist() for place in loader.places(number)]
+                places = _places(loader, ids)
                 raise DivergedError(
                     f"loss {loss} and gradient norm {grad_norm} at step {step + 1} on "
                     f"{told(places)}; lower the learning rate or look at these sequences",
                     places,
                 )
             multiplier = config.schedule.multiplier(step, steps)
-            if past.guard.takes(loss):
+            if past.guard.takes(loss, step + 1):
                 optimizer.step(multiplier)
-            elif past.guard.lost:
+            elif rank == 0:
+                logger.warning(
+                    "step %d was not taken: its loss is %.3f, of %s",
+                    step + 1,
+                    loss,
+                    told(_places(loader, ids)),
+                )
+            if past.guard.lost:
                 # Several in a row: the weights are at fault, not the batches. On with older weights
                 # and the data that follows; where there are none, with these and losses as they
                 # have become, or no step would ever be taken again.
                 settle()
                 refresh()
-                older = None if checkpoints is None else latest_checkpoint(checkpoints)
+                kept = [] if checkpoints is None else list_checkpoints(checkpoints)
+                older = past.guard.older(kept)
                 _require_agreement(older, ranks)
                 _restore(model, optimizer, older, together)
-                past.guard.reset(None if older is None else step_of(older))
+                past.guard.go_back(older, step + 1)
             optimizer.zero_grad()
             imbalance = balance(model, config.balance_rate) if model.config.experts else None
             meter.add(float(totals[0]), counted, int(totals[1]), float(totals[2]))
@@ -315,6 +326,11 @@ class _History:
         self.seconds, self.meter = state.get("seconds", 0.0), state.get("meter")
 
 
+def _places(loader: Loader, ids: Ints) -> list[Place]:
+    """What a batch is read from."""
+    return [place for number in ids.tolist() for place in loader.places(number)]
+
+
 def _require_agreement(older: Path | None, ranks: Ranks) -> None:
     """Raises `CheckpointError` unless all ranks go back to the same step."""
     step = 0 if older is None else step_of(older)
@@ -323,8 +339,8 @@ def _require_agreement(older: Path | None, ranks: Ranks) -> None:
     ranks.add(told)
     if len(set(told.tolist())) > 1:
         raise CheckpointError(
-            f"the workers' newest checkpoints are of steps {told.int().tolist()}; "
-            "going back would give each another model"
+            f"the workers' checkpoints to go back to are of steps {told.int().tolist()}; "
+            "each would get another model"
         )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from model.checkpoint import CheckpointError, latest_checkpoint, verify_checkpoint
+from model.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints, verify_checkpoint
 from tasks.runtime.store import Directory
 from tasks.training.job import CHECKPOINTS
 
@@ -21,7 +21,7 @@ def checkpoint_folder(
     directory: Directory, rank: int
 ) -> Iterator[tuple[Path, Callable[[Path, int], None], Callable[[], None]]]:
     """(a local folder of checkpoints, a function that stores each new one for good, one that brings
-    those which rank 0 has stored since).
+    all that are stored).
 
     In a local store that is the workspace itself. Otherwise the newest checkpoint that is as it was
     written is fetched first, and every new one is copied up, its manifest last.
@@ -36,7 +36,7 @@ def checkpoint_folder(
     remote = RemoteCheckpoints(directory, folder)
     try:
         remote.pull()
-        yield folder, remote.push, (lambda: None) if rank == 0 else remote.pull
+        yield folder, remote.push, remote.mirror
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -72,19 +72,31 @@ class RemoteCheckpoints:
 
     def pull(self) -> None:
         """The newest, and the best so far; where one cannot be read, the one before it."""
-        names, done = self.directory.names(), set()
+        done = set()
         for path in reversed(self._whole()):
             kind = path.rpartition("/")[0]
-            if kind in done:
-                continue
-            prefix = f"{CHECKPOINTS}/{path}/"
-            for name in names:
-                if name.startswith(prefix):
-                    target = self.folder / path / name.removeprefix(prefix)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(self.directory.read_bytes(name))
-            if readable(self.folder / path):
+            if kind not in done and self._fetch(path):
                 done.add(kind)
+
+    def mirror(self) -> None:
+        """All of the run that are stored, and no others, so that every rank has the same ones."""
+        stored = [path for path in self._whole() if "/" not in path]
+        here = {path.name for path in list_checkpoints(self.folder)}
+        for path in stored:
+            if path not in here:
+                self._fetch(path)
+        for path in here.difference(stored):
+            shutil.rmtree(self.folder / path)
+
+    def _fetch(self, path: str) -> bool:
+        """Whether it can be read; otherwise it isn't kept."""
+        prefix = f"{CHECKPOINTS}/{path}/"
+        for name in self.directory.names():
+            if name.startswith(prefix):
+                target = self.folder / path / name.removeprefix(prefix)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(self.directory.read_bytes(name))
+        return readable(self.folder / path)
 
     def push(self, path: Path, step: int) -> None:
         before = self._whole()

@@ -33,6 +33,7 @@ CURVE = pa.schema(
         ("skipped", pa.int64()),
         ("rollbacks", pa.int64()),
         ("back_to", pa.int64()),
+        ("refused", pa.list_(pa.int64())),
         ("imbalance", pa.float64()),
     ]
 )

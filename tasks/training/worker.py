@@ -220,7 +220,8 @@ class _Reporter:
 
     def curve(self, record: training.StepRecord) -> None:
         values = asdict(record)
-        values = {k: v for k, v in values.items() if k not in ("step", "steps") and v is not None}
+        left_out = "step", "steps", "refused"  # MLflow keeps plain numbers
+        values = {k: v for k, v in values.items() if k not in left_out and v is not None}
         self.heldout(record.step, values)
 
     def heldout(self, step: int, values: Mapping[str, float]) -> None:

@@ -39,6 +39,23 @@ def test_the_newest_and_the_best_come_back_and_older_ones_go(tmp_path: Path) -> 
     assert not folder.exists()
 
 
+def test_before_a_rank_goes_back_it_has_all_that_are_stored(tmp_path: Path) -> None:
+    there = Directory((tmp_path / "store").as_uri(), str(tmp_path / "store"))
+    remote = RemoteCheckpoints(there, tmp_path / "worker")
+    for step in (10, 20):
+        remote.push(save_checkpoint(remote.folder, checkpoint(step), keep=2), step)
+    with checkpoint_folder(there, rank=1) as (folder, _, refresh):
+        assert [path.name for path in list_checkpoints(folder)] == ["step-00000020"]
+        refresh()
+        found = [path.name for path in list_checkpoints(folder)]
+        assert found == ["step-00000010", "step-00000020"]
+        remote.push(save_checkpoint(remote.folder, checkpoint(30), keep=2), 30)
+        refresh()
+        found = [path.name for path in list_checkpoints(folder)]
+        assert found == ["step-00000020", "step-00000030"]
+        assert load_checkpoint(folder / "step-00000030").model["w"][0] == 30
+
+
 def test_a_damaged_newest_one_gives_way_to_the_one_before(tmp_path: Path) -> None:
     there = Directory(str(tmp_path), str(tmp_path))
     for step in (10, 20):

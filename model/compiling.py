@@ -12,14 +12,14 @@ logger = logging.getLogger("gristmill.training")
 
 
 def compile_blocks(blocks: nn.ModuleList, device: torch.device) -> bool:
-    """Have every block compiled when it first runs; False, with a word why, without a compiler.
+    """Have every block compiled when it first runs; False, with a word why, where that cannot be.
 
     Block by block rather than the whole: all blocks are alike, so one kernel serves them all, and
     what stands outside (embedding, loss) is written by hand.
     """
-    missing = missing_compiler(device.type)
-    if missing is not None:
-        logger.warning("not compiled: %s", missing)
+    problem = missing_compiler(device.type) or _problem(device)
+    if problem is not None:
+        logger.warning("not compiled: %s", problem)
         return False
     for block in blocks:
         block.compile(dynamic=False)
@@ -32,4 +32,13 @@ def missing_compiler(device: str) -> str | None:
         return "torch.compile needs triton for a GPU; install it"
     if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
         return "torch.compile needs a C++ compiler; install g++"
+    return None
+
+
+def _problem(device: torch.device) -> str | None:
+    """What goes wrong with a small function, or None: a compiler may be there and not work."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:
+        return f"torch.compile fails here ({type(error).__name__}: {str(error).splitlines()[0]})"
     return None

@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import json
+import os
 import pickle
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -316,6 +318,28 @@ def test_without_a_compiler_blocks_stay_as_they_are(monkeypatch) -> None:
     assert compile_blocks(tiny_model().model.layers, torch.device("cpu")) is False
 
 
+def test_with_a_compiler_that_fails_training_goes_on_uncompiled(loader, tmp_path) -> None:
+    compiler = tmp_path / "broken-g++"
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    # In a process of its own: torch remembers the compiler it found, and what it compiled.
+    fresh = {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    fresh |= {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, __file__, str(tmp_path), "uncompiled"]
+    done = subprocess.run(command, env=os.environ | fresh, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "not compiled: torch.compile fails here" in done.stderr
+    config = replace(CONFIG, total_tokens=3 * 8 * 32)
+    losses = [record.loss for record in train(tiny_model(), loader, config)]
+    assert json.loads(done.stdout) == pytest.approx(losses, rel=1e-3)
+
+
+def _uncompiled(folder: Path) -> None:
+    loader = WindowLoader([folder / "tokens-00000.npy"], 32, seed=1)
+    config = replace(CONFIG, total_tokens=3 * 8 * 32, compiled=True)
+    print(json.dumps([record.loss for record in train(tiny_model(), loader, config)]))
+
+
 def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "c").write_text("a file where a directory should be")
     writer = CheckpointWriter(tmp_path / "c", lambda path, step: None)
@@ -542,6 +566,8 @@ def test_a_finished_run_has_nothing_left_to_do(loader: WindowLoader, tmp_path: P
 if __name__ == "__main__":
     if "uneven" in sys.argv:
         _uneven_rank(Path(sys.argv[1]))
+    elif "uncompiled" in sys.argv:
+        _uncompiled(Path(sys.argv[1]))
     elif "apart" in sys.argv:
         _apart_rank(Path(sys.argv[1]), sys.argv[-1])
     else:

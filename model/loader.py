@@ -92,6 +92,30 @@ class Loader(Protocol):
         ...
 
 
+class KnownTokens:
+    """The sequences of another loader; a batch with a token beyond the vocabulary is refused."""
+
+    def __init__(self, source: Loader, vocab_size: int) -> None:
+        self.source, self.vocab_size, self.sequence = source, vocab_size, source.sequence
+        self.order, self.targets, self.places = source.order, source.targets, source.places
+
+    def read(self, ids: Ints) -> Batch:
+        batch = self.source.read(ids)
+        for tokens in (batch.tokens, batch.targets):
+            _require_known(tokens, ids, self, self.vocab_size)
+        return batch
+
+
+def _require_known(tokens: Tensor, ids: Ints, loader: "Loader", vocab_size: int) -> None:
+    """tokens: a row for each of `ids`."""
+    if tokens.numel() and tokens.max() >= vocab_size:
+        sequence = int(ids[int((tokens >= vocab_size).any(1).int().argmax())])
+        raise DataError(
+            f"{told(loader.places(sequence))}: token {int(tokens.max())} is outside the model's "
+            f"vocabulary of {vocab_size}; use the tokenizer the shards were written with"
+        )
+
+
 def rank_slice(ids: Ints, rank: int, world: int) -> Ints:
     """The part of a global batch that `rank` of `world` reads: contiguous, sizes differing by at
     most 1.
@@ -198,13 +222,9 @@ class WindowLoader:
                 owner, row = owner + 1, row[len(piece) :]
                 piece = self._shards[owner][: len(row)]
                 row[: len(piece)] = piece
-        if self.vocab_size is not None and rows.max(initial=0) >= self.vocab_size:
-            window = int(ids[rows.max(axis=1) >= self.vocab_size][0])
-            raise DataError(
-                f"{told(self.places(window))}: token {rows.max()} is outside the model's "
-                f"vocabulary of {self.vocab_size}; use the tokenizer the shards were written with"
-            )
         stream = torch.from_numpy(rows)
+        if self.vocab_size is not None:
+            _require_known(stream, ids, self, self.vocab_size)
         tokens, targets = stream[:, :-1], stream[:, 1:]
         if not self.document_masking:
             return Batch(tokens, targets)

@@ -47,7 +47,7 @@ from model.compiling import compile_blocks
 from model.config import ModelConfig
 from model.divided_checkpoint import Together, is_divided, load_divided
 from model.initial_weights import InitialWeights
-from model.loader import Batch, Ints, Loader, Place, rank_slice, told
+from model.loader import Batch, Ints, KnownTokens, Loader, Place, rank_slice, told
 from model.losses import cross_entropy_sum
 from model.meter import Meter, StepRecord, device_peak, seen_keys
 from model.moe import balance, uncounted
@@ -136,10 +136,15 @@ def train(
         and no others, into a `checkpoints` of its own.
 
     Raises `ConfigError` for settings that contradict each other or the checkpoint,
-    `CheckpointError` for a damaged checkpoint, `DivergedError` when loss or gradient is not finite.
+    `CheckpointError` for a damaged checkpoint, `DataError` for a token that the model lacks,
+    `DivergedError` when loss or gradient is not finite.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     config.require_possible(model.config, loader, world)
+    loader = KnownTokens(loader, model.config.vocab_size)
+    heldout = {
+        name: KnownTokens(each, model.config.vocab_size) for name, each in (heldout or {}).items()
+    }
     device = model.output_weight.device if weights is None else weights.device
     ranks = Ranks.here(config.tensor, device)
     precision = resolve_precision(config.precision, device.type)

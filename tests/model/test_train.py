@@ -29,7 +29,7 @@ from model.checkpoint import (
 from model.compiling import compile_blocks, missing_compiler
 from model.config import ConfigError, ModelConfig
 from model.initial_weights import InitialWeights, fresh, without_values
-from model.loader import WindowLoader
+from model.loader import DataError, WindowLoader
 from model.masking import MaskedLoader
 from model.optim import OptimConfig
 from model.packing import Example, PackedLoader
@@ -552,6 +552,22 @@ def test_contradictions_are_refused(loader: WindowLoader, tmp_path: Path) -> Non
     train(tiny_model(), loader, CONFIG, checkpoints=tmp_path / "c")
     with pytest.raises(CheckpointError, match="step-00000012 was made with train setting clip"):
         train(tiny_model(), loader, replace(CONFIG, clip=2.0), checkpoints=tmp_path / "c")
+
+
+@pytest.mark.parametrize("where", ["trained on", "held out"])
+def test_a_token_that_the_model_lacks_is_named_with_its_shard(loader, tmp_path, where) -> None:
+    (tmp_path / "other").mkdir()
+    tokens = np.full(330, 7, np.uint16)
+    tokens[320] = 128  # the last target of the last sequence, and nothing else
+    np.save(tmp_path / "other" / "tokens-00000.npy", tokens)
+    other = WindowLoader([tmp_path / "other" / "tokens-00000.npy"], 32, seed=1)
+    named = "tokens-00000.npy from 288: token 128 is outside the model's vocabulary of 128; use"
+    with pytest.raises(DataError, match=named):
+        if where == "trained on":
+            train(tiny_model(), other, replace(CONFIG, total_tokens=2 * 8 * 32))
+        else:
+            config = replace(CONFIG, total_tokens=8 * 32)
+            train(tiny_model(), loader, config, heldout={"a": other})
 
 
 def test_a_finished_run_has_nothing_left_to_do(loader: WindowLoader, tmp_path: Path) -> None:

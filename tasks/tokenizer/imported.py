@@ -62,14 +62,14 @@ def import_tokenizer(path: Path) -> bytes:
     return _in_our_layout(*_of_sentencepiece(data))
 
 
-def _format() -> Any:
+def sentencepiece_format() -> Any:
     """SentencePiece's file format, as protobuf's classes; they are made when it is imported."""
     return importlib.import_module("sentencepiece.sentencepiece_model_pb2")
 
 
 def _of_sentencepiece(data: bytes) -> tuple[list[tuple[str, float]], int]:
     """(learned pieces with scores, the kind of model)."""
-    theirs = _format().ModelProto.FromString(data)
+    theirs = sentencepiece_format().ModelProto.FromString(data)
     kind = int(theirs.trainer_spec.model_type)
     if kind not in (BPE, UNIGRAM):
         raise UserError(
@@ -127,7 +127,7 @@ def _is_byte(piece: str) -> bool:
 
 def _in_our_layout(pieces: Iterable[tuple[str, float]], kind: int) -> bytes:
     """Our special tokens, bytes, then these pieces."""
-    proto = _format().ModelProto()
+    proto = sentencepiece_format().ModelProto()
     first = (chat.UNKNOWN_PIECE, chat.BEGIN_PIECE, chat.END_OF_DOCUMENT_PIECE, chat.PAD_PIECE)
     rows = [(name, 0.0, CONTROL) for name in (*first, *CONTROL_SYMBOLS)]
     rows[chat.UNKNOWN] = (chat.UNKNOWN_PIECE, 0.0, UNKNOWN)

@@ -33,8 +33,14 @@ from tasks.runtime.ray_session import ray_session
 from tasks.runtime.stage import Outcome, Report, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Store
-from tasks.tokenizer.imported import digest_of, import_tokenizer, imported_file
+from tasks.tokenizer.imported import (
+    digest_of,
+    import_tokenizer,
+    imported_file,
+    sentencepiece_format,
+)
 
+TAB_MARK = "\u2409"  # stands for a tab while a vocabulary is learned
 SENTENCE_CHARACTERS = 4000  # of one training "sentence"; SentencePiece leaves out longer ones
 MEASURED = 2_000_000  # characters the compression is measured on
 GROUPS = 30  # languages shown, and domains
@@ -94,7 +100,7 @@ class TokenizerConfig(StageConfig):
         return self.model_copy(update={"import_digest": digest})
 
 
-@stage("tokenizer", version=1)
+@stage("tokenizer", version=2)
 def train_tokenizer(config: TokenizerConfig, work: Workspace, *, corpus: Manifest) -> Outcome:
     """Learn the vocabulary from the training split."""
     with ray_session() as session:
@@ -249,7 +255,16 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise _in_our_words(str(error), vocab_size) from error
-    return model.getvalue()
+    return _with_tabs(model.getvalue())
+
+
+def _with_tabs(data: bytes) -> bytes:
+    """Pieces learned with `TAB_MARK` are of tabs, which SentencePiece puts between texts and so
+    never into a piece."""
+    proto = sentencepiece_format().ModelProto.FromString(data)
+    for piece in proto.pieces:
+        piece.piece = piece.piece.replace(TAB_MARK, "\t")
+    return bytes(proto.SerializeToString(deterministic=True))
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: list[str]) -> float:
@@ -259,9 +274,10 @@ def bytes_per_token(tokenizer: Tokenizer, texts: list[str]) -> float:
 
 
 def _sentences(text: str) -> Iterator[str]:
-    """A text in pieces of whole lines. Characters SentencePiece keeps for itself are left out."""
+    """A text in pieces of whole lines. Characters that stand for others are left out."""
     text = text.encode("utf-8", "replace").decode()
-    text = text.replace("\t", "    ").replace(SPACE_MARK, "").replace("\u2585", "")
+    text = text.replace(SPACE_MARK, "").replace("\u2585", "")
+    text = text.replace(TAB_MARK, "").replace("\t", TAB_MARK)
     begun = ""
     for line in text.splitlines(keepends=True):
         if begun and len(begun) + len(line) > SENTENCE_CHARACTERS:

@@ -2,14 +2,17 @@
 
 import hashlib
 import inspect
+import random
 import textwrap
 
 import pyarrow as pa
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.chat import SPECIAL_TOKENS, Tokenizer
+from model.tokenizer_files import tokenizer_files
 from tasks.corpus.sampling import sample_documents
 from tasks.runtime.errors import UserError
 from tasks.tokenizer.shards import encode_documents
@@ -32,6 +35,21 @@ def test_digits_stand_alone_and_newlines_are_learned_within_pieces() -> None:
     pieces = [names.decode([token]) for token in range(len(names))]
     assert not any(sum(c.isdigit() for c in piece) > 1 for piece in pieces)
     assert any("\n" in piece and len(piece) > 1 for piece in pieces)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_tabs_are_learned_within_pieces_and_exported_id_for_id(kind) -> None:
+    tabbed = [inspect.getsource(it).replace("    ", "\t") for it in (inspect, random, textwrap)]
+    names = Tokenizer(train_sentencepiece(tabbed, 600, kind=kind))
+    assert len(names.encode("\n\t\t")) == 1
+    exported = tokenizers.Tokenizer.from_str(tokenizer_files(names)["tokenizer.json"].decode())
+    draw = random.Random(0)
+    parts = ("\t", "\n", " ", "if x:", "def", "\u2409", "8") if kind == "bpe" else ("\n\t", "if x:")
+    mixed = ["".join(draw.choices(parts, k=20)) for _ in range(200)]
+    for text in (*tabbed, *mixed):
+        ids = names.encode(text)
+        assert names.decode(ids) == text
+        assert exported.encode(text, add_special_tokens=False).ids == ids
 
 
 def test_characters_the_vocabulary_lacks_are_written_as_bytes() -> None:

@@ -17,6 +17,7 @@ from tasks.corpus.urls import Aliases, canonical_url
 HTML_TYPES = frozenset({"text/html", "application/xhtml+xml"})
 REDIRECT = frozenset({301, 302, 303, 307, 308})
 RETRIED = frozenset({429, 500, 502, 503, 504})
+NESTED_TOO_DEEP = "nested too deep for all its links"
 
 Judged = tuple[Outcome, tuple[bytes, ...]]
 """The outcome of a request and its WARC records, none where nothing is kept."""
@@ -119,6 +120,7 @@ def _page(
     found = page_links(body, place, answer.charset, answer.directives, limits.token)
     outcome = dataclasses.replace(
         outcome,
+        reason=NESTED_TOO_DEEP if found.clipped else "",
         links=tuple(map(aliases.name, found.links)),
         canonical=aliases.name(found.canonical or canonical),
         noindex=found.noindex,

@@ -59,6 +59,29 @@ def test_a_compressed_bomb_is_too_large(crawler: Crawler) -> None:
     assert result.reason(f"{site.url}/a") == ("skipped", "too large")
 
 
+def coded(name: str, text: str) -> Any:
+    headers = {"Content-Encoding": name}
+    return lambda: web.Response(body=text.encode(), content_type="text/html", headers=headers)
+
+
+def test_a_content_coding_that_is_none_costs_nothing(crawler: Crawler) -> None:
+    pages = {"/": coded("UTF-8", page("/a", "/b")), "/a": coded("none", page()), "/b": page()}
+    with LoopbackSite(pages) as site:
+        assert len(crawler.crawl(site.url).pages) == 3
+
+
+def test_an_unknown_content_coding_is_asked_for_once_and_costs_no_other_page(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.corpus.host_fetcher.FAILURES_TO_LEAVE", 5)
+    bad = {f"/bad{n}": coded("compress", page()) for n in range(20)}
+    with LoopbackSite({"/": page(*bad, "/good"), "/good": page()} | bad) as site:
+        result = crawler.crawl(site.url, retries=2)
+    assert f"{site.url}/good" in result.pages
+    assert result.rules == {"content coding compress": 20}
+    assert {site.paths[path] for path in bad} == {1}
+
+
 def test_endless_query_strings_stop(crawler: Crawler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.corpus.frontier.MAX_QUERIES", 20)
 

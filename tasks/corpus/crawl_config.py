@@ -42,6 +42,14 @@ class CrawlOptions(StageConfig):
         description="Documents of one host after which it is asked for no more; empty: "
         "one host may fill the whole crawl.",
     )
+    max_numbered: int = Field(
+        10_000,
+        ge=1,
+        description="Pages of one host that differ in numbers alone, of those whose path ends in "
+        "two or more of at most four digits (/calendar/2024/5/17). Further ones are taken for an "
+        "endless calendar; 10,000 days are 27 years. Articles by date and name, or by one number, "
+        "are not counted.",
+    )
     max_depth: int = Field(16, ge=0, description="Links between a seed and a page, at most.")
     revisit_chance: float = Field(
         0.0,

@@ -34,6 +34,7 @@ _BINARY = re.compile(
 )
 # A path that is its own canonical spelling: no dot segments, nothing encoded, no parameters.
 _PLAIN_PATH = re.compile(r"/(?:[A-Za-z0-9_~-][A-Za-z0-9_.~-]*(?:/|\Z))*\Z")
+_NUMBERED = re.compile(r"/(?:[0-9]{1,4}[/._-])+[0-9]{1,4}/?\Z")
 _BLANKS = "".join(map(chr, range(33)))  # stripped as browsers do (WHATWG URL, section 4.1)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _REMEMBERED = 50_000  # links of late; the menu of a site stands on each of its pages
@@ -227,6 +228,16 @@ def trap_reason(url: str) -> str:
     if parts.query.count("&") >= 12:
         return "trap: too many parameters"
     return ""
+
+
+def numbered_shape(url: str) -> str:
+    """The path with `#` for its numbers, where it ends in two or more of at most four digits, as
+    the pages of a calendar do (`/cal/2024/5/17`, `/2024-05`); else empty.
+
+    Articles by date or by id are no calendar: theirs ends in a word, or in one number alone.
+    """
+    path = urlsplit(url).path
+    return re.sub("[0-9]+", "#", path) if _NUMBERED.search(path) else ""
 
 
 @dataclass(frozen=True)

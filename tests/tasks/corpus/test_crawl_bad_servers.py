@@ -95,6 +95,34 @@ def test_endless_query_strings_stop(crawler: Crawler, monkeypatch: pytest.Monkey
     assert result.rules["trap: too many query strings"] == 1
 
 
+class Calendar(dict[str, Any]):
+    """Pages, and a calendar by month and day without an end."""
+
+    def get(self, path: str, default: Any = None) -> Any:
+        return self.month if path.startswith("/cal/") else super().get(path, default)
+
+    @staticmethod
+    def month(request: web.Request) -> web.Response:
+        year, month = map(int, request.path.split("/")[2:4])
+        days = (f"/cal/{year}/{month}/{day}" for day in range(1, 29))
+        following = f"/cal/{year + month // 12}/{month % 12 + 1}"
+        return web.Response(text=page(following, *days), content_type="text/html")
+
+
+def test_an_endless_calendar_stops_and_numbered_articles_do_not(crawler: Crawler) -> None:
+    articles = {f"/2024/05/{n}/news-of-day": page() for n in range(1, 31)}
+    articles |= {f"/2024/05/17/{n}": page() for n in range(10_000, 10_030)}
+    articles |= {f"/questions/{n}": page() for n in range(30)}
+    articles |= {f"/3.{n}/library/os.html": page() for n in range(30)}
+    with LoopbackSite({}) as site:
+        site.pages = Calendar({"/": page("/cal/2024/1", *articles)} | articles)
+        result = crawler.crawl(site.url, max_depth=1000, max_numbered=20)
+    paths = {url.removeprefix(site.url) for url in result.pages}
+    assert articles.keys() <= paths
+    assert len(paths - articles.keys()) == 1 + 20 + 20  # the start, months, days
+    assert set(result.rules) == {"trap: too many numbered pages"}
+
+
 @pytest.mark.parametrize("kind", ["hangs", "drips", "stops short", "closes", "no HTTP"])
 def test_bad_servers_are_counted_and_the_rest_is_crawled(crawler: Crawler, kind: str) -> None:
     async def bad(request: web.Request) -> web.StreamResponse:

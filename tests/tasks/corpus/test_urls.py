@@ -11,6 +11,7 @@ from tasks.corpus.urls import (
     canonical_url,
     domain_name,
     link_target,
+    numbered_shape,
     trap_reason,
 )
 
@@ -163,6 +164,27 @@ def test_repeating_paths_are_traps() -> None:
     assert trap_reason("http://e.org/a/a/a/a") == "trap: repeating path"
     assert trap_reason("http://e.org/" + "/".join(map(str, range(30)))) == "trap: path too deep"
     assert trap_reason("http://e.org/2024/01/01/a") == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [
+        ("/cal/2024/5/17", "/cal/#/#/#"),
+        ("/cal/2024/5/", "/cal/#/#/"),
+        ("/2024-05-17?x=1", "/#-#-#"),
+        ("/3.12/", "/#.#/"),
+        ("/3.12/library/os.html", ""),
+        ("/2024/05/17/a-name", ""),
+        ("/2024/05/17/12345", ""),
+        ("/questions/12/34567/", ""),
+        ("/page/2", ""),
+        ("/", ""),
+    ],
+)
+def test_only_what_ends_in_several_short_numbers_looks_like_a_calendar(
+    path: str, shape: str
+) -> None:
+    assert numbered_shape(f"http://e.org{path}") == shape
 
 
 @settings(deadline=None)

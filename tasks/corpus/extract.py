@@ -78,7 +78,7 @@ class ExtractConfig(StageConfig):
     """HTML in one shard: the grain of parallelism and of resuming."""
 
 
-@stage("extract", version=6)
+@stage("extract", version=7)
 def extract(config: ExtractConfig, work: Workspace, *, crawl: Manifest) -> Outcome:
     """Take the text out of every crawled page."""
     damaged = 0

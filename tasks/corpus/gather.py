@@ -81,7 +81,7 @@ def is_weighted(config: GatherConfig) -> bool:
     return any(source.weight != 1 for source in config.sources)
 
 
-@stage("gather", version=6)
+@stage("gather", version=7)
 def gather(config: GatherConfig, work: Workspace, *, crawled: Manifest | None = None) -> Outcome:
     """Read the corpus's sources into documents; `crawled` are those of its seeds."""
     items: list[tuple[Any, ...]] = []

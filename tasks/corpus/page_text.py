@@ -61,7 +61,7 @@ def read_page(
         about.date,
         about.language,
         about.noindex,
-        mended,
+        (*mended, "nested-too-deep") if about.clipped else mended,
         about.reserved,
         about.licence,
         about.canonical(url),

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from tasks.corpus.fetch_plan import Limits
 from tasks.corpus.site_options import SiteOptions
-from tasks.corpus.urls import canonical_url, domain_name
+from tasks.corpus.urls import canonical_pattern, canonical_url, domain_name
 from tasks.runtime.fingerprint import place
 from tasks.runtime.stage_config import StageConfig
 
@@ -123,6 +123,11 @@ class CrawlOptions(StageConfig):
     @classmethod
     def _are_names(cls, domains: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(domain_name, domains))
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _are_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(canonical_pattern, patterns))
 
 
 class CrawlConfig(CrawlOptions):

@@ -123,7 +123,7 @@ GOLDEN: dict[str, tuple[int, str]] = {
     "extract": (7, "02b69b40f7fe1b6b"),
     "measure": (3, "ea0bb70d0d9ed05a"),
     "language": (1, "7c08c7f0596464cb"),
-    "quality": (2, "11a80c6beab3e6e8"),
+    "quality": (3, "11a80c6beab3e6e8"),
     "deduplicate": (3, "ad6352b2716f6056"),
     "split": (2, "913ed04a15c7ca75"),
     "decontaminate": (2, "47ff18bd7a052020"),

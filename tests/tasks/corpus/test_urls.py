@@ -1,5 +1,7 @@
 """URL canonicalisation, scope, traps and aliases."""
 
+from urllib.parse import urlsplit
+
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -126,6 +128,41 @@ def test_a_pattern_of_a_path_with_a_star_is_a_glob_over_the_path() -> None:
     assert scope.reason("http://e.org/docs/a.txt", 1) == "not included"
     assert scope.reason("http://e.org/other/docs/a.html", 1) == "not included"
     assert scope.reason("http://e.org/docs/a.html?print=1", 1) == "excluded"
+
+
+PATTERNS = [
+    ("/größe/", "http://a.org/größe/x"),
+    ("/a b", "http://a.org/a b/c"),
+    ("/a[1]/", "http://a.org/a[1]/"),
+    ("/x?print=", "http://a.org/x?print=1"),
+    ("/%7Euser/", "http://a.org/~user/"),
+    ("*/gr%c3%b6*", "http://a.org/größe"),
+    ("/größe/*.html", "http://a.org/größe/x.html"),
+    ("*[?]q=ü*", "http://a.org/x?q=ü"),
+    ("HTTP://A.org/*", "http://a.org/x"),
+    ("https://*.Münchner-Bücher.de/*", "https://www.münchner-bücher.de/x"),
+    ("https://a.org:443/[a-c]*", "https://a.org/b"),
+    ("http*://a.org:8080/x?", "http://a.org:8080/xy"),
+    ("https://a.*", "https://a.org/"),
+    ("embedded://stdlib/library/*", "embedded://stdlib/library/json.html"),
+]
+
+
+@pytest.mark.parametrize(("written", "url"), PATTERNS)
+def test_a_pattern_matches_however_it_is_spelt(written: str, url: str) -> None:
+    (pattern,) = CrawlConfig(exclude=(written,)).exclude
+    address = url if url.startswith("embedded:") else canonical_url(url)
+    hosts = frozenset({urlsplit(address).netloc})
+    assert Scope(hosts, exclude=(pattern,)).reason(address, 0) == "excluded"
+    assert CrawlConfig(exclude=(pattern,)).exclude == (pattern,)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["", "private", "example.org/x", "https://a.org", "/[äö]*", "https://*ü*.de/*"]
+)
+def test_a_pattern_that_matches_no_address_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match=r"pattern .* matches no address.*; write "):
+        CrawlConfig(include=(pattern,))
 
 
 def test_files_of_a_wanted_type_are_in_scope() -> None:

@@ -146,7 +146,7 @@ class PretrainConfig(TrainingConfig):
         return shape
 
 
-@stage("pretrain", version=1)
+@stage("pretrain", version=2)
 def pretrain(
     config: PretrainConfig, work: Workspace, *, shards: Manifest, tokenizer: Manifest
 ) -> Outcome:

@@ -36,6 +36,8 @@ from tasks.training.start_from import left_out_of
 from tests.foreign_checkpoints import byte_level
 from tests.tiny_models import VOCABULARY, tokenizer, transformer
 
+UNEVEN = {"width": 40, "heads": 6, "head_width": 6, "mlp_width": 64, "layers": 2}
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_of_the_form_has_its_name_outside(family: str) -> None:
@@ -47,6 +49,31 @@ def test_every_family_of_the_form_has_its_name_outside(family: str) -> None:
     Transformer(shape)
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"family": "deepseek_v2"},
+        {"family": "deepseek_v3"},
+        {"family": "deepseek_v3", "mlp_width": 20, "experts": {"per_token": 4}},
+        *(
+            UNEVEN | {"family": family, "head_width": 8}
+            for family in ("llama", "qwen3", "deepseek_v3")
+        ),
+    ],
+    ids=str,
+)
+def test_transformers_runs_what_the_form_describes(values: dict, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = Transformer(ModelOptions.model_validate(values).config(300)).eval()
+    save_directory(tmp_path, model)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits
+        torch.testing.assert_close(model(ids), theirs, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -56,6 +83,22 @@ def test_every_family_of_the_form_has_its_name_outside(family: str) -> None:
         ({"model": {"family": "bert", "sliding_window": 4}}, "sliding_window is of causal models"),
         ({"model": {"family": "gemma", "sliding_window": 4}}, "'gemma2', 'gemma3'"),
         ({"model": {"family": "deepseek_v3", "experts": {"per_token": 9}}}, "experts_per_token 9"),
+        (
+            {"model": {"family": "deepseek_v2", "experts": {"width": 340}}},
+            "experts.width 340 is not a multiple of 8, and transformers runs no other experts; "
+            "take 336",
+        ),
+        (
+            {"model": {"family": "deepseek_v3", "width": 36, "heads": 2}},
+            "width 36 is not a multiple of 8",
+        ),
+        *(
+            (
+                {"model": UNEVEN | {"family": family, "sliding_window": 8 * (family in WINDOWED)}},
+                rf"the nearest, {family}\w*, needs width = a multiple of heads 6",
+            )
+            for family in ("gemma2", "gemma3", "deepseek_v2")
+        ),
         ({"mask_share": 0.3}, "mask_share is of the family bert"),
         ({"source_weights": {"notes": -1}}, "weight -1.0 of source 'notes' must be a number of at"),
         ({"source_weights": {"notes": 0}}, "leave every source out; give one a weight above 0"),

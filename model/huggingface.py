@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.config import ConfigError, ModelConfig
+from model.config import ModelConfig
 from model.families import FAMILIES, Family, FormatError, Rule, family_of
 from model.huggingface_rope import export_rope, import_rope
 from model.transformer import Transformer

@@ -28,6 +28,7 @@ from tasks.training.start_from import (
     checkpoint_shape,
     left_out_of,
     require_tokenizer,
+    require_weights,
 )
 
 
@@ -161,7 +162,9 @@ def pretrain(
     start = checkpoint_directory(config.start_from) if config.start_from else None
     omitted = ""
     if start is not None:
-        require_tokenizer(start, load_tokenizer(work.store, tokenizer).data)
+        ours = load_tokenizer(work.store, tokenizer).data
+        require_tokenizer(start, ours)
+        require_weights(start, ours)
         omitted = left_out_of(start)
     inputs = {"shards": shards, "tokenizer": tokenizer}
     require_whole(work, inputs.values())

@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flows.pretrain import train_base
 from model.families import family_of
 from model.huggingface import save_directory
 from model.masking import MaskedLoader
 from model.optim import OptimConfig
 from model.schedule import Schedule
+from model.tokenizer_files import tokenizer_files
 from model.train_config import TrainConfig
 from model.transformer import Transformer
 from tasks.runtime.errors import UserError
@@ -25,6 +27,7 @@ from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Workspace
 from tasks.runtime.store import Store
 from tasks.tokenizer.shards import shard_sources, source_of
+from tasks.tokenizer.train import TokenizerConfig
 from tasks.training.data import heldout_data, training_data
 from tasks.training.job import PairsData, TrainingJob, impossible
 from tasks.training.launch import require_tokenizer_of, require_whole
@@ -32,7 +35,7 @@ from tasks.training.options import ModelOptions, RunOptions
 from tasks.training.pretrain import PretrainConfig, pretrain
 from tasks.training.samples import openings, questions, samples
 from tasks.training.shapes import FAMILIES, WINDOWED
-from tasks.training.start_from import left_out_of
+from tasks.training.start_from import left_out_of, require_import, require_weights
 from tests.foreign_checkpoints import byte_level
 from tests.tiny_models import VOCABULARY, tokenizer, transformer
 
@@ -337,6 +340,37 @@ def test_what_is_left_out_of_a_checkpoint_is_said_in_the_log(tmp_path, caplog) -
     assert left_out_of(tmp_path / "theirs") == "bert.pooler (1 tensor)"
     (record,) = caplog.records
     assert record.getMessage() == "of theirs is left out: bert.pooler (1 tensor)"
+
+
+def test_weights_that_cannot_be_gone_on_from_are_refused_before_any_work(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("GRISTMILL_SOURCE_ROOTS", str(tmp_path))
+    folder, names = tmp_path / "theirs", tokenizer()
+    save_directory(folder, transformer())
+    for name, data in tokenizer_files(names).items():
+        (folder / name).write_bytes(data)
+    require_import(str(folder), str(folder))
+    file, config = folder / "model.safetensors", PretrainConfig(start_from=str(folder))
+    whole = file.read_bytes()
+    for data, message in ((whole[: len(whole) // 2], "is damaged"), (None, "holds no model.safe")):
+        file.unlink() if data is None else file.write_bytes(data)
+        told = rf"^pretrain\.start_from: .*{message}"
+        with pytest.raises(UserError, match=told):
+            train_base(None, TokenizerConfig(import_from=str(folder)), config)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=told):
+            require_weights(folder, names.data)
+    file.write_bytes(whole)
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("64", "32"))
+    with pytest.raises(UserError, match="has shape .* config.json asks for"):
+        require_weights(folder, names.data)
+    # Told by another tokenizer's file what its special tokens are.
+    (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer.json").write_text(byte_level("gpt2").to_str())
+    save_directory(folder, transformer())
+    (folder / "special_tokens_map.json").write_text("[]")
+    with pytest.raises(UserError, match=r"special_tokens_map\.json is no JSON object"):
+        require_import(str(folder), str(folder))
 
 
 def test_a_checkpoint_to_start_from_is_known_by_its_content(tmp_path, monkeypatch) -> None:

@@ -45,7 +45,7 @@ from tasks.registry.tracking import MetricLogger
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import Directory, Store
 from tasks.tokenizer.stored import load_tokenizer
-from tasks.training.checkpoints import checkpoint_folder, drop_damaged
+from tasks.training.checkpoints import best_checkpoint, checkpoint_folder
 from tasks.training.data import heldout_data, training_data
 from tasks.training.job import FAILURE, PROGRESS, RESULT, TrainingJob
 from tasks.training.samples import openings, questions, samples
@@ -163,10 +163,8 @@ def _train(job: TrainingJob, directory: Directory) -> None:
         )
         seconds = earlier + time.monotonic() - begun
         model = whole_model(model, kept=rank == 0)
-        if rank == 0:
-            drop_damaged(checkpoints / training.BEST)
-        best = latest_checkpoint(checkpoints / training.BEST) if config.keep_best else None
-        if best is not None and rank == 0:
+        if rank == 0 and config.keep_best:
+            best = best_checkpoint(checkpoints)
             model.load_state_dict(load_whole_model(best))
             counts |= {"best_step": step_of(best)}
     if rank == 0:

@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint import Checkpoint, CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
+from model.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from model.train import BEST
 from tasks.runtime.store import Directory
 from tasks.training.checkpoints import RemoteCheckpoints, best_checkpoint, checkpoint_folder
@@ -56,7 +62,7 @@ def test_the_best_weights_are_never_others(tmp_path: Path) -> None:
     best = save_checkpoint(tmp_path / BEST, checkpoint(10), keep=1)
     assert best_checkpoint(tmp_path) == best
     (best / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="so the best weights are lost; delete .* to train"):
+    with pytest.raises(CheckpointError, match=r"so the best weights are lost; delete .* to train"):
         best_checkpoint(tmp_path)
 
 

@@ -362,7 +362,7 @@ def test_weights_that_cannot_be_gone_on_from_are_refused_before_any_work(
             require_weights(folder, names.data)
     file.write_bytes(whole)
     (folder / "config.json").write_text((folder / "config.json").read_text().replace("64", "32"))
-    with pytest.raises(UserError, match="has shape .* config.json asks for"):
+    with pytest.raises(UserError, match=r"has shape .* config.json asks for"):
         require_weights(folder, names.data)
     # Told by another tokenizer's file what its special tokens are.
     (folder / "tokenizer.model").unlink()

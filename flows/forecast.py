@@ -35,6 +35,8 @@ def foresee(
     if not 0 < arguments.device_tflops < float("inf"):
         raise UserError(f"--device-tflops {arguments.device_tflops} must be a number above 0")
     config: PretrainConfig = parameters.pretrain
+    if not config.tokens:
+        raise UserError("pretrain.tokens 0 takes no step, so nothing can be foreseen of it")
     tokenizer: TokenizerConfig = parameters.tokenizer
     shards = None if arguments.no_runs else _tokens_of(tokenizer.resolve(), Store.open(settings))
     if shards is None and not arguments.no_runs:

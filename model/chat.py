@@ -67,7 +67,8 @@ class Tokenizer:
     def __init__(self, data: bytes, name: str = "") -> None:
         """data: the file's content; name: what to call it in errors."""
         self.data = data
-        kind = ByteLevelPieces if data[:1] == b"{" else SentencePieces
+        begins = data[:64].removeprefix(codecs.BOM_UTF8).lstrip()
+        kind = ByteLevelPieces if begins[:1] == b"{" else SentencePieces
         name = name or kind.file_name
         try:
             self._pieces: ByteLevelPieces | SentencePieces = kind(data)

@@ -79,6 +79,7 @@ def register(
             return version
     registry = client()
     mlflow_api.set_tracking_uri(registry.tracking_uri)
+    mlflow_api.set_registry_uri(registry.tracking_uri)
     tags = {"gristmill.artifact": artifact, "gristmill.scores": json.dumps(dict(scores))}
     tags |= {f"gristmill.{key}": value for key, value in lineage.items()}
     base = artifact.startswith(f"{BASE}/")

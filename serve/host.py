@@ -18,7 +18,7 @@ from typing import Any
 from model.chat import Tokenizer
 from model.engine import Sampling
 from serve.engine_process import EngineProcess
-from serve.grammar import GrammarCompiler
+from serve.grammar_check import GrammarCheck
 from serve.metrics import RequestMetrics
 from serve.specification import EngineOptions, ModelSpec
 
@@ -41,10 +41,15 @@ class ServedModel:
 
     spec: ModelSpec
     engine: EngineProcess
-    grammars: GrammarCompiler
+    grammars: GrammarCheck
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     since: float = field(default_factory=time.time)
     leases: int = 0
+
+    def close(self, timeout: float = 10.0) -> None:
+        """End its processes; requests under way end with finish_reason "abort"."""
+        self.engine.close(timeout)
+        self.grammars.close()
 
 
 class ModelHost:
@@ -158,7 +163,7 @@ class ModelHost:
             served, self._served = self._served, ()
             self._lock.notify_all()
         for one in served:
-            one.engine.close(timeout)
+            one.close(timeout)
 
     def _begin_loading(self) -> None:
         if self._loader is None:
@@ -200,7 +205,7 @@ class ModelHost:
                     self._failures[spec.system_fingerprint] = reason
                     self._lost = self._reviving
                 for one in fresh:
-                    one.engine.close()
+                    one.close()
                 continue
             self._swap(wanted, fresh)
 
@@ -245,7 +250,7 @@ class ModelHost:
         if not finished.wait(WARM_UP_SECONDS) or not engine.healthy:
             engine.close()
             raise RuntimeError(f"the engine gave no token within {WARM_UP_SECONDS} s")
-        served = ServedModel(spec, engine, GrammarCompiler(engine.tokenizer))
+        served = ServedModel(spec, engine, GrammarCheck(directory))
         engine.when_lost(lambda: self._revive(served))
         return served
 
@@ -253,7 +258,7 @@ class ModelHost:
         """End an engine when the last request that leased it is answered."""
         with self._lock:
             self._lock.wait_for(lambda: old.leases == 0 or self._closed)
-        old.engine.close()
+        old.close()
 
 
 def _same(served: Sequence[ServedModel], spec: ModelSpec) -> ServedModel | None:

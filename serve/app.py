@@ -76,8 +76,7 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
 
     async def get_model(request: Request) -> JSONResponse:
         name = request.path_params["name"]
-        main = [one for one in host.served if one.spec.name == name]
-        return JSONResponse(card(main[0] if main else host.find(name), name))
+        return JSONResponse(card(host.first(name), name))
 
     async def chat_completions(request: Request) -> Any:
         return await complete(request, ChatRequest)
@@ -99,7 +98,7 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
 
     async def tokenize(request: Request) -> JSONResponse:
         asked = validate(TokenizeRequest, decode_json(await read_body(request)))
-        engine = main_or(asked.model).engine
+        engine = host.first(asked.model).engine
         if asked.messages is not None:
             tokens = await encode_messages(asked.messages, engine)
         else:
@@ -110,7 +109,7 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
 
     async def detokenize(request: Request) -> JSONResponse:
         asked = validate(DetokenizeRequest, decode_json(await read_body(request)))
-        tokenizer = main_or(asked.model).engine.tokenizer
+        tokenizer = host.first(asked.model).engine.tokenizer
         for number, token in enumerate(asked.tokens):
             if token >= len(tokenizer):
                 message = f"tokens[{number}] {token} is outside the vocabulary of {len(tokenizer)}"
@@ -150,19 +149,11 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
 
     @contextmanager
     def leased(name: str) -> Iterator[ServedModel]:
-        served = host.acquire(name)
+        served = host.acquire(name, by_share=False)
         try:
             yield served
         finally:
             host.release(served)
-
-    def main_or(name: str | None) -> ServedModel:
-        """The model of that name; the main version when none is named."""
-        if name is not None:
-            return host.find(name)
-        if host.current is None:
-            raise NotReady(host.why_not_ready())
-        return host.current
 
     async def chat_page(request: Request) -> Response:
         page = (STATIC / "chat.html").read_text()

@@ -1,6 +1,5 @@
 """A parsed request answered: prompts to the engine, updates to response bodies or stream events."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -60,7 +59,7 @@ class Completion:
     async def prepare(
         cls, request: ChatRequest | CompletionRequest, served: ServedModel
     ) -> "Completion":
-        """Encode the prompts and compile the grammar. Raises ApiError 400 for what cannot be
+        """Encode the prompts and check the grammar. Raises ApiError 400 for what cannot be
         read.
         """
         count = 1 if isinstance(request, ChatRequest) else len(request.prompts())
@@ -78,7 +77,7 @@ class Completion:
             prompts = await encode_prompts(request.prompts(), served.engine, request.source)
         constraint = None
         if grammar := request.grammar():
-            constraint = await asyncio.to_thread(served.grammars.compile, *grammar)
+            constraint = await served.grammars.check(*grammar)
         return cls(request, served, prompts, constraint)
 
     async def whole(self, mailbox: Mailbox) -> dict[str, Any]:

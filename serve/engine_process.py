@@ -43,7 +43,8 @@ from model.engine import (
 from model.engine.counters import Counters
 from model.engine.engine import Listener
 from model.engine.readable import require_readable
-from serve.grammar import Grammar, GrammarCompiler
+from serve.grammar import AT_ONCE as GRAMMARS_AT_ONCE
+from serve.grammar import Grammar
 from serve.messages import (
     Abort,
     Ask,
@@ -58,6 +59,7 @@ from serve.messages import (
     send,
 )
 from serve.specification import EngineOptions
+from serve.token_mask import GrammarCompiler
 
 log = logging.getLogger(__name__)
 
@@ -291,7 +293,7 @@ class _Server:
         self.told = self.counters()
         self.ready = Ready(core.config.context, core.vocabulary, parameters, self.told)
         self.grammars = GrammarCompiler(loaded.tokenizer)
-        self.compiler = ThreadPoolExecutor(1)  # so that a large schema holds up nobody
+        self.compiler = ThreadPoolExecutor(GRAMMARS_AT_ONCE)  # as fast as they are accepted
         self.constraining: set[str] = set()
         self.constrained: queue.SimpleQueue[tuple[Ask, ConstraintFactory | None]]
         self.constrained = queue.SimpleQueue()
@@ -355,8 +357,8 @@ class _Server:
         asked, constraint = ask.grammar, None
         assert asked is not None
         try:
-            constraint = self.grammars.compile(asked.kind, asked.text, asked.param, asked.limits)
-        except Exception:  # the other side compiled it, too
+            constraint = self.grammars.compile(asked)
+        except Exception:
             log.exception("a grammar that was checked cannot be compiled")
         self.constrained.put((ask, constraint))
         os.write(self.signalling, b"1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections.abc import Iterator
@@ -200,28 +201,28 @@ def test_going_back_in_replicas_or_names_is_not_what_is_served(
         config = {"name": "gristmill", "deployments": [{**scale, "user_config": {}}]}
         running["deployed_app_config"] = config
 
+    store = Store.open(other_wish)
+
     def deployed() -> Manifest:
-        return Manifest(
-            stage="deploy",
-            version=4,
-            fingerprint="f" * 64,
-            content="f" * 64,
-            files=(),
-            metrics={"served": json.dumps(deploy.served(other_wish), sort_keys=True)},
-        )
+        served = json.dumps(deploy.served(other_wish), sort_keys=True)
+        created = datetime.datetime.now(datetime.UTC).isoformat()
+        return commit(store, "deploy", {}, metrics={"served": served}, created=created)
 
     told(num_replicas=1)
     one = deployed()
     assert flow.is_served(one)
-    told(num_replicas=2)
-    two = deployed()
-    assert flow.is_served(two) and not flow.is_served(one)
     told(num_replicas="auto", autoscaling_config={"max_replicas": 4})
-    assert not flow.is_served(two)
+    assert not flow.is_served(one)
     told(num_replicas=1)
     assert flow.is_served(one)
     health["aliases"] = {"m-7": ["champion"]}
     assert not flow.is_served(one)
+    health.pop("aliases")
+    told(num_replicas=2)
+    two = deployed()
+    assert flow.is_served(two) and not flow.is_served(one)
+    told(num_replicas=1)
+    assert not flow.is_served(one)  # after a restart it would be the other one
 
 
 def version(model: str, number: str, *aliases: str) -> models.Version:
@@ -247,8 +248,10 @@ def test_several_models_and_versions_are_chosen_for_one_deploy(
 
     assert chosen() == []
     assert asked[-1].version.aliases == ("champion",)
+    assert asked[-1].version.asked == "a@champion"
     assert chosen(beside=["a@2", "b", "b@6"]) == [("a", "2", 0), ("b", "7", 1), ("b", "6", 0)]
     assert chosen(canary="challenger", beside=["a@2"]) == [("a", "2", 0.1)]
+    assert [one.asked for one in asked[-1].beside] == ["a@challenger"]
     assert chosen(canary="1", beside=["a@1"]) == []  # became the main one
     assert asked[-1] == asked[0]
     known["a"][0] = version("a", "1")  # the alias went elsewhere

@@ -26,7 +26,7 @@ from model.engine import (
     load_model,
 )
 from serve.engine_process import EngineProcess
-from serve.grammar import GrammarCompiler
+from serve.grammar import LIMITS, Grammar
 from serve.mailbox import Mailbox
 from serve.specification import EngineOptions
 from tests.serve.conftest import eventually
@@ -93,8 +93,8 @@ def test_answers_are_those_of_an_engine_here(
     assert told == (expected.tokens if sampling.logprobs is not None else [])
 
 
-def test_a_grammar_is_compiled_again_over_there(engine: EngineProcess) -> None:
-    grammar = GrammarCompiler(engine.tokenizer).compile("regex", "[0-9]{3}-[a-f]{2}", "regex")
+def test_a_grammar_is_compiled_over_there(engine: EngineProcess) -> None:
+    grammar = Grammar("regex", "[0-9]{3}-[a-f]{2}", "regex", LIMITS)
     heard = answer(engine, Sampling(max_tokens=30, temperature=1.0, seed=1, constraint=grammar))
     text = "".join(update.text for update in heard.updates)
     assert heard.reason == "stop"

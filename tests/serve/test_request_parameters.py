@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import jsonschema
 import pytest
 
-from serve import grammar
+from serve import grammar_check
+from serve.grammar import Limits
 from tests.serve.calls import CHAT, TEXT, error, post, stream
 from tests.serve.conftest import Endpoint
 
@@ -167,7 +168,7 @@ def test_grammars_that_are_none_or_bombs_are_refused_quickly(
 def test_a_form_that_grows_too_large_under_way_ends_with_an_error(
     endpoint: Endpoint, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar, "LIMITS", grammar.Limits(states=60))
+    monkeypatch.setattr(grammar_check, "LIMITS", Limits(states=60))
     form = {"structured_outputs": {"regex": "[ab]{40,}a[ab]{16}c"}}
     request = (CHAT if "chat" in path else TEXT) | form | {"temperature": 1, "max_tokens": 100}
     # Nothing but a and b, so that no answer is whole before the states are used up.
@@ -194,7 +195,7 @@ def test_a_form_that_grows_too_large_under_way_ends_with_an_error(
 def test_what_others_wrote_in_the_same_form_counts_against_nobody(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar, "LIMITS", grammar.Limits(states=80))
+    monkeypatch.setattr(grammar_check, "LIMITS", Limits(states=80))
     request = TEXT | {"structured_outputs": {"regex": "[ab]*a[ab]{14}c"}, "max_tokens": 100}
     request |= {"temperature": 1.5, "logit_bias": letters(endpoint, "c")}
     for seed in range(12):  # each by itself is small; together they meet far more states
@@ -379,7 +380,7 @@ def test_the_official_types_take_every_event_of_a_response(
     request = {"model": "tiny", "input": "a", "max_output_tokens": 100, "stream": True}
     for one in events(endpoint, request):
         kinds[one["type"]].model_validate(one)
-    monkeypatch.setattr(grammar, "LIMITS", grammar.Limits(states=60))
+    monkeypatch.setattr(grammar_check, "LIMITS", Limits(states=60))
     wide = {"type": "string", "pattern": "^[ab]{40,}a[ab]{16}c$"}
     form = {"type": "json_schema", "name": "wide", "schema": wide}
     *_, last = events(endpoint, request | {"text": {"format": form}, "temperature": 2})

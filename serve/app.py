@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from serve import metrics
 from serve.cards import card, cards
@@ -222,6 +223,11 @@ def settle(completion: "Completion | ResponseRun", meter: Meter) -> None:
 class Assets(StaticFiles):
     """The chat page's style and script, with the page's headers."""
 
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        if scope["method"] not in ("GET", "HEAD"):
+            raise HTTPException(405, headers={"Allow": "GET, HEAD"})
+        return await super().get_response(path, scope)
+
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
         response.headers.update(PAGE_HEADERS)
@@ -248,7 +254,8 @@ async def _unknown_model(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return ApiError(error.status_code, message, code="invalid_url").response()
+    headers = dict(error.headers or {})  # of a wrong method: the right ones
+    return ApiError(error.status_code, message, code="invalid_url", headers=headers).response()
 
 
 async def _client_gone(request: Request, error: Exception) -> Response:

@@ -20,7 +20,7 @@ from serve.mailbox import Mail, Mailbox
 from serve.prompts import encode_messages, encode_prompts
 from serve.protocol import MAX_CHOICES, ChatRequest, CompletionRequest
 from serve.responses import DONE, Clock, Envelope, Usage, event
-from serve.token_logprobs import Entries, chat_logprobs, text_logprobs
+from serve.token_logprobs import Entries, Offsets, chat_logprobs, text_logprobs
 
 
 class Completion:
@@ -42,7 +42,10 @@ class Completion:
             served.spec.system_fingerprint,
         )
         self.prompts = prompts
-        self.echo = isinstance(request, CompletionRequest) and bool(request.echo)
+        self.echo, self.begun = False, [True]  # whether prompts begin with a token of ours
+        if isinstance(request, CompletionRequest):
+            self.echo = bool(request.echo)
+            self.begun = [isinstance(prompt, str) for prompt in request.prompts()]
         sampling = request.sampling(constraint)
         if request.candidates > request.choices and sampling.logprobs is None:
             sampling = replace(sampling, logprobs=0)  # the best are chosen by them
@@ -54,7 +57,7 @@ class Completion:
         self.usage = Usage()
         self.accepted = False  # by the engine
         self.clock = Clock()
-        self._offsets: dict[int, int] = {}  # answer → characters sent
+        self._offsets: dict[int, Offsets] = {}  # answer → where its next token begins
 
     @classmethod
     async def prepare(
@@ -144,8 +147,10 @@ class Completion:
         i // candidates. Raises ApiError when it refuses.
         """
         many = self.request.candidates
+        # A seed answers a prompt alike wherever it stands; without one, equal prompts must differ.
+        apart = many if self.request.seed is None else 0
         requests: list[tuple[list[int], Sampling]] = [
-            (prompt, replace(self.sampling, choice=index * many + number))
+            (prompt, replace(self.sampling, choice=index * apart + number))
             for index, prompt in enumerate(self.prompts)
             for number in range(many)
         ]
@@ -192,16 +197,17 @@ class Completion:
         entries: Entries = list(zip(kept, update.logprobs, strict=False))
         if self.envelope.kind == "chat":
             return chat_logprobs(self.tokenizer, entries) if entries else None
-        if self.echo and update.prompt_logprobs:
-            ids = self.prompts[prompt]
-            of_prompt = list(zip(ids, update.prompt_logprobs, strict=True))
-            if ids[0] == self.tokenizer.begin:  # ours, not the caller's
+        offsets = self._offsets.setdefault(index, Offsets(self.tokenizer))
+        begins: list[int] = []
+        if update.prompt_logprobs:
+            of_prompt = list(zip(self.prompts[prompt], update.prompt_logprobs, strict=True))
+            if self.begun[prompt]:  # by us, not the caller
                 of_prompt = of_prompt[1:]
+            begins = [offsets.of(token) for token, _ in of_prompt]
+            offsets.end_prompt()
             entries = [*of_prompt, *entries]
-        body = text_logprobs(self.tokenizer, entries, self._offsets.get(index, 0), top > 0)
-        sent = len(update.text) + (len(self._prompt_text(prompt)) if update.prompt_logprobs else 0)
-        self._offsets[index] = self._offsets.get(index, 0) + sent
-        return body
+        begins += [offsets.of(token) for token in kept]
+        return text_logprobs(self.tokenizer, entries, begins, top > 0)
 
 
 def failure_of(update: Update, form: str | None = None) -> ApiError | None:

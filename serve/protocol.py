@@ -18,7 +18,7 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9]\d{0,8})$")]  # one text for each id
+TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]  # one text for each id
 
 
 Metadata = Annotated[

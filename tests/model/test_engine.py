@@ -6,6 +6,7 @@ import queue
 import random
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -173,6 +174,33 @@ def test_stop_strings_end_the_text_even_across_tokens() -> None:
         assert cut.text == whole.text[: whole.text.index(stop)]
         assert cut.finish_reason == "stop"
         assert cut.tokens == whole.tokens[: len(cut.tokens)]
+
+
+@pytest.mark.parametrize("speculate", [0, 4])
+def test_a_stream_tells_of_a_token_when_all_of_its_text_is_out(speculate: int) -> None:
+    """So it never tells of one that turns out to be part of a stop string."""
+    model, names = transformer(), tokenizer()
+    prompt = names.encode("def main():") * 3
+    free = Sampling(temperature=1.3, seed=3, max_tokens=60, ignore_eos=True, logprobs=0)
+    (whole,) = generate_batch(model, names, [prompt], [free])
+    for start in range(0, len(whole.text) - 4, 3):
+        stop = whole.text[start : start + 4]
+        sampling = replace(free, stop=("\0none", stop, stop[:2] + "\0"))
+        core = Core(model, names, slots=2, speculate=speculate)
+        core.add(core.sequence("streamed", prompt, sampling))
+        core.add(core.sequence("whole", prompt, sampling, streamed=False))
+        text: dict[str, str] = {"streamed": "", "whole": ""}
+        kept: dict[str, list[int]] = {"streamed": [], "whole": []}
+        while core.has_work:
+            for update in core.step():
+                assert len(update.logprobs) == len(update.tokens)
+                assert [entry.token for entry in update.logprobs] == update.tokens
+                text[update.id] += update.text
+                kept[update.id] += update.tokens[: update.kept]
+                if update.finish_reason is None:
+                    assert text[update.id].startswith(names.decode(kept[update.id]))
+        assert text["streamed"] == text["whole"] == whole.text[: whole.text.index(stop)]
+        assert kept["streamed"] == kept["whole"]
 
 
 def test_slots_match_sequences_through_any_order_of_ends() -> None:

@@ -87,7 +87,7 @@ def test_offsets_count_characters_whatever_tokens_split(endpoint: Endpoint) -> N
                 assert rest.startswith(token) or token.startswith(rest)  # which a stop has cut
         parts = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == choice["index"]]
         for key in ("tokens", "text_offset"):
-            assert sum((part["logprobs"][key] for part in parts), []) == told[key]
+            assert [value for part in parts for value in part["logprobs"][key]] == told[key]
 
 
 def test_echo_scores_a_begin_token_of_the_caller(endpoint: Endpoint) -> None:

@@ -18,8 +18,9 @@ from serve.errors import ApiError, not_ready, overloaded
 from serve.host import ServedModel
 from serve.mailbox import Mail, Mailbox
 from serve.prompts import encode_messages, encode_prompts
-from serve.protocol import MAX_CHOICES, ChatRequest, CompletionRequest
+from serve.protocol import ChatRequest, CompletionRequest
 from serve.responses import DONE, Clock, Envelope, Usage, event
+from serve.specification import MAX_CHOICES
 from serve.token_logprobs import Entries, Offsets, chat_logprobs, text_logprobs
 
 

@@ -15,7 +15,8 @@ from serve.errors import ApiError, not_ready, overloaded
 from serve.host import ServedModel
 from serve.mailbox import Mailbox
 from serve.prompts import encode_prompts
-from serve.protocol import MAX_CHOICES, EmbeddingRequest
+from serve.protocol import EmbeddingRequest
+from serve.specification import MAX_CHOICES
 
 
 async def embed(

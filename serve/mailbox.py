@@ -42,7 +42,7 @@ class Mailbox:
                     self._publish,
                     streamed=streamed,
                     embed=embed,
-                    follows=index > 0,
+                    room=len(requests) if index == 0 else 0,
                     id=id,
                 )
             yield mail

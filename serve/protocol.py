@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from model.engine import ConstraintFactory, Sampling
 from model.engine.sampling import MAX_LOGPROBS
 from serve.errors import ApiError
+from serve.specification import MAX_CHOICES
 
-MAX_CHOICES = 128  # prompts × n of one request
 MAX_NUMBER = 2**31 - 1  # of tokens; what is more is a mistake, and no tensor holds it
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 

@@ -292,6 +292,9 @@ def test_abort_frees_the_slot_and_silences_the_listener(engine: Engine) -> None:
 def test_a_full_queue_is_said_at_once() -> None:
     engine = Engine(transformer(), tokenizer(), slots=1, max_waiting=2)
     try:
+        engine.submit([5], Sampling(), lambda _: None)
+        with pytest.raises(EngineBusy, match=r"3 answers do not fit beside the 1 under way \(3 at"):
+            engine.submit([5], Sampling(), lambda _: None, room=3)
         with pytest.raises(EngineBusy):
             for _ in range(50):
                 engine.submit([5], Sampling(), lambda _: None)

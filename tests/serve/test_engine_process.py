@@ -119,8 +119,30 @@ def test_more_than_slots_and_queue_hold_are_refused(engine: EngineProcess) -> No
         engine.submit(PROMPT, LONG, listener)
     with pytest.raises(EngineBusy):
         engine.submit(PROMPT, LONG, Heard())
-    engine.submit(PROMPT, LONG, follower := Heard(), follows=True)
-    assert {listener.reason for listener in (*heard, follower)} == {"length"}
+    assert {listener.reason for listener in heard} == {"length"}
+
+
+def test_all_answers_of_a_request_find_room_or_none_does(engine: EngineProcess) -> None:
+    mailbox = Mailbox()
+
+    async def ask(answers: int) -> int:
+        with mailbox.open(engine, [(PROMPT, LONG)] * answers, streamed=False) as mail:
+            return len([update async for _, update in mail.updates()])
+
+    async def beside(others: int, answers: int) -> int:
+        running = asyncio.create_task(ask(others))
+        await asyncio.sleep(0)
+        try:
+            return await ask(answers)
+        finally:
+            assert await running == others
+
+    assert asyncio.run(beside(1, 2)) == 2
+    for others, answers in ((1, 3), (2, 2), (5, 1)):
+        with pytest.raises(EngineBusy, match=r"waiting already|do not fit beside the [125] under"):
+            asyncio.run(beside(others, answers))
+    assert asyncio.run(ask(5)) == 5  # more than ever fits: only while nobody else is here
+    assert engine.idle
 
 
 @pytest.mark.parametrize("loops", [asyncio.new_event_loop, uvloop.new_event_loop])

@@ -92,11 +92,8 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
     async def embeddings(request: Request) -> JSONResponse:
         asked = parse(EmbeddingRequest, decode_json(await read_body(request)))
         with leased(asked.model) as served:
-            work = embed(asked, served, mailbox)
-            body, read = await unless_disconnected(request, work)
-            meter: Meter = request.state.meter
-            meter.model, meter.prompt_tokens = served.spec.system_fingerprint, read
-            return JSONResponse(body)
+            work = embed(asked, served, mailbox, request.state.meter)
+            return JSONResponse(await unless_disconnected(request, work))
 
     async def tokenize(request: Request) -> JSONResponse:
         asked = validate(TokenizeRequest, decode_json(await read_body(request)))
@@ -121,7 +118,7 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
     async def complete(request: Request, kind: type[Asked]) -> Any:
         asked = parse(kind, decode_json(await read_body(request)))
         served = host.acquire(asked.model, asked.client)
-        release: Callable[[], None] = partial(host.release, served)
+        done: Callable[[], None] = partial(host.release, served)
         try:
             completion: Completion | ResponseRun
             if isinstance(asked, ResponsesRequest):
@@ -130,24 +127,23 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
                 completion = await Completion.prepare(asked, served)
             headers = {"x-gristmill-version": served.spec.version}
             meter: Meter = request.state.meter
+
+            def over() -> None:
+                settle(completion, meter)
+                host.release(served)
+
+            done = over
+            meter.reserve(*completion.tokens)
             if asked.stream:
                 events = completion.events(mailbox)
                 first = await anext(events)
-
-                def done() -> None:
-                    settle(completion, meter)
-                    host.release(served)
-
-                stream = EventStream(first, events, headers, on_close=done)
-                release = _nothing
-                return stream
-            try:
-                body = await unless_disconnected(request, completion.whole(mailbox))
-            finally:
-                settle(completion, meter)
+                done = _nothing  # but the stream's to do
+                return EventStream(first, events, headers, on_close=over)
+            done = _nothing
+            body = await unless_disconnected(request, completion.whole(mailbox), over)
             return JSONResponse(body, headers=headers)
         finally:
-            release()
+            done()
 
     @contextmanager
     def leased(name: str) -> Iterator[ServedModel]:
@@ -203,14 +199,15 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
 
 
 def settle(completion: "Completion | ResponseRun", meter: Meter) -> None:
-    """Count what a request came to, however it ended; one that the engine refused took no time
-    worth knowing.
+    """Count and charge what a request came to, however it ended; one that the engine refused took
+    no time worth knowing.
     """
     usage, served = completion.usage, completion.served
     meter.model = served.spec.system_fingerprint
+    meter.prompt_tokens, meter.completion_tokens = usage.prompt_tokens, usage.completion_tokens
+    meter.settle()
     if not completion.accepted:
         return
-    meter.prompt_tokens, meter.completion_tokens = usage.prompt_tokens, usage.completion_tokens
     served.metrics.record(
         seconds=completion.clock.elapsed,
         first=completion.clock.first,

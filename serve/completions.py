@@ -1,8 +1,8 @@
 """A parsed request answered: prompts to the engine, updates to response bodies or stream events."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -88,7 +88,7 @@ class Completion:
     async def whole(self, mailbox: Mailbox) -> dict[str, Any]:
         """The response body once everything is generated."""
         answers: dict[int, Update] = {}
-        with self.open(mailbox, streamed=False) as mail:
+        async with self.open(mailbox, streamed=False) as mail:
             async for index, update in mail.updates():
                 self.count(index, update)
                 if failure := self.failure(update):
@@ -109,7 +109,7 @@ class Completion:
         learn of a refusal (ApiError) while the status can still be chosen."""
         with_usage = self.request.include_usage
         echoed: set[int] = set()
-        with self.open(mailbox, streamed=True) as mail:
+        async with self.open(mailbox, streamed=True) as mail:
             opening = b""
             if self.envelope.kind == "chat":
                 for index in range(len(mail.indices)):
@@ -142,10 +142,24 @@ class Completion:
     def failure(self, update: Update) -> ApiError | None:
         return failure_of(update, self.form)
 
-    @contextmanager
-    def open(self, mailbox: Mailbox, *, streamed: bool) -> Iterator[Mail]:
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """How many this may come to, prompts and answers: at least, and at most. Both are the same
+        where the request says how long an answer may be.
+        """
+        many, context = self.request.candidates, self.served.engine.context
+        read = sum(map(len, self.prompts))
+        rooms = [max(0, context - len(prompt)) for prompt in self.prompts]
+        if self.limit is None:
+            return read + many * len(rooms), read + many * sum(rooms)
+        most = read + many * sum(min(self.limit, room) for room in rooms)
+        return most, most
+
+    @asynccontextmanager
+    async def open(self, mailbox: Mailbox, *, streamed: bool) -> AsyncIterator[Mail]:
         """The engine at work on every answer; number i is answer i % candidates to prompt
-        i // candidates. Raises ApiError when it refuses.
+        i // candidates. Counts the tokens of those that are unfinished at the end. Raises ApiError
+        when it refuses.
         """
         many = self.request.candidates
         # A seed answers a prompt alike wherever it stands; without one, equal prompts must differ.
@@ -158,7 +172,11 @@ class Completion:
         try:
             with mailbox.open(self.served.engine, requests, streamed=streamed) as mail:
                 self.accepted = True
-                yield mail
+                try:
+                    yield mail
+                finally:
+                    for number, update in await mail.end():
+                        self.usage.add(number, number // many, update)
         except PromptError as error:
             raise self._refused(error) from error
         except EngineBusy as error:

@@ -159,7 +159,7 @@ class EngineProcess:
     def abort(self, id: str) -> None:
         """As `Engine.abort`."""
         with self._lock:
-            if self._listeners.pop(id, None):
+            if id in self._listeners:
                 self._send(Abort(id))
 
     def close(self, timeout: float = 10.0) -> None:
@@ -338,8 +338,11 @@ class _Server:
 
     def hear(self, message: Message) -> None:
         if isinstance(message, Abort):
-            self.constraining.discard(message.id)
-            self.core.abort([message.id])
+            if message.id in self.constraining:
+                self.constraining.discard(message.id)
+                self.tell([Update(message.id, "", [], "abort", 0, 0)])
+            elif updates := self.core.abort([message.id]):
+                self.tell(updates)
             return
         assert isinstance(message, Ask)
         if message.grammar is not None:

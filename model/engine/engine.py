@@ -129,11 +129,11 @@ class Engine:
         return sequence.id
 
     def abort(self, id: str) -> None:
-        """Stop a sequence and free its slot; its listener hears nothing more. Harmless when
+        """Stop a sequence and free its slot; its listener soon hears of the end. Harmless when
         finished.
         """
         with self._changed:
-            if self._listeners.pop(id, None):
+            if id in self._listeners:
                 self._aborts.append(id)
                 self._changed.notify()
 
@@ -192,7 +192,7 @@ class Engine:
             for sequence in arrived:  # before anybody else asks how many wait
                 self._core.add(sequence)
         if aborts:
-            self._core.abort(aborts)
+            self._publish(self._core.abort(aborts))
         if closed:
             self._end_all("abort")
             return False

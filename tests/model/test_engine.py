@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import random
 import threading
-import time
 from dataclasses import replace
 
 import pytest
@@ -274,18 +273,18 @@ def test_characters_are_never_split(engine: Engine) -> None:
         assert text == engine.tokenizer.decode(tokens)
 
 
-def test_abort_frees_the_slot_and_silences_the_listener(engine: Engine) -> None:
+def test_abort_frees_the_slot_and_tells_the_end(engine: Engine) -> None:
     listeners = [Listener() for _ in range(12)]
     ids = [engine.submit([5, 6, 7], Sampling(), listener) for listener in listeners]
     listeners[0].queue.get(timeout=30)
     for id in ids:
         engine.abort(id)
     engine.abort("unknown")
-    deadline = time.monotonic() + 30
-    while engine.counters().running or engine.counters().waiting:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert engine.idle
+    ends = [listener.finished()[0][-1] for listener in listeners]
+    assert {end.finish_reason for end in ends} <= {"abort", "stop", "length"}
+    assert ends[-1].finish_reason == "abort" and ends[-1].prompt_tokens == 3
+    counters = engine.counters()
+    assert counters.running == counters.waiting == 0 and engine.idle
     engine.check()
 
 

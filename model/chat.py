@@ -190,7 +190,12 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._bytes = tokenizer.token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder: Any = codecs.getincrementaldecoder("utf-8")("replace")
+
+    @property
+    def pending(self) -> int:
+        """Bytes of a character that is not whole yet."""
+        return len(self._decoder.buffer)
 
     def push(self, token: int) -> str:
         """The text that became certain with this id; empty inside a character."""

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from serve import metrics
 from serve.cards import card, cards
@@ -90,11 +91,8 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
     async def embeddings(request: Request) -> JSONResponse:
         asked = parse(EmbeddingRequest, decode_json(await read_body(request)))
         with leased(asked.model) as served:
-            work = embed(asked, served, mailbox)
-            body, read = await unless_disconnected(request, work)
-            meter: Meter = request.state.meter
-            meter.model, meter.prompt_tokens = served.spec.system_fingerprint, read
-            return JSONResponse(body)
+            work = embed(asked, served, mailbox, request.state.meter)
+            return JSONResponse(await unless_disconnected(request, work))
 
     async def tokenize(request: Request) -> JSONResponse:
         asked = validate(TokenizeRequest, decode_json(await read_body(request)))
@@ -119,7 +117,7 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
     async def complete(request: Request, kind: type[Asked]) -> Any:
         asked = parse(kind, decode_json(await read_body(request)))
         served = host.acquire(asked.model, asked.client)
-        release: Callable[[], None] = partial(host.release, served)
+        done: Callable[[], None] = partial(host.release, served)
         try:
             completion: Completion | ResponseRun
             if isinstance(asked, ResponsesRequest):
@@ -128,24 +126,23 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
                 completion = await Completion.prepare(asked, served)
             headers = {"x-gristmill-version": served.spec.version}
             meter: Meter = request.state.meter
+
+            def over() -> None:
+                settle(completion, meter)
+                host.release(served)
+
+            done = over
+            meter.reserve(*completion.tokens)
             if asked.stream:
                 events = completion.events(mailbox)
                 first = await anext(events)
-
-                def done() -> None:
-                    settle(completion, meter)
-                    host.release(served)
-
-                stream = EventStream(first, events, headers, on_close=done)
-                release = _nothing
-                return stream
-            try:
-                body = await unless_disconnected(request, completion.whole(mailbox))
-            finally:
-                settle(completion, meter)
+                done = _nothing  # but the stream's to do
+                return EventStream(first, events, headers, on_close=over)
+            done = _nothing
+            body = await unless_disconnected(request, completion.whole(mailbox), over)
             return JSONResponse(body, headers=headers)
         finally:
-            release()
+            done()
 
     @contextmanager
     def leased(name: str) -> Iterator[ServedModel]:
@@ -193,14 +190,15 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
 
 
 def settle(completion: "Completion | ResponseRun", meter: Meter) -> None:
-    """Count what a request came to, however it ended; one that the engine refused took no time
-    worth knowing.
+    """Count and charge what a request came to, however it ended; one that the engine refused took
+    no time worth knowing.
     """
     usage, served = completion.usage, completion.served
     meter.model = served.spec.system_fingerprint
+    meter.prompt_tokens, meter.completion_tokens = usage.prompt_tokens, usage.completion_tokens
+    meter.settle()
     if not completion.accepted:
         return
-    meter.prompt_tokens, meter.completion_tokens = usage.prompt_tokens, usage.completion_tokens
     served.metrics.record(
         seconds=completion.clock.elapsed,
         first=completion.clock.first,
@@ -212,6 +210,11 @@ def settle(completion: "Completion | ResponseRun", meter: Meter) -> None:
 
 class Assets(StaticFiles):
     """The chat page's style and script, with the page's headers."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        if scope["method"] not in ("GET", "HEAD"):
+            raise HTTPException(405, headers={"Allow": "GET, HEAD"})
+        return await super().get_response(path, scope)
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
@@ -239,7 +242,8 @@ async def _unknown_model(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return ApiError(error.status_code, message, code="invalid_url").response()
+    headers = dict(error.headers or {})  # of a wrong method: the right ones
+    return ApiError(error.status_code, message, code="invalid_url", headers=headers).response()
 
 
 async def _client_gone(request: Request, error: Exception) -> Response:

@@ -33,7 +33,6 @@ from model.chat import Tokenizer
 from model.engine import (
     ConstraintFactory,
     Core,
-    EngineBusy,
     EngineClosed,
     FinishReason,
     Sampling,
@@ -41,7 +40,7 @@ from model.engine import (
     load_model,
 )
 from model.engine.counters import Counters
-from model.engine.engine import Listener
+from model.engine.engine import Listener, require_room
 from model.engine.readable import require_readable
 from serve.grammar import AT_ONCE as GRAMMARS_AT_ONCE
 from serve.grammar import Grammar
@@ -138,7 +137,7 @@ class EngineProcess:
         *,
         streamed: bool = True,
         embed: bool = False,
-        follows: bool = False,
+        room: int = 1,
         id: str | None = None,
     ) -> str:
         """As `Engine.submit`, with the same errors; a constraint must be a `Grammar`."""
@@ -151,8 +150,7 @@ class EngineProcess:
         with self._lock:
             if self._closed or self._failed:
                 raise EngineClosed("the engine is shutting down")
-            if len(self._listeners) >= self.slots + self.max_waiting and not follows:
-                raise EngineBusy(f"{self.max_waiting} requests are waiting already")
+            require_room(len(self._listeners), room, self.slots, self.max_waiting)
             if self._loop is not None and self._loop.is_closed():
                 self._loop = None
                 self._read_in_thread()
@@ -163,7 +161,7 @@ class EngineProcess:
     def abort(self, id: str) -> None:
         """As `Engine.abort`."""
         with self._lock:
-            if self._listeners.pop(id, None):
+            if id in self._listeners:
                 self._send(Abort(id))
 
     def close(self, timeout: float = 10.0) -> None:
@@ -342,8 +340,11 @@ class _Server:
 
     def hear(self, message: Message) -> None:
         if isinstance(message, Abort):
-            self.constraining.discard(message.id)
-            self.core.abort([message.id])
+            if message.id in self.constraining:
+                self.constraining.discard(message.id)
+                self.tell([Update(message.id, "", [], "abort", 0, 0)])
+            elif updates := self.core.abort([message.id]):
+                self.tell(updates)
             return
         assert isinstance(message, Ask)
         if message.grammar is not None:

@@ -21,6 +21,7 @@ from flows.deploy import DeployConfig
 from serve import deploy
 from serve.about import about, choose_examples
 from serve.fetch import fetch
+from serve.specification import EngineOptions
 from tasks.registry import models
 from tasks.runtime.errors import Unavailable, UserError
 from tasks.runtime.manifest import Manifest
@@ -262,15 +263,19 @@ def test_a_replica_may_take_as_long_as_the_longest_answer(tmp_path: Path) -> Non
     settings = Settings(home=tmp_path, store=str(tmp_path))
     store = Store.open(settings)
 
-    def seconds(context: int, megabytes: int, slots: int) -> float:
+    def seconds(context: int, megabytes: int, slots: int, max_waiting: int = 32) -> float:
         config = json.dumps({"max_position_embeddings": context, "dtype": "float32"}).encode()
         files = {"config.json": config, "model.safetensors": b"0" * (megabytes << 20)}
-        return deploy.longest_answer(settings, commit(store, "finetune", files), slots)
+        engine = EngineOptions(slots=slots, max_waiting=max_waiting)
+        return deploy.longest_answer(settings, commit(store, "finetune", files), engine)
 
     assert seconds(128, 1, 4) == deploy.LEAST_DRAIN_SECONDS
-    # A full batch of 32 at 2 GFLOPS: 0.27 s a step, and two contexts of steps.
-    assert 2000 < seconds(4096, 32, 32) < 2400
-    assert deploy.longest_answer(settings, commit(store, "finetune", {}), 32) == 120
+    # A full batch of 32 at 2 GFLOPS: 0.27 s a step, and four contexts of steps for 128 answers.
+    assert 4000 < seconds(4096, 32, 32) < 4800
+    four = seconds(4096, 32, 32)
+    assert seconds(4096, 32, 32, max_waiting=288) == pytest.approx(2.5 * four, 1e-3)
+    assert seconds(4096, 32, 1) == pytest.approx(four, 1e-3)
+    assert deploy.longest_answer(settings, commit(store, "finetune", {}), EngineOptions()) == 120
 
 
 @pytest.mark.parametrize(

@@ -210,7 +210,7 @@ def test_an_aborted_sequence_tells_its_end_and_holds_nothing(engine: EngineProce
     counters, last = engine.counters(), heard.updates[-1]
     assert counters.aborted == 1
     assert 0 < last.completion_tokens == counters.generation_tokens < 90
-    grammar = GrammarCompiler(engine.tokenizer).compile("regex", "a{50}", "regex")
+    grammar = Grammar("regex", "a{50}", "regex", LIMITS)
     engine.submit(PROMPT, replace(LONG, constraint=grammar), waiting := Heard(), id="y")
     engine.abort("y")  # while its grammar is compiled over there
     assert waiting.reason == "abort" and engine.idle

@@ -28,7 +28,7 @@ import trafilatura
 
 from benchmarks.report import Targets, finish
 from benchmarks.samples import Sample, samples
-from tasks.corpus.killable import KillableChild
+from tasks.runtime.killable import KillableChild
 
 TARGETS: Targets = {
     "f1_below_trafilatura": ("<=", 0.002),

@@ -16,6 +16,7 @@ from tasks.runtime.planning import plan_unknown
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Report, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
+from tasks.runtime.store import Store
 
 
 class DeployConfig(StageConfig):
@@ -73,6 +74,9 @@ class DeployConfig(StageConfig):
 class Chosen(StageConfig):
     """A version of the registry, with the names it has there."""
 
+    asked: str
+    """MODEL or MODEL@VERSION by which it was asked for: what a number names stays, what an alias
+    names may be another version when Serve is started anew."""
     model: str
     version: str
     artifact: str
@@ -98,10 +102,12 @@ class ServedConfig(StageConfig):
 
 
 def is_served(manifest: Manifest) -> bool:
-    """Whether the endpoint answers as this manifest says: which versions with which names, shares
-    and engines, and how many replicas Serve was told to run.
+    """Whether the endpoint answers as this manifest, the last one, says: which versions with which
+    names, shares and engines, and how many replicas Serve was told to run.
     """
-    return _served(Settings.load()) == manifest.metrics["served"]
+    settings = Settings.load()
+    last = Store.open(settings).all("deploy")[-1]  # is what is served after a restart
+    return last == manifest and _served(settings) == manifest.metrics["served"]
 
 
 @stage("deploy", version=4, still_true=is_served)
@@ -152,19 +158,23 @@ def _found(version: Chosen, work: Workspace) -> tuple[models.Version, Manifest]:
     return chosen, artifact
 
 
-def serve_version(params: DeployConfig, version: models.Version | None) -> Manifest | None:
-    """Serve a version; None, while planning, for one that is not chosen yet."""
+def serve_version(
+    params: DeployConfig, version: models.Version | None, named: str = models.CHAMPION
+) -> Manifest | None:
+    """Serve a version, `named` by number or alias; None, while planning, for one that is not chosen
+    yet.
+    """
     if version is None:
         plan_unknown("deploy", "depends on which version becomes the champion")
         return None
-    draft = models.named(params.draft) if params.draft else None
+    draft = _chosen(models.named(params.draft), params.draft) if params.draft else None
     return deploy_version(
         ServedConfig(
             replicas=params.replicas,
             most_replicas=params.most_replicas,
             engine=params.engine,
-            version=_chosen(version),
-            draft=draft and _chosen(draft).model_copy(update={"aliases": ()}),
+            version=_chosen(version, f"{version.model}@{named}"),
+            draft=draft and draft.model_copy(update={"aliases": ()}),
             beside=_beside(params, version),
             drain_seconds=params.drain_seconds,
         )
@@ -175,22 +185,24 @@ def _beside(params: DeployConfig, main: models.Version) -> tuple[Served, ...]:
     """The canary, then the others, each version once: one that was tried may have become the main
     one. The first of another model answers under that model's bare name.
     """
-    wanted = [(models.get(main.model, params.canary), params.canary_share)] if params.canary else []
-    found = [(one, 0.0) for one in map(models.named, params.beside)]
+    wanted = [(f"{main.model}@{params.canary}", params.canary_share)] if params.canary else []
     chosen: dict[tuple[str, str], Served] = {}
     known = {main.model}
-    for one, share in (*wanted, *found):
+    for asked, share in (*wanted, *((asked, 0.0) for asked in params.beside)):
+        one = models.named(asked)
         key = (one.model, one.version)
         if key == (main.model, main.version) or key in chosen:
             continue
         alone = one.model not in known
-        chosen[key] = Served(**_chosen(one).model_dump(), share=1.0 if alone else share)
+        told = _chosen(one, asked).model_dump()
+        chosen[key] = Served(**told, share=1.0 if alone else share)
         known.add(one.model)
     return tuple(chosen.values())
 
 
-def _chosen(version: models.Version) -> Chosen:
+def _chosen(version: models.Version, asked: str) -> Chosen:
     return Chosen(
+        asked=asked,
         model=version.model,
         version=version.version,
         artifact=version.artifact,
@@ -203,4 +215,4 @@ def deploy(
     model: str = "gristmill", version: str = "champion", deploy: DeployConfig = DeployConfig()
 ) -> None:
     """Serve a version of a registered model, named by number or alias."""
-    serve_version(deploy, models.get(model, version))
+    serve_version(deploy, models.get(model, version), version)

@@ -40,13 +40,18 @@ class ByteLevelPieces:
         if body.get("normalizer"):
             raise ValueError(f"changes texts before it cuts them ({body['normalizer']['type']})")
         model = body["model"]
-        named = model["vocab"] | {t["content"]: t["id"] for t in body.get("added_tokens", ())}
+        listed = {token["content"]: token["id"] for token in body.get("added_tokens") or ()}
+        named = model["vocab"] | listed
         self._names = {token: name for name, token in named.items()}
         if sorted(self._names) != list(range(len(named))):
             raise ValueError(f"does not have one piece for each id from 0 to {len(named) - 1}")
-        added = {token["content"] for token in body.get("added_tokens", ())}
-        self._added = {named[name] for name in added}
-        pieces = {name: token for name, token in model["vocab"].items() if name not in added}
+        self._added = set(listed.values())
+        pieces = {name: token for name, token in model["vocab"].items() if name not in listed}
+        # The library does not refuse it: it panics.
+        if not all(
+            {left, right, left + right} <= pieces.keys() for left, right in merges_of(model)
+        ):
+            raise ValueError("has merges of pieces that it lacks")
         words = {
             "version": "1.0",
             "added_tokens": [],
@@ -81,14 +86,81 @@ def spelt(piece: str) -> bytes | None:
 
 
 def read_json(data: bytes) -> dict[str, Any]:
-    """A `tokenizer.json`. Raises ValueError, worded to follow its name, for anything else."""
+    """A `tokenizer.json`, everything of it that is used here of the form that the library
+    `tokenizers` writes. Raises ValueError, worded to follow its name, for anything else.
+    """
     try:
         body = json.loads(data)
-        if isinstance(body["model"]["type"], str):
-            return dict(body)
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ValueError("is no tokenizer.json of the library tokenizers")
+    except ValueError:  # of JSON and of UTF-8
+        body = None
+    match body:
+        case {"model": {"type": str(kind)} as model}:
+            problem = _problem(body, kind, model)
+        case _:
+            problem = "has no model"
+    if problem:
+        raise ValueError(f"is no tokenizer.json of the library tokenizers: it {problem}")
+    return dict(body)
+
+
+def _problem(body: Mapping[str, Any], kind: str, model: Mapping[str, Any]) -> str | None:
+    """What is not of its form."""
+    vocab, unknown = model.get("vocab"), model.get("unk_id")
+    if kind == "Unigram":
+        if not (isinstance(vocab, list) and all(map(_is_scored, vocab))):
+            return "has no vocab of pieces with scores"
+        if unknown is not None and not (isinstance(unknown, int) and 0 <= unknown < len(vocab)):
+            return f"has unk_id {unknown!r}, which is no piece"
+    elif not (isinstance(vocab, dict) and all(isinstance(each, int) for each in vocab.values())):
+        return "has no vocab of pieces with ids"
+    merges = model.get("merges")
+    if kind == "BPE" and not (isinstance(merges, list) and all(map(_is_pair, merges_of(model)))):
+        return "has no merges of two pieces each"
+    if not isinstance(model.get("unk_token"), str | None):
+        return "has an unk_token that is no piece"
+    added = body.get("added_tokens") or []
+    if not (isinstance(added, list) and all(map(_is_added, added))):
+        return "has added_tokens without content or id"
+    for name, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        if body.get(name) is not None and not _is_step(body[name], inner):
+            return f"has a {name} without a type"
+    return None
+
+
+def _is_scored(row: Any) -> bool:
+    match row:
+        case [str(), int() | float()]:
+            return True
+    return False
+
+
+def _is_pair(merge: Any) -> bool:
+    match merge:
+        case [str(), str()]:
+            return True
+    return False
+
+
+def _is_added(token: Any) -> bool:
+    match token:
+        case {"content": str(), "id": int()}:
+            return True
+    return False
+
+
+def _is_step(step: Any, inner: str) -> bool:
+    match step:
+        case {"type": "Sequence"}:
+            steps = step.get(inner)
+            return isinstance(steps, list) and all(_is_step(each, inner) for each in steps)
+        case {"type": str()}:
+            return True
+    return False
+
+
+def merges_of(model: Mapping[str, Any]) -> list[list[str]]:
+    """The pairs that a BPE model joins; older files write each as one string."""
+    return [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
 
 
 def is_byte_level(body: Mapping[str, Any]) -> bool:

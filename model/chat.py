@@ -67,7 +67,8 @@ class Tokenizer:
     def __init__(self, data: bytes, name: str = "") -> None:
         """data: the file's content; name: what to call it in errors."""
         self.data = data
-        kind = ByteLevelPieces if data[:1] == b"{" else SentencePieces
+        begins = data[:64].removeprefix(codecs.BOM_UTF8).lstrip()
+        kind = ByteLevelPieces if begins[:1] == b"{" else SentencePieces
         name = name or kind.file_name
         try:
             self._pieces: ByteLevelPieces | SentencePieces = kind(data)
@@ -189,7 +190,12 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._bytes = tokenizer.token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder: Any = codecs.getincrementaldecoder("utf-8")("replace")
+
+    @property
+    def pending(self) -> int:
+        """Bytes of a character that is not whole yet."""
+        return len(self._decoder.buffer)
 
     def push(self, token: int) -> str:
         """The text that became certain with this id; empty inside a character."""

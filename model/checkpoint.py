@@ -3,7 +3,7 @@
     step-00000200/
       model.safetensors       parameters
       optimizer.safetensors   optimiser state, by parameter name
-      checkpoint.json         step, the run's own state, size and SHA-256 of the two
+      checkpoint.json         step, the run's own state, size and SHA-256 of the two, and of itself
 
 A checkpoint is written under another name, flushed to disk and renamed: what is called step-… is
 whole. Of divided weights each rank writes its own part (`model.divided_checkpoint`): the two files
@@ -71,6 +71,8 @@ def entry(file: Path) -> dict[str, Any]:
 def commit(partial: Path, checkpoint: Checkpoint, files: dict[str, Any], keep: int) -> Path:
     """Make the folder a checkpoint, and remove all but the newest `keep`; returns its path."""
     manifest = {"step": checkpoint.step, "state": checkpoint.state, "files": files}
+    manifest = json.loads(json.dumps(manifest))  # as it will be read
+    manifest["sha256"] = _digest_of_manifest(manifest)
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
     _flush(partial / MANIFEST)
     path = partial.with_name(partial.name.removeprefix(".partial-"))
@@ -167,15 +169,41 @@ def verify_checkpoint(path: Path, *, part: int = 0, parts: int = 1) -> dict[str,
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: step, state, files."""
+    """What a checkpoint says of itself: step, state, files. Raises `CheckpointError` if that is not
+    what was written; one from before manifests had a digest is believed.
+    """
+    remedy = f"delete {path} to go on from an older one"
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError):  # of JSON and of UTF-8
+        manifest = None
+    if not _is_manifest(manifest):
+        raise CheckpointError(f"checkpoint {path.name} has no readable {MANIFEST}; {remedy}")
+    if manifest["step"] != step_of(path):
         raise CheckpointError(
-            f"checkpoint {path.name} has no readable {MANIFEST}; delete {path} to go on from an "
-            f"older one"
-        ) from error
-    return manifest
+            f"checkpoint {path.name} is damaged: {MANIFEST} is of step {manifest['step']}; {remedy}"
+        )
+    if manifest.get("sha256", digest := _digest_of_manifest(manifest)) != digest:
+        raise CheckpointError(
+            f"checkpoint {path.name} is damaged: {MANIFEST} does not have its recorded SHA-256; "
+            f"{remedy}"
+        )
+    return dict(manifest)
+
+
+def _is_manifest(found: Any) -> bool:
+    """Whether it has the form of what `commit` writes."""
+    match found:
+        case {"step": int(), "state": dict(), "files": dict(files)}:
+            return all(map(_is_entry, files.values()))
+    return False
+
+
+def _is_entry(found: Any) -> bool:
+    match found:
+        case {"bytes": int(), "sha256": str()}:
+            return True
+    return False
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -193,6 +221,12 @@ def step_of(path: Path) -> int:
 def latest_checkpoint(directory: Path) -> Path | None:
     """The newest checkpoint below `directory`."""
     return next(reversed(list_checkpoints(directory)), None)
+
+
+def _digest_of_manifest(manifest: Mapping[str, Any]) -> str:
+    """Of all it says but this."""
+    said = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -141,6 +141,7 @@ class Family:
     omits: tuple[str, ...] = ()
     within: Mapping[str, str] = field(default_factory=dict)
     layer_patterns: tuple[int, ...] | None = None  # values of full_attention_every; None: any
+    even_heads: bool = False  # transformers refuses a width that is no multiple of the heads
 
     def misfits(self, config: ModelConfig) -> dict[str, Value]:
         """Our settings that stand in the way, with the value this family would need."""
@@ -156,6 +157,8 @@ class Family:
                 wanted = wanted(config)
             if value != wanted:
                 wrong[name] = wanted
+        if self.even_heads and config.width % config.heads:
+            wrong["width"] = f"a multiple of heads {config.heads}"
         return wrong
 
 
@@ -194,6 +197,7 @@ FAMILIES = (
         "llama",
         "LlamaForCausalLM",
         constants={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+        even_heads=True,
     ),
     Family(
         "mistral",
@@ -240,6 +244,7 @@ FAMILIES = (
         writes={"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
         defaults=TIED | {"n_inner": None},
         rules=GPT2_RULES,
+        even_heads=True,
     ),
     Family(
         "gemma2",
@@ -255,6 +260,7 @@ FAMILIES = (
             "use_bidirectional_attention": None,
         },
         layer_patterns=(2,),
+        even_heads=True,
     ),
     Family(
         "gemma3_text",
@@ -279,6 +285,7 @@ FAMILIES = (
             "use_bidirectional_attention": False,
             "attn_logit_softcapping": None,
         },
+        even_heads=True,
     ),
     Family(
         "deepseek_v2",
@@ -288,6 +295,7 @@ FAMILIES = (
         fixed={"kv_heads": ONE_SIZE["kv_heads"]},
         needs=DEEPSEEK_NEEDS,
         constants=DEEPSEEK_CONSTANTS | {"scoring_func": "softmax", "mlp_bias": False},
+        even_heads=True,
     ),
     Family(
         "deepseek_v3",
@@ -329,6 +337,7 @@ FAMILIES = (
         rules=BERT_RULES,
         ignores=("cls.predictions.decoder.", "bert.embeddings.position_ids"),
         omits=("bert.pooler.", "cls.seq_relationship."),  # of another objective
+        even_heads=True,
     ),
 )
 

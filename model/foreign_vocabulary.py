@@ -8,7 +8,6 @@ that are kept (Hewitt, "Initializing New Word Embeddings", 2021: no new token is
 the old ones). Rows that no id of ours wants, such as their own special tokens, are left out.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from model.chat import (
 )
 from model.config import ModelConfig
 from model.families import FormatError
-from model.huggingface import load_config, read_parameters
+from model.huggingface import load_config, read_parameters, read_settings
 from model.transformer import Transformer
 
 ROWS = ("model.embed_tokens.weight", "lm_head.weight", "model.head.output_bias")
@@ -203,4 +202,4 @@ def _content(token: Any) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    return read_settings(path) if path.is_file() else {}

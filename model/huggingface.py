@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.config import ConfigError, ModelConfig
+from model.config import ModelConfig
 from model.families import FAMILIES, Family, FormatError, Rule, family_of
 from model.huggingface_rope import export_rope, import_rope
 from model.transformer import Transformer
@@ -87,10 +87,23 @@ def import_config(theirs: Mapping[str, Any]) -> ModelConfig:
     if "mlp_width" in ours and ours["mlp_width"] is None:
         ours["mlp_width"] = 4 * ours["width"]  # GPT-2's default
     fixed = {name: value for name, value in family.fixed.items() if not callable(value)}
-    return ModelConfig(**{**ours, **fixed, **_import_own(family, theirs)})
+    ours |= fixed | _import_own(family, theirs)
+    for our, their in family.names.items():
+        if our in ours:
+            _require_kind(their, ours[our], _KINDS[our])
+    return ModelConfig(**ours)
 
 
 _OPTIONAL = {"kv_heads", "head_dim", "tied_embeddings", "sliding_window", "query_latent"}
+_KINDS = get_type_hints(ModelConfig)
+
+
+def _require_kind(name: str, value: Any, kind: Any) -> None:
+    """kind: bool, int or float, or one of them and None."""
+    fraction = isinstance(0.5, kind)
+    if not isinstance(value, kind | int if fraction else kind):
+        words = "true or false" if kind is bool else f"a {'' if fraction else 'whole '}number"
+        raise FormatError(f"{name} {value!r} is not {words}")
 
 
 def _export_own(family: Family, config: ModelConfig) -> dict[str, Any]:
@@ -322,11 +335,24 @@ def read_parameters(
     """The state of the `Transformer` of a Hugging Face directory, checked name by name and shape by
     shape, of which no more than a layer is in memory at a time.
     """
+    for name, tensor in _parameters(directory, load_weights(directory)):
+        yield name, tensor.to(dtype).contiguous()
+
+
+def require_parameters(directory: Path) -> None:
+    """Raises `FormatError` where `read_parameters` would. Of the weights it reads names and shapes
+    only, however large they are."""
+    named = {name: tensor.to("meta") for name, tensor in load_weights(directory).items()}
+    for _ in _parameters(directory, named):
+        pass
+
+
+def _parameters(directory: Path, theirs: Weights) -> Iterator[tuple[str, Tensor]]:
     config = load_config(directory)
     with torch.device("meta"):
         state = Transformer(config).state_dict()
     wanted = {name: parameter.shape for name, parameter in state.items()}
-    for part in _by_layer(load_weights(directory)):
+    for part in _by_layer(theirs):
         for name, tensor in import_weights(config, part).items():
             if name not in wanted:
                 raise FormatError(f"{directory.name}: model.safetensors holds unknown {name}")
@@ -336,19 +362,36 @@ def read_parameters(
                     f"{directory.name}: {name} has shape {tuple(tensor.shape)}, config.json asks "
                     f"for {tuple(shape)}"
                 )
-            yield name, tensor.to(dtype).contiguous()
+            yield name, tensor
     if wanted:
         raise FormatError(f"{directory.name}: model.safetensors lacks {min(wanted)}")
 
 
 def load_config(directory: Path) -> ModelConfig:
     """The `ModelConfig` of a Hugging Face directory."""
+    file = directory / "config.json"
+    if not file.exists():
+        raise FormatError(f"{directory} holds no config.json: not a model directory")
+    theirs = read_settings(file)
     try:
-        return import_config(json.loads((directory / "config.json").read_text()))
-    except FileNotFoundError:
-        raise FormatError(f"{directory} holds no config.json: not a model directory") from None
-    except (json.JSONDecodeError, ConfigError, TypeError) as error:
+        return import_config(theirs)
+    except ValueError as error:  # `FormatError` and `ConfigError` among them
         raise FormatError(f"{directory.name}/config.json: {error}") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise FormatError(
+            f"{directory.name}/config.json has a setting of the wrong kind: {error}"
+        ) from error
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises `FormatError` for anything else."""
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:  # of JSON and of UTF-8
+        raise FormatError(f"{file.parent.name}/{file.name}: {error}") from error
+    if not isinstance(settings, dict):
+        raise FormatError(f"{file.parent.name}/{file.name} is no JSON object of settings")
+    return settings
 
 
 def load_weights(directory: Path) -> dict[str, Tensor]:
@@ -357,7 +400,10 @@ def load_weights(directory: Path) -> dict[str, Tensor]:
     index = directory / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        named = read_settings(index).get("weight_map")
+        if not isinstance(named, dict):
+            raise FormatError(f"{directory.name}/{index.name} has no weight_map: copy it again")
+        files = sorted({str(file) for file in named.values()})
     weights: dict[str, Tensor] = {}
     for name in files:
         if "/" in name or not (directory / name).exists():

@@ -29,8 +29,11 @@ def export_rope(config: ModelConfig) -> dict[str, Any]:
 def import_rope(theirs: Mapping[str, Any], *, local: bool) -> dict[str, Any]:
     """Our settings of a `config.json`. local: layers with a window have a base of their own."""
     ropes = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    rope = ropes.get("full_attention", ropes)
-    window = ropes.get("sliding_attention", {})
+    parts = ropes if isinstance(ropes, Mapping) else {"full_attention": ropes}
+    rope, window = parts.get("full_attention", parts), parts.get("sliding_attention", {})
+    for part in (rope, window):
+        if not isinstance(part, Mapping):
+            raise FormatError(f"RoPE scaling {part!r} is no object of settings")
     if _kind(window) != "default":
         raise FormatError(f"RoPE scaling {_kind(window)!r} of layers with a window is not known")
     for told in (rope, theirs):
@@ -41,13 +44,21 @@ def import_rope(theirs: Mapping[str, Any], *, local: bool) -> dict[str, Any]:
             )
     usual = 1e6 if local else 10_000.0
     ours = {
-        "rope_theta": float(rope.get("rope_theta") or theirs.get("rope_theta") or usual),
+        "rope_theta": _number(
+            "rope_theta", rope.get("rope_theta") or theirs.get("rope_theta") or usual
+        ),
         "rope_scaling": _import_scaling(rope, theirs["max_position_embeddings"]),
     }
     if local:
         base = window.get("rope_theta") or theirs.get("rope_local_base_freq") or 10_000.0
-        ours["window_rope_theta"] = float(base)
+        ours["window_rope_theta"] = _number("rope_theta", base)
     return ours
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, int | float):
+        raise FormatError(f"{name} {value!r} is not a number")
+    return float(value)
 
 
 def _kind(rope: Mapping[str, Any]) -> str:
@@ -79,7 +90,7 @@ def _import_scaling(rope: Mapping[str, Any], context: int) -> RopeScaling | None
             raise FormatError(f"RoPE scaling {kind} with {name} is not supported")
         # 8 and 8.0 are one factor, and would be two configurations.
         whole = isinstance(value, bool) or name == "original_max_position_embeddings"
-        values[names[name]] = value if whole else float(value)
+        values[names[name]] = value if whole else _number(name, value)
     if "factor" not in values:
         raise FormatError(f"RoPE scaling {kind} lacks factor")
     if "original_context" in SETTINGS[kind]:

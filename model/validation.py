@@ -1,5 +1,6 @@
 """Loss on text that is not trained on, source by source."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -24,19 +25,25 @@ def heldout_losses(
 ) -> dict[str, float]:
     """Nats per target of the first `sequences` sequences of each source, and over all of them.
 
-    loss_sum: batch → summed nats. Ranks share the sequences; all get the result. The names are
-    `heldout_loss` and, where there are several sources, `heldout_loss_SOURCE`.
+    loss_sum: batch → summed nats. Ranks share the sequences, the same however many they are; all
+    get the result. The names are `heldout_loss` and, where there are several sources,
+    `heldout_loss_SOURCE`.
     """
     nats, counts = torch.zeros(len(sources), dtype=torch.float64), []
+    most = math.ceil(math.ceil(sequences / ranks.count) / micro_batch)
     for place, loader in enumerate(sources.values()):
-        # As many for each rank: with divided weights they wait for each other.
-        ids = loader.order(0, -(-sequences // ranks.count) * ranks.count)
+        ids = loader.order(0, sequences)
         counts.append(max(loader.targets(ids), 1))
-        mine = loader.read(rank_slice(ids, ranks.index, ranks.count))
-        for piece in mine.micro_batches(micro_batch):
+        mine = loader.read(rank_slice(ids, ranks.index, ranks.count)).micro_batches(micro_batch)
+        for number in range(most):
+            # Divided weights are gathered for each micro-batch, by all ranks together: one that has
+            # no more takes part with a sequence that counts for nothing.
+            idle = number >= len(mine)
+            piece = loader.read(ids[:1]) if idle else mine[number]
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 summed: Tensor = loss_sum(piece.to(device))
-            nats[place] += summed.double().cpu()
+            if not idle:
+                nats[place] += summed.double().cpu()
     ranks.add(nats)
     losses = {OVERALL: float(nats.sum()) / sum(counts)}
     if len(sources) > 1:

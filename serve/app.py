@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from serve import metrics
 from serve.cards import card, cards
@@ -76,8 +77,7 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
 
     async def get_model(request: Request) -> JSONResponse:
         name = request.path_params["name"]
-        main = [one for one in host.served if one.spec.name == name]
-        return JSONResponse(card(main[0] if main else host.find(name), name))
+        return JSONResponse(card(host.first(name), name))
 
     async def chat_completions(request: Request) -> Any:
         return await complete(request, ChatRequest)
@@ -91,15 +91,12 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
     async def embeddings(request: Request) -> JSONResponse:
         asked = parse(EmbeddingRequest, decode_json(await read_body(request)))
         with leased(asked.model) as served:
-            work = embed(asked, served, mailbox)
-            body, read = await unless_disconnected(request, work)
-            meter: Meter = request.state.meter
-            meter.model, meter.prompt_tokens = served.spec.system_fingerprint, read
-            return JSONResponse(body)
+            work = embed(asked, served, mailbox, request.state.meter)
+            return JSONResponse(await unless_disconnected(request, work))
 
     async def tokenize(request: Request) -> JSONResponse:
         asked = validate(TokenizeRequest, decode_json(await read_body(request)))
-        engine = main_or(asked.model).engine
+        engine = host.first(asked.model).engine
         if asked.messages is not None:
             tokens = await encode_messages(asked.messages, engine)
         else:
@@ -110,7 +107,7 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
 
     async def detokenize(request: Request) -> JSONResponse:
         asked = validate(DetokenizeRequest, decode_json(await read_body(request)))
-        tokenizer = main_or(asked.model).engine.tokenizer
+        tokenizer = host.first(asked.model).engine.tokenizer
         for number, token in enumerate(asked.tokens):
             if token >= len(tokenizer):
                 message = f"tokens[{number}] {token} is outside the vocabulary of {len(tokenizer)}"
@@ -120,7 +117,7 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
     async def complete(request: Request, kind: type[Asked]) -> Any:
         asked = parse(kind, decode_json(await read_body(request)))
         served = host.acquire(asked.model, asked.client)
-        release: Callable[[], None] = partial(host.release, served)
+        done: Callable[[], None] = partial(host.release, served)
         try:
             completion: Completion | ResponseRun
             if isinstance(asked, ResponsesRequest):
@@ -129,40 +126,31 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
                 completion = await Completion.prepare(asked, served)
             headers = {"x-gristmill-version": served.spec.version}
             meter: Meter = request.state.meter
+
+            def over() -> None:
+                settle(completion, meter)
+                host.release(served)
+
+            done = over
+            meter.reserve(*completion.tokens)
             if asked.stream:
                 events = completion.events(mailbox)
                 first = await anext(events)
-
-                def done() -> None:
-                    settle(completion, meter)
-                    host.release(served)
-
-                stream = EventStream(first, events, headers, on_close=done)
-                release = _nothing
-                return stream
-            try:
-                body = await unless_disconnected(request, completion.whole(mailbox))
-            finally:
-                settle(completion, meter)
+                done = _nothing  # but the stream's to do
+                return EventStream(first, events, headers, on_close=over)
+            done = _nothing
+            body = await unless_disconnected(request, completion.whole(mailbox), over)
             return JSONResponse(body, headers=headers)
         finally:
-            release()
+            done()
 
     @contextmanager
     def leased(name: str) -> Iterator[ServedModel]:
-        served = host.acquire(name)
+        served = host.acquire(name, by_share=False)
         try:
             yield served
         finally:
             host.release(served)
-
-    def main_or(name: str | None) -> ServedModel:
-        """The model of that name; the main version when none is named."""
-        if name is not None:
-            return host.find(name)
-        if host.current is None:
-            raise NotReady(host.why_not_ready())
-        return host.current
 
     async def chat_page(request: Request) -> Response:
         page = (STATIC / "chat.html").read_text()
@@ -202,14 +190,15 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
 
 
 def settle(completion: "Completion | ResponseRun", meter: Meter) -> None:
-    """Count what a request came to, however it ended; one that the engine refused took no time
-    worth knowing.
+    """Count and charge what a request came to, however it ended; one that the engine refused took
+    no time worth knowing.
     """
     usage, served = completion.usage, completion.served
     meter.model = served.spec.system_fingerprint
+    meter.prompt_tokens, meter.completion_tokens = usage.prompt_tokens, usage.completion_tokens
+    meter.settle()
     if not completion.accepted:
         return
-    meter.prompt_tokens, meter.completion_tokens = usage.prompt_tokens, usage.completion_tokens
     served.metrics.record(
         seconds=completion.clock.elapsed,
         first=completion.clock.first,
@@ -221,6 +210,11 @@ def settle(completion: "Completion | ResponseRun", meter: Meter) -> None:
 
 class Assets(StaticFiles):
     """The chat page's style and script, with the page's headers."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        if scope["method"] not in ("GET", "HEAD"):
+            raise HTTPException(405, headers={"Allow": "GET, HEAD"})
+        return await super().get_response(path, scope)
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
@@ -248,7 +242,8 @@ async def _unknown_model(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return ApiError(error.status_code, message, code="invalid_url").response()
+    headers = dict(error.headers or {})  # of a wrong method: the right ones
+    return ApiError(error.status_code, message, code="invalid_url", headers=headers).response()
 
 
 async def _client_gone(request: Request, error: Exception) -> Response:

@@ -1,8 +1,7 @@
 """A parsed request answered: prompts to the engine, updates to response bodies or stream events."""
 
-import asyncio
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +17,10 @@ from serve.errors import ApiError, not_ready, overloaded
 from serve.host import ServedModel
 from serve.mailbox import Mail, Mailbox
 from serve.prompts import encode_messages, encode_prompts
-from serve.protocol import MAX_CHOICES, ChatRequest, CompletionRequest
+from serve.protocol import ChatRequest, CompletionRequest
 from serve.responses import DONE, Clock, Envelope, Usage, event
-from serve.token_logprobs import Entries, chat_logprobs, text_logprobs
+from serve.specification import MAX_CHOICES
+from serve.token_logprobs import Entries, Offsets, chat_logprobs, text_logprobs
 
 
 class Completion:
@@ -42,7 +42,10 @@ class Completion:
             served.spec.system_fingerprint,
         )
         self.prompts = prompts
-        self.echo = isinstance(request, CompletionRequest) and bool(request.echo)
+        self.echo, self.begun = False, [True]  # whether prompts begin with a token of ours
+        if isinstance(request, CompletionRequest):
+            self.echo = bool(request.echo)
+            self.begun = [isinstance(prompt, str) for prompt in request.prompts()]
         sampling = request.sampling(constraint)
         if request.candidates > request.choices and sampling.logprobs is None:
             sampling = replace(sampling, logprobs=0)  # the best are chosen by them
@@ -54,13 +57,13 @@ class Completion:
         self.usage = Usage()
         self.accepted = False  # by the engine
         self.clock = Clock()
-        self._offsets: dict[int, int] = {}  # answer → characters sent
+        self._offsets: dict[int, Offsets] = {}  # answer → where its next token begins
 
     @classmethod
     async def prepare(
         cls, request: ChatRequest | CompletionRequest, served: ServedModel
     ) -> "Completion":
-        """Encode the prompts and compile the grammar. Raises ApiError 400 for what cannot be
+        """Encode the prompts and check the grammar. Raises ApiError 400 for what cannot be
         read.
         """
         count = 1 if isinstance(request, ChatRequest) else len(request.prompts())
@@ -78,13 +81,13 @@ class Completion:
             prompts = await encode_prompts(request.prompts(), served.engine, request.source)
         constraint = None
         if grammar := request.grammar():
-            constraint = await asyncio.to_thread(served.grammars.compile, *grammar)
+            constraint = await served.grammars.check(*grammar)
         return cls(request, served, prompts, constraint)
 
     async def whole(self, mailbox: Mailbox) -> dict[str, Any]:
         """The response body once everything is generated."""
         answers: dict[int, Update] = {}
-        with self.open(mailbox, streamed=False) as mail:
+        async with self.open(mailbox, streamed=False) as mail:
             async for index, update in mail.updates():
                 self.count(index, update)
                 if failure := self.failure(update):
@@ -105,7 +108,7 @@ class Completion:
         learn of a refusal (ApiError) while the status can still be chosen."""
         with_usage = self.request.include_usage
         echoed: set[int] = set()
-        with self.open(mailbox, streamed=True) as mail:
+        async with self.open(mailbox, streamed=True) as mail:
             opening = b""
             if self.envelope.kind == "chat":
                 for index in range(len(mail.indices)):
@@ -138,21 +141,41 @@ class Completion:
     def failure(self, update: Update) -> ApiError | None:
         return failure_of(update, self.form)
 
-    @contextmanager
-    def open(self, mailbox: Mailbox, *, streamed: bool) -> Iterator[Mail]:
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """How many this may come to, prompts and answers: at least, and at most. Both are the same
+        where the request says how long an answer may be.
+        """
+        many, context = self.request.candidates, self.served.engine.context
+        read = sum(map(len, self.prompts))
+        rooms = [max(0, context - len(prompt)) for prompt in self.prompts]
+        if self.limit is None:
+            return read + many * len(rooms), read + many * sum(rooms)
+        most = read + many * sum(min(self.limit, room) for room in rooms)
+        return most, most
+
+    @asynccontextmanager
+    async def open(self, mailbox: Mailbox, *, streamed: bool) -> AsyncIterator[Mail]:
         """The engine at work on every answer; number i is answer i % candidates to prompt
-        i // candidates. Raises ApiError when it refuses.
+        i // candidates. Counts the tokens of those that are unfinished at the end. Raises ApiError
+        when it refuses.
         """
         many = self.request.candidates
+        # A seed answers a prompt alike wherever it stands; without one, equal prompts must differ.
+        apart = many if self.request.seed is None else 0
         requests: list[tuple[list[int], Sampling]] = [
-            (prompt, replace(self.sampling, choice=index * many + number))
+            (prompt, replace(self.sampling, choice=index * apart + number))
             for index, prompt in enumerate(self.prompts)
             for number in range(many)
         ]
         try:
             with mailbox.open(self.served.engine, requests, streamed=streamed) as mail:
                 self.accepted = True
-                yield mail
+                try:
+                    yield mail
+                finally:
+                    for number, update in await mail.end():
+                        self.usage.add(number, number // many, update)
         except PromptError as error:
             raise self._refused(error) from error
         except EngineBusy as error:
@@ -192,16 +215,17 @@ class Completion:
         entries: Entries = list(zip(kept, update.logprobs, strict=False))
         if self.envelope.kind == "chat":
             return chat_logprobs(self.tokenizer, entries) if entries else None
-        if self.echo and update.prompt_logprobs:
-            ids = self.prompts[prompt]
-            of_prompt = list(zip(ids, update.prompt_logprobs, strict=True))
-            if ids[0] == self.tokenizer.begin:  # ours, not the caller's
+        offsets = self._offsets.setdefault(index, Offsets(self.tokenizer))
+        begins: list[int] = []
+        if update.prompt_logprobs:
+            of_prompt = list(zip(self.prompts[prompt], update.prompt_logprobs, strict=True))
+            if self.begun[prompt]:  # by us, not the caller
                 of_prompt = of_prompt[1:]
+            begins = [offsets.of(token) for token, _ in of_prompt]
+            offsets.end_prompt()
             entries = [*of_prompt, *entries]
-        body = text_logprobs(self.tokenizer, entries, self._offsets.get(index, 0), top > 0)
-        sent = len(update.text) + (len(self._prompt_text(prompt)) if update.prompt_logprobs else 0)
-        self._offsets[index] = self._offsets.get(index, 0) + sent
-        return body
+        begins += [offsets.of(token) for token in kept]
+        return text_logprobs(self.tokenizer, entries, begins, top > 0)
 
 
 def failure_of(update: Update, form: str | None = None) -> ApiError | None:

@@ -4,6 +4,7 @@ Callable from any process: nothing here joins the Ray cluster.
 """
 
 import json
+import math
 import re
 import time
 import uuid
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from serve import serve_api, vllm
 from serve.about import about
-from serve.specification import EngineOptions, ModelSpec
+from serve.specification import MAX_CHOICES, EngineOptions, ModelSpec
 from tasks.registry.models import Version
 from tasks.runtime.errors import Unavailable, UserError
 from tasks.runtime.manifest import Manifest
@@ -109,9 +110,9 @@ def deploy(
     for other in beside:
         _own(other.version, other.artifact)
     if drain_seconds is None:
-        slots = (engine or EngineOptions()).slots
         of_all = (artifact, *(other.artifact for other in beside))
-        drain_seconds = max(longest_answer(settings, one, slots) for one in of_all)
+        options = engine or EngineOptions()
+        drain_seconds = max(longest_answer(settings, one, options) for one in of_all)
     if engine is not None and engine.kind == "vllm":
         if beside or draft is not None:
             raise UserError("vllm serves one version without a draft model; leave both out")
@@ -166,13 +167,14 @@ def apply_config(
     serve_api.declare(settings, ours)
 
 
-def longest_answer(settings: Settings, artifact: Manifest, slots: int) -> float:
+def longest_answer(settings: Settings, artifact: Manifest, engine: EngineOptions) -> float:
     """Seconds after which the longest answer of a model is over wherever we serve it, at least
     LEAST_DRAIN_SECONDS.
 
-    An answer may fill the context after it waited for another one that did: so many steps, each of
-    2 FLOPs for every parameter and sequence of a full batch. Too much costs nothing: a replica
-    ends with its last answer. Where the directory does not say, the least is all that is known.
+    As many answers as an engine takes may each fill the context, as many at a time as there are
+    slots: so many steps, each of 2 FLOPs for every parameter and sequence of a full batch. Too much
+    costs nothing: a replica ends with its last answer. Where the directory does not say, the least
+    is all that is known.
     """
     directory = Store.open(settings).of(artifact)
     sizes = {file.name: file.size for file in artifact.files}
@@ -182,8 +184,11 @@ def longest_answer(settings: Settings, artifact: Manifest, slots: int) -> float:
     context = config.get("max_position_embeddings") or config.get("n_positions") or 0
     weights = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
     each = 2 if "16" in str(config.get("dtype") or config.get("torch_dtype")) else 4
-    steps = 2 * context * (2 * weights / each * slots / SLOWEST_FLOPS)
-    return max(LEAST_DRAIN_SECONDS, float(round(steps)))
+    # One request that comes alone may bring more than slots and queue hold.
+    answers = max(engine.slots + engine.max_waiting, MAX_CHOICES)
+    steps = math.ceil(answers / engine.slots) * context
+    seconds = steps * (2 * weights / each * engine.slots / SLOWEST_FLOPS)
+    return max(LEAST_DRAIN_SECONDS, float(round(seconds)))
 
 
 def undeploy(settings: Settings) -> None:

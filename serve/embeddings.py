@@ -12,18 +12,19 @@ import torch
 from model.engine import EngineBusy, EngineClosed, PromptError, Sampling
 from serve.completions import failure_of
 from serve.errors import ApiError, not_ready, overloaded
+from serve.gateway import Meter
 from serve.host import ServedModel
 from serve.mailbox import Mailbox
 from serve.prompts import encode_prompts
-from serve.protocol import MAX_CHOICES, EmbeddingRequest
+from serve.protocol import EmbeddingRequest
+from serve.specification import MAX_CHOICES
 
 
 async def embed(
-    request: EmbeddingRequest, served: ServedModel, mailbox: Mailbox
-) -> tuple[dict[str, Any], int]:
-    """The response body, and how many tokens were read. Raises ApiError 400 for inputs that cannot
-    be.
-    """
+    request: EmbeddingRequest, served: ServedModel, mailbox: Mailbox, meter: Meter
+) -> dict[str, Any]:
+    """The response body. Raises ApiError 400 for inputs that cannot be."""
+    meter.model = served.spec.system_fingerprint
     inputs = request.prompts()
     if len(inputs) > MAX_CHOICES:
         message = f"input has {len(inputs)} texts; send at most {MAX_CHOICES}"
@@ -31,8 +32,11 @@ async def embed(
     prompts = await encode_prompts(inputs, served.engine, "input")
     work = [(prompt, Sampling(seed=0)) for prompt in prompts]
     vectors: dict[int, torch.Tensor] = {}
+    read = sum(map(len, prompts))
+    meter.reserve(read, read)
     try:
         with mailbox.open(served.engine, work, streamed=False, embed=True) as mail:
+            meter.prompt_tokens = read
             async for index, update in mail.updates():
                 if failure := failure_of(update):
                     raise failure
@@ -45,8 +49,9 @@ async def embed(
         raise overloaded(str(error)) from error
     except EngineClosed as error:
         raise not_ready(str(error)) from error
-    read = sum(map(len, prompts))
-    body = {
+    finally:
+        meter.settle()
+    return {
         "object": "list",
         "model": served.spec.name,
         "system_fingerprint": served.spec.system_fingerprint,
@@ -56,7 +61,6 @@ async def embed(
         ],
         "usage": {"prompt_tokens": read, "total_tokens": read},
     }
-    return body, read
 
 
 def _encoded(vector: torch.Tensor, request: EmbeddingRequest) -> list[float] | str:

@@ -33,7 +33,6 @@ from model.chat import Tokenizer
 from model.engine import (
     ConstraintFactory,
     Core,
-    EngineBusy,
     EngineClosed,
     FinishReason,
     Sampling,
@@ -41,9 +40,10 @@ from model.engine import (
     load_model,
 )
 from model.engine.counters import Counters
-from model.engine.engine import Listener
+from model.engine.engine import Listener, require_room
 from model.engine.readable import require_readable
-from serve.grammar import Grammar, GrammarCompiler
+from serve.grammar import AT_ONCE as GRAMMARS_AT_ONCE
+from serve.grammar import Grammar
 from serve.messages import (
     Abort,
     Ask,
@@ -58,6 +58,7 @@ from serve.messages import (
     send,
 )
 from serve.specification import EngineOptions
+from serve.token_mask import GrammarCompiler
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ class EngineProcess:
         *,
         streamed: bool = True,
         embed: bool = False,
-        follows: bool = False,
+        room: int = 1,
         id: str | None = None,
     ) -> str:
         """As `Engine.submit`, with the same errors; a constraint must be a `Grammar`."""
@@ -149,8 +150,7 @@ class EngineProcess:
         with self._lock:
             if self._closed or self._failed:
                 raise EngineClosed("the engine is shutting down")
-            if len(self._listeners) >= self.slots + self.max_waiting and not follows:
-                raise EngineBusy(f"{self.max_waiting} requests are waiting already")
+            require_room(len(self._listeners), room, self.slots, self.max_waiting)
             if self._loop is not None and self._loop.is_closed():
                 self._loop = None
                 self._read_in_thread()
@@ -161,7 +161,7 @@ class EngineProcess:
     def abort(self, id: str) -> None:
         """As `Engine.abort`."""
         with self._lock:
-            if self._listeners.pop(id, None):
+            if id in self._listeners:
                 self._send(Abort(id))
 
     def close(self, timeout: float = 10.0) -> None:
@@ -291,7 +291,7 @@ class _Server:
         self.told = self.counters()
         self.ready = Ready(core.config.context, core.vocabulary, parameters, self.told)
         self.grammars = GrammarCompiler(loaded.tokenizer)
-        self.compiler = ThreadPoolExecutor(1)  # so that a large schema holds up nobody
+        self.compiler = ThreadPoolExecutor(GRAMMARS_AT_ONCE)  # as fast as they are accepted
         self.constraining: set[str] = set()
         self.constrained: queue.SimpleQueue[tuple[Ask, ConstraintFactory | None]]
         self.constrained = queue.SimpleQueue()
@@ -340,8 +340,11 @@ class _Server:
 
     def hear(self, message: Message) -> None:
         if isinstance(message, Abort):
-            self.constraining.discard(message.id)
-            self.core.abort([message.id])
+            if message.id in self.constraining:
+                self.constraining.discard(message.id)
+                self.tell([Update(message.id, "", [], "abort", 0, 0)])
+            elif updates := self.core.abort([message.id]):
+                self.tell(updates)
             return
         assert isinstance(message, Ask)
         if message.grammar is not None:
@@ -355,8 +358,8 @@ class _Server:
         asked, constraint = ask.grammar, None
         assert asked is not None
         try:
-            constraint = self.grammars.compile(asked.kind, asked.text, asked.param, asked.limits)
-        except Exception:  # the other side compiled it, too
+            constraint = self.grammars.compile(asked)
+        except Exception:
             log.exception("a grammar that was checked cannot be compiled")
         self.constrained.put((ask, constraint))
         os.write(self.signalling, b"1")

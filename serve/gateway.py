@@ -38,10 +38,19 @@ class Meter:
     model: str | None = None  # the system fingerprint that answered
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    charged: int = 0  # tokens of the key's limit
 
-    def charge(self) -> None:
+    def reserve(self, least: int, most: int) -> None:
+        """See `Account.reserve`."""
         if self.account is not None:
-            self.account.charge(self.prompt_tokens + self.completion_tokens)
+            self.charged = self.account.reserve(least, most)
+
+    def settle(self) -> None:
+        """Charge what the request came to instead of what was reserved."""
+        came_to = self.prompt_tokens + self.completion_tokens
+        if self.account is not None:
+            self.account.correct(came_to - self.charged)
+            self.charged = came_to
 
 
 class Gateway:
@@ -76,8 +85,8 @@ class Gateway:
             if self.keys is not None:
                 path, authorization = scope["path"], headers.get("authorization")
                 meter.account = await self.keys.account(path, authorization)
-                if meter.account is not None and scope["method"] == "POST":
-                    meter.account.admit()
+                if meter.account is not None:
+                    meter.account.admit(takes_tokens=path in SCOPE_OF)
             await self.app(scope, receive, send_with_id)
         except ApiError as error:
             await error.response()(scope, receive, send_with_id)
@@ -91,7 +100,6 @@ class Gateway:
             else:
                 raise
         finally:
-            meter.charge()
             method = scope["method"] if scope["method"] in METHODS else "other"
             self.counted.answered[method, handler(scope["path"]), status] += 1
             if scope["path"] not in QUIET:

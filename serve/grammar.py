@@ -1,23 +1,29 @@
-"""Answers of a given form: a JSON schema or a regular expression becomes a mask over tokens.
+"""Grammars as llguidance compiles them, without torch. Run as a program it is the killable child
+that tells whether a grammar compiles (`serve.grammar_check`).
 
-llguidance does the parsing. A grammar is compiled and checked before its request reaches the
-engine, within limits on its size, so that no schema can stall the answers of others.
+No limit of llguidance's own holds for everything: the intersection of a dozen short expressions
+takes minutes and gigabytes before it is refused.
 """
 
 import functools
-from collections.abc import Callable
+import sys
+import time
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
-import numpy as np
-import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from model.chat import Tokenizer
-from model.engine import ConstraintError
-from serve.errors import ApiError
+from tasks.runtime import killable
 
-MAX_GRAMMAR_CHARACTERS = 65_536
+KEPT = 64  # grammars remembered by the replica, and by the engine
+AT_ONCE = 2  # grammars being compiled in either
+TRIED = 16  # bytes of an answer
+
+
+class GrammarError(ValueError):
+    """A grammar that cannot be followed; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,21 @@ class Limits:
 LIMITS = Limits()
 
 
+@dataclass(frozen=True)
+class Grammar:
+    """A grammar that compiles. It stands for the constraint of an answer until it comes to the
+    engine's process, which compiles it.
+    """
+
+    kind: str  # "json_schema" or "regex"
+    text: str
+    param: str  # of the request, which errors name
+    limits: Limits
+
+    def __call__(self) -> NoReturn:
+        raise TypeError("a grammar follows no answer; compile it")
+
+
 class _Vocabulary:
     """A tokenizer as llguidance asks for it."""
 
@@ -53,51 +74,9 @@ class _Vocabulary:
         return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
 
 
-class GrammarCompiler:
-    """Compiles grammars for one tokenizer. Thread-safe."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)))
-        self._ends = tokenizer.stop_ids
-        self._size = len(tokenizer)
-        self._compiled = functools.lru_cache(maxsize=64)(self._compile)
-
-    def compile(self, kind: str, text: str, param: str, limits: Limits | None = None) -> "Grammar":
-        """kind: "json_schema" or "regex"; limits: None for LIMITS. Raises ApiError 400 naming
-        `param` for what is none, or is too large.
-        """
-        limits = limits or LIMITS
-        if len(text) > MAX_GRAMMAR_CHARACTERS:
-            raise ApiError(
-                400,
-                f"the grammar has {len(text)} characters, more than {MAX_GRAMMAR_CHARACTERS}",
-                param=param,
-                code="invalid_value",
-            )
-        compiled, problem = self._compiled(kind, text, limits)
-        if compiled is None:
-            message = f"not a usable {kind}: {_reason(problem)}"
-            raise ApiError(400, message, param=param, code="invalid_value")
-        mask = functools.partial(TokenMask, compiled, self._ends, self._size, param)
-        return Grammar(kind, text, param, limits, mask)
-
-    def _compile(self, kind: str, text: str, limits: Limits) -> tuple["Compiled | None", str]:
-        """A grammar ready for answers, or why there is none."""
-        try:
-            if kind == "json_schema":
-                grammar = LLMatcher.grammar_from_json_schema(text)
-            else:
-                grammar = LLMatcher.grammar_from_regex(text)
-            problem = LLMatcher.validate_grammar(grammar, self._tokenizer, limits=limits.theirs())
-            compiled = Compiled(self._tokenizer, grammar, limits)
-            matcher = compiled.matcher
-            begins = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8).any()
-            if problem or matcher.is_error() or not begins:
-                reason = problem or (matcher.is_error() and matcher.get_error())
-                return None, reason or "no text matches it"
-        except (ValueError, OverflowError) as error:
-            return None, str(error)
-        return compiled, ""
+def vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
+    """A tokenizer in llguidance's shape: 0.1 s for 32,000 tokens."""
+    return LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)))
 
 
 class Compiled:
@@ -108,11 +87,24 @@ class Compiled:
     with a matcher of its own making, and later ones begin with that.
     """
 
-    def __init__(self, tokenizer: LLTokenizer, grammar: str, limits: Limits) -> None:
-        self._make = functools.partial(
-            LLMatcher, tokenizer, grammar, log_level=0, limits=limits.theirs()
-        )
-        self.matcher = self._make()
+    def __init__(self, vocabulary: LLTokenizer, kind: str, text: str, limits: Limits) -> None:
+        """Raises GrammarError for what is no grammar, or is larger than the limits."""
+        begun = time.monotonic()
+        try:
+            if kind == "json_schema":
+                grammar = LLMatcher.grammar_from_json_schema(text)
+            else:
+                grammar = LLMatcher.grammar_from_regex(text)
+            self._make = functools.partial(
+                LLMatcher, vocabulary, grammar, log_level=0, limits=limits.theirs()
+            )
+            self.matcher = self._make()
+            begins = any(self.matcher.compute_bitmask())
+        except (ValueError, OverflowError) as error:
+            raise GrammarError(reason(str(error))) from error
+        if self.matcher.is_error() or not begins:
+            raise GrammarError(reason(self.matcher.get_error()) or "no text matches it")
+        self.seconds = time.monotonic() - begun
 
     def renewed(self) -> LLMatcher:
         """A matcher that has met nothing."""
@@ -120,87 +112,50 @@ class Compiled:
         return self.matcher.deep_copy()
 
 
-@dataclass(frozen=True, eq=False)
-class Grammar:
-    """A grammar that compiles; called, the constraint of one answer. Its mask is not pickled: in
-    another process it must be compiled again.
-    """
+class Judge:
+    """Tells whether answers can follow a grammar."""
 
-    kind: str
-    text: str
-    param: str  # of the request, which errors name
-    limits: Limits
-    mask: "Callable[[], TokenMask] | None"
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._vocabulary = vocabulary(tokenizer)
+        found = [(text[0], id) for id, text in enumerate(tokenizer.token_bytes) if len(text) == 1]
+        # What opens something comes first, as it is there that a grammar branches; then letters.
+        found.sort(key=lambda one: (one[0] not in b'{["', one[0] <= 0x20, one))
+        self._bytes = [id for _, id in found]
 
-    def __call__(self) -> "TokenMask":
-        if self.mask is None:
-            raise TypeError("this grammar comes from another process; compile it")
-        return self.mask()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Grammar, (self.kind, self.text, self.param, self.limits, None)
-
-
-class TokenMask:
-    """Follows one answer through its grammar.
-
-    Raises ConstraintError naming `param` where it cannot: a grammar that was small when compiled
-    may need more states than its limits allow once an answer is under way.
-    """
-
-    def __init__(self, compiled: Compiled, ends: tuple[int, ...], size: int, param: str) -> None:
-        self._compiled = compiled
-        self._matcher = compiled.matcher.deep_copy()  # one factory may make several
-        self._ends = list(ends)
-        self._size = size
-        self._param = param
-        self._tokens: list[int] = []
-        self._renewed = False
-
-    def allowed(self) -> torch.Tensor:
-        """bool (V,). Where the text is whole and nothing can follow, only the end is left."""
-        mask = self._mask()
-        if self._matcher.is_error() and self._renew():
-            mask = self._mask()
-        if self._matcher.is_error():
-            raise self._lost(_reason(self._matcher.get_error()))
-        stopped = self._matcher.is_stopped()
-        if not stopped and not bool(mask.any()):
-            raise self._lost("no token of this model can follow")
-        mask[self._ends] = stopped or bool(mask[self._ends].any())
-        return mask
-
-    def push(self, token: int) -> None:
-        if token in self._ends:
-            return
-        if not self._matcher.consume_token(token) and not (
-            self._renew() and self._matcher.consume_token(token)
-        ):
-            raise self._lost(_reason(self._matcher.get_error()) or f"token {token} is not in it")
-        self._tokens.append(token)
-
-    def _mask(self) -> torch.Tensor:
-        """bool (V,), all False where the matcher has stopped."""
-        if self._matcher.is_stopped():  # as an error does, too
-            return torch.zeros(self._size, dtype=torch.bool)
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self._size].astype(bool))
-
-    def _renew(self) -> bool:
-        """Go on with a matcher that has met this answer alone; False when it does already."""
-        if self._renewed:
-            return False
-        self._renewed = True
-        self._matcher = self._compiled.renewed()
-        return all(self._matcher.consume_token(token) for token in self._tokens)
-
-    def _lost(self, reason: str) -> ConstraintError:
-        return ConstraintError(
-            f"{self._param!r} could not be followed beyond {len(self._tokens)} tokens of the "
-            f"answer: {reason}; ask for a simpler form"
-        )
+    def problem(self, kind: str, text: str, limits: Limits) -> str:
+        """Why no answer can follow it; empty where one can. Some that compile are too large from an
+        answer's first bytes on, so a few are tried.
+        """
+        try:
+            matcher = Compiled(self._vocabulary, kind, text, limits).matcher
+        except GrammarError as error:
+            return str(error)
+        for _ in range(TRIED):
+            if matcher.is_stopped():  # as an error does, too
+                break
+            bits = matcher.compute_bitmask()
+            allowed = (id for id in self._bytes if bits[id // 8] >> id % 8 & 1)
+            if (token := next(allowed, None)) is None:
+                break
+            matcher.consume_token(token)
+        return reason(matcher.get_error())
 
 
-def _reason(problem: str) -> str:
+def reason(problem: str) -> str:
     """llguidance's complaint without the state it prints after it."""
     return " ".join(problem.split("<state>")[0].split())[:300]
+
+
+def main() -> None:
+    """Judge grammars for the tokenizer of a model directory until the parent is gone."""
+    judge = Judge(Tokenizer.load(Path(sys.argv[3])))
+
+    def answer(asked: dict[str, Any], _: bytes) -> dict[str, Any]:
+        limits = Limits(**asked["limits"])
+        return {"problem": judge.problem(asked["kind"], asked["text"], limits)}
+
+    killable.serve(answer)
+
+
+if __name__ == "__main__":
+    main()

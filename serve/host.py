@@ -18,7 +18,7 @@ from typing import Any
 from model.chat import Tokenizer
 from model.engine import Sampling
 from serve.engine_process import EngineProcess
-from serve.grammar import GrammarCompiler
+from serve.grammar_check import GrammarCheck
 from serve.metrics import RequestMetrics
 from serve.specification import EngineOptions, ModelSpec
 
@@ -41,10 +41,15 @@ class ServedModel:
 
     spec: ModelSpec
     engine: EngineProcess
-    grammars: GrammarCompiler
+    grammars: GrammarCheck
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     since: float = field(default_factory=time.time)
     leases: int = 0
+
+    def close(self, timeout: float = 10.0) -> None:
+        """End its processes; requests under way end with finish_reason "abort"."""
+        self.engine.close(timeout)
+        self.grammars.close()
 
 
 class ModelHost:
@@ -54,6 +59,7 @@ class ModelHost:
         self._fetch = fetch
         self._lock = threading.Condition()  # reentrant
         self._served: tuple[ServedModel, ...] = ()  # the main version first
+        self._swapped: tuple[ModelSpec, ...] = ()  # the same, and those whose engine is lost
         self._wanted: ModelSpec | None = None
         self._failures: dict[str, str] = {}  # system fingerprint → reason
         self._loader: threading.Thread | None = None
@@ -77,20 +83,35 @@ class ModelHost:
         with self._lock:
             self._lock.wait_for(lambda: self._served or self._loader is None or self._closed)
 
-    def acquire(self, name: str, client: str | None = None) -> ServedModel:
+    def acquire(
+        self, name: str, client: str | None = None, *, by_share: bool = True
+    ) -> ServedModel:
         """The model for a request, which stays usable until `release`.
 
-        A bare name that several versions share goes to each by its share; one `client` always to
-        the same. Raises NotReady or UnknownModel.
+        A bare name that several versions share goes to each by its share, one `client` always to
+        the same; or, not `by_share`, to the first. Raises NotReady or UnknownModel.
         """
         with self._lock:
-            chosen = self.find(name, client)
+            chosen = self.find(name, client) if by_share else self.first(name)
             chosen.leases += 1
             return chosen
 
+    def first(self, name: str | None) -> ServedModel:
+        """The first version under a bare name, or of all; else as `find`. It is always the same
+        one, whatever the shares: numbers of several versions do not go together.
+        """
+        with self._lock:
+            for spec in self._swapped:
+                if name in (None, spec.name):
+                    return self.find(spec.names[0])
+            if name is None:
+                raise NotReady(self.why_not_ready())
+            return self.find(name)
+
     def find(self, name: str, client: str | None = None) -> ServedModel:
         """As `acquire`, without a lease."""
-        served = self._served
+        with self._lock:
+            served, swapped = self._served, self._swapped
         if not served:
             raise NotReady(self.why_not_ready())
         for one in served:
@@ -98,6 +119,10 @@ class ModelHost:
                 return one
         sharing = [one for one in served if one.spec.name == name]
         if not sharing:
+            for spec in swapped:
+                if name in (spec.name, *spec.names):
+                    anew = f"{name} is being started anew; try again in a moment"
+                    raise NotReady(self._failures.get(spec.system_fingerprint, anew))
             known = dict.fromkeys(one.spec.name for one in served)
             raise UnknownModel(
                 f"The model {name!r} does not exist; this endpoint serves "
@@ -158,7 +183,7 @@ class ModelHost:
             served, self._served = self._served, ()
             self._lock.notify_all()
         for one in served:
-            one.engine.close(timeout)
+            one.close(timeout)
 
     def _begin_loading(self) -> None:
         if self._loader is None:
@@ -200,7 +225,7 @@ class ModelHost:
                     self._failures[spec.system_fingerprint] = reason
                     self._lost = self._reviving
                 for one in fresh:
-                    one.engine.close()
+                    one.close()
                 continue
             self._swap(wanted, fresh)
 
@@ -220,7 +245,7 @@ class ModelHost:
             if not self._closed:
                 for one in after:
                     one.spec = next(s for s in wanted.everything if one.spec.same_model(s))
-                self._served = tuple(after)
+                self._served, self._swapped = tuple(after), wanted.everything
                 self._lock.notify_all()
             gone = [one for one in (*before, *fresh) if one not in self._served]
         log.info("serving %s", ", ".join(one.spec.system_fingerprint for one in after))
@@ -245,7 +270,7 @@ class ModelHost:
         if not finished.wait(WARM_UP_SECONDS) or not engine.healthy:
             engine.close()
             raise RuntimeError(f"the engine gave no token within {WARM_UP_SECONDS} s")
-        served = ServedModel(spec, engine, GrammarCompiler(engine.tokenizer))
+        served = ServedModel(spec, engine, GrammarCheck(directory))
         engine.when_lost(lambda: self._revive(served))
         return served
 
@@ -253,7 +278,7 @@ class ModelHost:
         """End an engine when the last request that leased it is answered."""
         with self._lock:
             self._lock.wait_for(lambda: old.leases == 0 or self._closed)
-        old.engine.close()
+        old.close()
 
 
 def _same(served: Sequence[ServedModel], spec: ModelSpec) -> ServedModel | None:

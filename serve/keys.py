@@ -40,15 +40,17 @@ class Bucket:
         self._now = now
         self._left, self._at = float(rate), now()
 
-    def wait(self) -> float:
-        """Seconds until something may be taken; 0 when it may now."""
+    def wait(self, amount: float = 1) -> float:
+        """Seconds until so much may be taken; 0 when it may now."""
         now = self._now()
         self._left = min(self.rate, self._left + (now - self._at) * self.rate / 60)
         self._at = now
-        return 0.0 if self._left > 0 else (1 - self._left) * 60 / self.rate
+        return max(0.0, amount - self._left) * 60 / self.rate
 
     def take(self, amount: float) -> None:
-        """What was used is known only afterwards, so a bucket may go below nothing."""
+        """Less than nothing is given back. A bucket may go below nothing, and then fills up again
+        before more may be taken.
+        """
         self._left -= amount
 
 
@@ -60,23 +62,53 @@ class Account:
     requests: Bucket | None = None
     tokens: Bucket | None = None
 
-    def admit(self) -> None:
-        """Raises ApiError 429 beyond a limit; counts a request otherwise."""
-        for bucket, what in ((self.requests, "requests"), (self.tokens, "tokens")):
-            if bucket is not None and (seconds := bucket.wait()) > 0:
-                raise ApiError(
-                    429,
-                    f"this key's limit of {bucket.rate} {what} a minute is reached; try again in "
-                    f"{seconds:.0f} s",
-                    code="rate_limit_exceeded",
-                    headers={"Retry-After": str(int(seconds) + 1)},
-                )
+    def admit(self, takes_tokens: bool) -> None:
+        """Count a request. Raises ApiError 429 beyond a limit."""
+        if takes_tokens and self.tokens is not None:
+            _require(self.tokens, 1, "tokens")
         if self.requests is not None:
+            _require(self.requests, 1, "requests")
             self.requests.take(1)
 
-    def charge(self, tokens: int) -> None:
+    def reserve(self, least: int, most: int) -> int:
+        """Take the tokens that a request may come to, so that those made at the same time do not
+        exceed the limit together; how many were taken.
+
+        most: more than `least` where the request does not say. Then what is certain must be left,
+        and the rest is taken below nothing, a minute's worth at most. Raises ApiError 429, or 400
+        where waiting would not help.
+        """
+        if self.tokens is None:
+            return 0
+        rate = self.tokens.rate
+        if least > rate:
+            raise ApiError(
+                400,
+                f"this request may take {least} tokens, more than this key's limit of {rate} "
+                "tokens a minute; ask for fewer or shorter answers, or send less",
+                code="request_too_large",
+            )
+        _require(self.tokens, least, "tokens")
+        taken = min(most, rate)
+        self.tokens.take(taken)
+        return taken
+
+    def correct(self, tokens: int) -> None:
+        """Take more than was reserved, or give back what is less than nothing."""
         if self.tokens is not None:
             self.tokens.take(tokens)
+
+
+def _require(bucket: Bucket, amount: int, what: str) -> None:
+    if (seconds := bucket.wait(amount)) > 0:
+        after = int(seconds) + 1
+        raise ApiError(
+            429,
+            f"this key's limit of {bucket.rate} {what} a minute has no room for {amount} more now; "
+            f"try again in {after} s",
+            code="rate_limit_exceeded",
+            headers={"Retry-After": str(after)},
+        )
 
 
 @dataclass

@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from model.engine import Sampling, Update
 from serve.engine_process import EngineProcess
 
+END_SECONDS = 10.0  # how long an engine may take to say what an aborted answer came to
+
 
 class Mailbox:
     """Routes the updates of engines to the coroutines that wait for them."""
@@ -25,16 +27,17 @@ class Mailbox:
         streamed: bool,
         embed: bool = False,
     ) -> Iterator["Mail"]:
-        """Submit the sequences of one request; on leaving, those unfinished are aborted.
+        """Submit the sequences of one request; on leaving, those unfinished are aborted unheard.
 
         Raises what `Engine.submit` raises, and then none of them is left running.
         """
-        mail = Mail()
+        mail = Mail(engine)
         engine.attach()
         try:
             for index, (prompt, sampling) in enumerate(requests):
                 id = uuid.uuid4().hex
                 mail.indices[id] = index
+                mail.unfinished.add(id)
                 self._mails[id] = mail
                 engine.submit(
                     prompt,
@@ -42,13 +45,14 @@ class Mailbox:
                     self._publish,
                     streamed=streamed,
                     embed=embed,
-                    follows=index > 0,
+                    room=len(requests) if index == 0 else 0,
                     id=id,
                 )
             yield mail
         finally:
-            for id in mail.indices:
+            for id in mail.unfinished:
                 engine.abort(id)
+            for id in mail.indices:
                 del self._mails[id]
 
     def _publish(self, updates: list[Update]) -> None:
@@ -69,18 +73,31 @@ class Mailbox:
 class Mail:
     """The updates of one request's sequences. `indices`: sequence id → index in the request."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: EngineProcess) -> None:
+        self.engine = engine
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[Update] = asyncio.Queue()
         self.indices: dict[str, int] = {}
+        self.unfinished: set[str] = set()
 
     async def updates(self) -> AsyncIterator[tuple[int, Update]]:
         """(index, update) as they come, until every sequence has finished."""
-        left = len(self.indices)
-        while left:
+        while self.unfinished:
             update = await self.queue.get()
-            left -= update.finish_reason is not None
+            if update.finish_reason is not None:
+                self.unfinished.discard(update.id)
             yield self.indices[update.id], update
+
+    async def end(self) -> list[tuple[int, Update]]:
+        """Abort what is unfinished; what is heard of it until its end, which may be too late."""
+        for id in self.unfinished:
+            self.engine.abort(id)
+        heard = []
+        with suppress(TimeoutError):
+            async with asyncio.timeout(END_SECONDS):
+                async for news in self.updates():
+                    heard.append(news)
+        return heard
 
 
 def _deliver(deliveries: list[tuple[Mail, Update]]) -> None:

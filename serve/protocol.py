@@ -11,14 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from model.engine import ConstraintFactory, Sampling
 from model.engine.sampling import MAX_LOGPROBS
 from serve.errors import ApiError
+from serve.specification import MAX_CHOICES
 
-MAX_CHOICES = 128  # prompts × n of one request
 MAX_NUMBER = 2**31 - 1  # of tokens; what is more is a mistake, and no tensor holds it
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_NUMBER)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
-TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9]\d{0,8})$")]  # one text for each id
+TokenKey = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]  # one text for each id
 
 
 Metadata = Annotated[

@@ -38,7 +38,7 @@ class Usage:
         )
         self.completions[choice] = update.completion_tokens
         self.waited = max(self.waited, update.waited)
-        if update.finish_reason is not None:
+        if update.finish_reason not in (None, "abort"):  # an answer broken off says nothing of time
             self.reasons[choice] = update.finish_reason
             self.read, self.lasted = max(self.read, update.read), max(self.lasted, update.lasted)
 

@@ -198,6 +198,10 @@ class ResponseRun:
         return self.completion.accepted
 
     @property
+    def tokens(self) -> tuple[int, int]:
+        return self.completion.tokens
+
+    @property
     def choices(self) -> int:
         return 1
 
@@ -210,7 +214,7 @@ class ResponseRun:
         return self.completion.clock
 
     async def whole(self, mailbox: Mailbox) -> dict[str, Any]:
-        with self.completion.open(mailbox, streamed=False) as mail:
+        async with self.completion.open(mailbox, streamed=False) as mail:
             async for index, update in mail.updates():
                 self.completion.count(index, update)
                 if failure := self.completion.failure(update):
@@ -221,7 +225,7 @@ class ResponseRun:
         """Typed events; the first is made before any token."""
         text = ""
         where = {"item_id": self.item, "output_index": 0, "content_index": 0}
-        with self.completion.open(mailbox, streamed=True) as mail:
+        async with self.completion.open(mailbox, streamed=True) as mail:
             empty = _part("")
             opening = self._event("response.created", response=self._body("", None))
             opening += self._event("response.in_progress", response=self._body("", None))

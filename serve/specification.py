@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MAX_CHOICES = 128  # answers one request may ask for: prompts × n
+
 
 class EngineOptions(BaseModel):
     """How the engine of a served model works; none of it changes which model it is."""

@@ -21,18 +21,35 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Entries) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
+class Offsets:
+    """Where in a text its tokens begin: at as many characters as those before them decode to."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._decoder = tokenizer.stream()
+        self._characters = 0
+
+    def of(self, token: int) -> int:
+        """Where the next token begins."""
+        begins = self._characters
+        self._characters += len(self._decoder.push(token))
+        return begins
+
+    def end_prompt(self) -> None:
+        """A character that a prompt leaves unfinished, no answer finishes."""
+        self._characters += len(self._decoder.finish())
+
+
 def text_logprobs(
-    tokenizer: Tokenizer, entries: Entries, offset: int, with_top: bool
+    tokenizer: Tokenizer, entries: Entries, offsets: list[int], with_top: bool
 ) -> dict[str, Any]:
-    """`choices[].logprobs` of /v1/completions; offset: characters sent before these tokens."""
-    tokens, values, top, offsets = [], [], [], []
+    """`choices[].logprobs` of /v1/completions; `offsets`: of each token, see `Offsets`."""
+    tokens, values, top = [], [], []
     for token, entry in entries:
         tokens.append(token_text(tokenizer, token))
         values.append(None if entry is None else entry.logprob)
-        likely = entry.top if entry is not None else ()
-        top.append({token_text(tokenizer, id): logprob for id, logprob in likely} or None)
-        offsets.append(offset)
-        offset += len(tokenizer.token_bytes[token].decode("utf-8", "ignore"))
+        # Beside the likeliest stands the token itself, as in OpenAI's answers.
+        pairs = () if entry is None else (*entry.top, (token, entry.logprob))
+        top.append({token_text(tokenizer, id): logprob for id, logprob in pairs} or None)
     return {
         "tokens": tokens,
         "token_logprobs": values,

@@ -17,7 +17,7 @@ MAX_BODY_BYTES = 1 << 20
 BODY_SECONDS = 10.0
 T = TypeVar("T")
 CLOSING: set[asyncio.Future[None]] = set()
-"""Streams that clear up; the loop itself holds tasks but weakly."""
+"""Requests that clear up; the loop itself holds tasks but weakly."""
 
 
 async def read_body(request: Request) -> bytes:
@@ -45,9 +45,16 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away (ClientDisconnect)."""
+async def unless_disconnected(
+    request: Request, work: Coroutine[Any, Any, T], on_close: Callable[[], None] | None = None
+) -> T:
+    """The result of `work`, which is cancelled when the client goes away (ClientDisconnect).
+
+    `on_close` is called when the work is over, which may be later than this.
+    """
     task = asyncio.ensure_future(work)
+    if on_close is not None:
+        task.add_done_callback(lambda _: on_close())
     gone = asyncio.ensure_future(_disconnect(request.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -55,7 +62,7 @@ async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) ->
             raise ClientDisconnect
         return task.result()
     finally:
-        await _cancel(task, gone)
+        await _sheltered(_cancel(task, gone))
 
 
 class EventStream(Response):
@@ -90,11 +97,7 @@ class EventStream(Response):
                 with suppress(OSError):  # what servers raise when the client is gone
                     pump.result()
         finally:
-            # Ray cancels the request of a client that left, and may do so while we clear up.
-            closing = asyncio.ensure_future(self._close(pump, gone))
-            CLOSING.add(closing)
-            closing.add_done_callback(CLOSING.discard)
-            await asyncio.shield(closing)
+            await _sheltered(self._close(pump, gone))
 
     async def _close(self, *tasks: asyncio.Future[Any]) -> None:
         try:
@@ -116,6 +119,14 @@ class EventStream(Response):
 async def _disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _sheltered(work: Coroutine[Any, Any, None]) -> None:
+    """Ray cancels the request of a client that left, and may do so while we clear up."""
+    closing = asyncio.ensure_future(work)
+    CLOSING.add(closing)
+    closing.add_done_callback(CLOSING.discard)
+    await asyncio.shield(closing)
 
 
 async def _cancel(*tasks: asyncio.Future[Any]) -> None:

@@ -383,24 +383,33 @@ class Core:
                 reason = "stop"
             if sequence.text.stopped and self.tokenizer is not None:
                 # Tokens that are all stop string, or beyond it, are not part of the text.
-                length = sequence.text.released
-                while sequence.kept > sequence.reported and (
-                    len(self.tokenizer.decode(sequence.tokens[: sequence.kept - 1])) >= length
-                ):
+                def characters(count: int) -> int:
+                    return len(decode(sequence.tokens[:count]))
+
+                decode, length = self.tokenizer.decode, sequence.text.released
+                while characters(sequence.kept) > length <= characters(sequence.kept - 1):
                     sequence.kept -= 1
         return self._report(sequence, reason)
 
     def _report(self, sequence: Answer, reason: FinishReason | None) -> Update:
+        """What is new: text that is certain, and the tokens that are all in it."""
+        certain = len(sequence.tokens)
+        if reason is None and sequence.text is not None and self.tokenizer is not None:
+            held = sequence.text.held
+            while held > 0 and certain > sequence.reported:
+                certain -= 1
+                held -= len(self.tokenizer.token_bytes[sequence.tokens[certain]])
+        count = certain - sequence.reported
         update = Update(
             sequence.id,
             "".join(sequence.parts),
-            sequence.tokens[sequence.reported :],
+            sequence.tokens[sequence.reported : certain],
             reason,
             len(sequence.prompt),
             len(sequence.tokens),
             cached_tokens=sequence.cached,
-            kept=sequence.kept - sequence.reported,
-            logprobs=sequence.logprobs,
+            kept=min(sequence.kept, certain) - sequence.reported,
+            logprobs=sequence.logprobs[:count],
             prompt_logprobs=sequence.prompt_logprobs,
             total_logprob=sequence.total_logprob,
             waited=sequence.waited,
@@ -409,7 +418,7 @@ class Core:
             problem=sequence.problem,
             embedding=None if sequence.hidden is None else sequence.hidden / len(sequence.prompt),
         )
-        sequence.logprobs, sequence.prompt_logprobs = [], []
+        sequence.logprobs, sequence.prompt_logprobs = sequence.logprobs[count:], []
         sequence.parts.clear()
-        sequence.reported = len(sequence.tokens)
+        sequence.reported = certain
         return update

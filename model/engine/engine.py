@@ -33,6 +33,18 @@ class EngineBusy(RuntimeError):
     """Too many sequences wait already; ask again later."""
 
 
+def require_room(held: int, room: int, slots: int, max_waiting: int) -> None:
+    """Raise EngineBusy unless a request of `room` answers may be added to the `held` ones. One that
+    meets no other may bring any number: requests after it are refused, not kept waiting.
+    """
+    if room and held and held + room > slots + max_waiting:
+        if room == 1:
+            raise EngineBusy(f"{max_waiting} requests are waiting already")
+        raise EngineBusy(
+            f"{room} answers do not fit beside the {held} under way ({slots + max_waiting} at most)"
+        )
+
+
 class EngineClosed(RuntimeError):
     """The engine takes no more sequences."""
 
@@ -93,15 +105,14 @@ class Engine:
         *,
         streamed: bool = True,
         embed: bool = False,
-        follows: bool = False,
+        room: int = 1,
         id: str | None = None,
     ) -> str:
         """Queue a prompt and return the id of its sequence; a given `id` must be new.
 
         streamed: report as it grows; else only the finished answer. embed: see `Core.sequence`. The
-        last update has a `finish_reason`. follows: this is another answer to a request of which one
-        was accepted, so a full queue is no reason to refuse it. Raises PromptError, EngineBusy or
-        EngineClosed.
+        last update has a `finish_reason`. room: of how many answers the request is the first, which
+        must all fit; 0 for its later ones. Raises PromptError, EngineBusy or EngineClosed.
         """
         id = id or uuid.uuid4().hex
         sequence = self._core.sequence(id, prompt, sampling, streamed=streamed, embed=embed)
@@ -111,19 +122,18 @@ class Engine:
             counters = self._core.counters
             held = len(self._inbox) + counters.requests - counters.ended
             # Who will find a free slot does not wait, even if the step is not over that admits it.
-            if held - self.slots >= self.max_waiting and not follows:
-                raise EngineBusy(f"{self.max_waiting} requests are waiting already")
+            require_room(held, room, self.slots, self.max_waiting)
             self._inbox.append(sequence)
             self._listeners[sequence.id] = listener
             self._changed.notify()
         return sequence.id
 
     def abort(self, id: str) -> None:
-        """Stop a sequence and free its slot; its listener hears nothing more. Harmless when
+        """Stop a sequence and free its slot; its listener soon hears of the end. Harmless when
         finished.
         """
         with self._changed:
-            if self._listeners.pop(id, None):
+            if id in self._listeners:
                 self._aborts.append(id)
                 self._changed.notify()
 
@@ -182,7 +192,7 @@ class Engine:
             for sequence in arrived:  # before anybody else asks how many wait
                 self._core.add(sequence)
         if aborts:
-            self._core.abort(aborts)
+            self._publish(self._core.abort(aborts))
         if closed:
             self._end_all("abort")
             return False

@@ -17,6 +17,11 @@ class TextStream:
         self.stopped = False
         self.released = 0  # characters
 
+    @property
+    def held(self) -> int:
+        """Bytes at the end of what was pushed that are not released yet."""
+        return len(self._held.encode()) + self._decoder.pending
+
     def push(self, token: int, looking: bool = True) -> str:
         """The text that became certain with this token. Sets `stopped` when a stop string ended
         it; unless `looking`, stop strings are text like any other.

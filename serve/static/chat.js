@@ -499,9 +499,10 @@ $("tune").addEventListener("click", togglePanel);
 $("more").addEventListener("click", showExamples);
 $("panel").addEventListener("input", changeSetting);
 $("reset").addEventListener("click", () => {
-  Object.assign(settings, DEFAULTS);
+  Object.assign(settings, DEFAULTS, { key: settings.key }); // a key is no setting: it is shown once
   keep();
   showSettings();
+  chooseCard();
 });
 
 showSettings();

@@ -11,6 +11,7 @@ import contextlib
 import re
 
 from charset_normalizer import from_bytes
+from resiliparse.parse.encoding import map_encoding_to_html5
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -21,8 +22,21 @@ _MARKS = (
 )
 _HEADER = re.compile(r"charset\s*=\s*[\"']?([\w.:-]+)", re.IGNORECASE)
 _META = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.IGNORECASE)
-# What the Encoding Standard (WHATWG) reads these labels as.
-_WINDOWS = {"iso8859-1": "cp1252", "ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030"}
+# What the Encoding Standard (WHATWG) reads under a name is often wider than Python's codec of it.
+_WIDER = {
+    "ascii": "cp1252",
+    "iso8859-1": "cp1252",
+    "iso8859-9": "cp1254",
+    "iso8859-11": "cp874",
+    "tis-620": "cp874",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "big5": "big5hkscs",
+    "shift_jis": "cp932",
+    "euc_jp": "euc_jis_2004",
+    "euc_kr": "cp949",
+}
+_CYRILLIC = {"x-mac-cyrillic": "mac_cyrillic", "x-mac-ukrainian": "mac_cyrillic"}
 _SAMPLE = 5000
 _WIDE_SHARE = 0.05
 _MIXED = "gristmill-mixed"
@@ -36,9 +50,8 @@ _HIGH = re.compile(rb"[\x80-\xff]+")
 def decode(body: bytes, content_type: str = "") -> tuple[str, tuple[str, ...]]:
     """The text, and what had to be mended: `nul-bytes`, `mixed-charset`, `wrong-charset`,
     `undecodable-bytes`."""
-    for mark, encoding in _MARKS:
-        if body.startswith(mark):
-            return body.decode(encoding, "replace").replace("\x00", ""), ()
+    if (marked := decode_marked(body)) is not None:
+        return marked.replace("\x00", ""), ()
     mended: list[str] = []
     if (wide := _declared_wide(body, content_type)) is not None:
         return wide.replace("\x00", ""), ()
@@ -53,7 +66,7 @@ def decode(body: bytes, content_type: str = "") -> tuple[str, tuple[str, ...]]:
     for encoding in (*stateful, "utf-8", *declared):
         try:
             return body.decode(encoding), tuple(mended)
-        except (UnicodeDecodeError, LookupError):
+        except (UnicodeError, LookupError):
             continue
     if _is_mostly_utf8(body):
         return body.decode("utf-8", _MIXED), (*mended, "mixed-charset")
@@ -62,9 +75,29 @@ def decode(body: bytes, content_type: str = "") -> tuple[str, tuple[str, ...]]:
     for match in from_bytes(sample):
         try:
             return body.decode(match.encoding), (*mended, "wrong-charset")
-        except (UnicodeDecodeError, LookupError):
+        except (UnicodeError, LookupError):
             continue
     return body.decode("utf-8", "replace"), (*mended, "undecodable-bytes")
+
+
+def decode_marked(body: bytes) -> str | None:
+    """The text of bytes that begin with a byte-order mark; None for all others."""
+    for mark, encoding in _MARKS:
+        if body.startswith(mark):
+            return body.decode(encoding, "replace")
+    return None
+
+
+def known_encoding(label: str) -> str | None:
+    """Python's name for what the Encoding Standard calls `label`, else for what Python does; None
+    for what is no encoding at all. A codec of another kind (`base64`) fails when it decodes.
+    """
+    try:
+        standard = map_encoding_to_html5(label, fallback_utf8=False)
+        name = codecs.lookup(standard or _CYRILLIC.get(label.lower(), label)).name
+    except (LookupError, ValueError):
+        return None
+    return _WIDER.get(name, name)
 
 
 def _declared_wide(body: bytes, content_type: str) -> str | None:
@@ -108,11 +141,4 @@ codecs.register_error(_MIXED, _as_windows)
 def _declared(body: bytes, content_type: str) -> list[str]:
     labels = [match.group(1) for match in _HEADER.finditer(content_type)]
     labels += [match.group(1).decode("ascii", "replace") for match in _META.finditer(body[:4096])]
-    names = []
-    for label in labels:
-        try:
-            name = codecs.lookup(label).name
-        except LookupError:
-            continue
-        names.append(_WINDOWS.get(name, name))
-    return names
+    return [name for name in map(known_encoding, labels) if name]

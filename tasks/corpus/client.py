@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import ssl
 import time
 from collections.abc import AsyncIterator, Iterable
@@ -23,8 +24,7 @@ from tasks.corpus.site_options import HIDDEN, Site
 MAX_ERROR_BODY = 64 * 1024
 CONNECT_SECONDS = 15
 _DAMAGED = "truncated or damaged body"
-
-
+_CODING = "content coding"  # that nobody offered
 FINAL = ("private address", "TLS error", "credentials only over https", "proxy refuses")
 
 
@@ -38,7 +38,7 @@ class FetchError(Exception):
     @property
     def may_pass(self) -> bool:
         """Whether asking again could help."""
-        return self.reason not in FINAL
+        return self.reason not in FINAL and not self.reason.startswith(_CODING)
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,10 @@ class Client:
             self._resolver.check_literal(url)
             async with self._room:
                 return await self._exchange(url, headers or {}, types, max_bytes, site)
+        except UnknownCoding as error:
+            raise FetchError(f"{_CODING} {error.coding}") from error
         except CodingError as error:
-            known = not isinstance(error, UnknownCoding)
-            raise FetchError(_DAMAGED if known else str(error)) from error
+            raise FetchError(_DAMAGED) from error
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise FetchError(_reason(error)) from error
 
@@ -259,14 +260,11 @@ class _Response(aiohttp.ClientResponse):
 
 
 def _retry_after(value: str) -> float | None:
-    """Seconds of a Retry-After header (RFC 9110, section 10.2.3): a number or a date."""
-    if not value:
-        return None
-    try:
-        return max(float(int(value)), 0.0)
-    except ValueError:
-        pass
+    """Seconds of a Retry-After header (RFC 9110, section 10.2.3), a number or a date; infinite for
+    a number of hundreds of digits."""
+    if re.fullmatch(r"[0-9]+", value.strip()):
+        return float(value)
     try:
         return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

@@ -14,6 +14,8 @@ from backports import zstd
 
 ACCEPTED = "gzip, deflate, br, zstd"
 _NAMES = {"gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate", "br": "br", "zstd": "zstd"}
+# Registered (IANA, HTTP Content Coding Registry) and offered by nobody.
+_OTHERS = frozenset({"aes128gcm", "compress", "dcb", "dcz", "exi", "pack200-gzip", "x-compress"})
 _MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
 _STEP = 1 << 16  # bytes a decoder may give at once: a bomb is noticed before it is unpacked
 MAX_WINDOW = 27  # binary logarithm of the window a zstd frame may ask for: 128 MB
@@ -24,7 +26,11 @@ class CodingError(ValueError):
 
 
 class UnknownCoding(CodingError):
-    """A coding that was not offered; the message names it."""
+    """A coding that was not offered."""
+
+    def __init__(self, coding: str) -> None:
+        super().__init__(f"content coding {coding} is not known")
+        self.coding = coding
 
 
 class Decoder:
@@ -34,13 +40,12 @@ class Decoder:
     """
 
     def __init__(self, header: str, limit: int) -> None:
-        """`header` is Content-Encoding. Raises UnknownCoding for one nobody offered."""
+        """`header` is Content-Encoding; names of no coding (`none`, `utf-8`) say nothing. Raises
+        UnknownCoding for a coding nobody offered."""
         names = [name.strip().lower() for name in header.split(",")]
-        named = [name for name in names if name not in ("", "identity")]
-        unknown = [name for name in named if name not in _NAMES]
-        if unknown:
-            raise UnknownCoding(f"content coding {unknown[0]}")
-        self._layers: list[_Layer] = [_Layer(_NAMES[name]) for name in reversed(named)]
+        if unknown := _OTHERS.intersection(names):
+            raise UnknownCoding(min(unknown))
+        self._layers = [_Layer(_NAMES[name]) for name in reversed(names) if name in _NAMES]
         self._left = limit
 
     def feed(self, data: bytes) -> bytes:

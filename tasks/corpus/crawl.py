@@ -48,7 +48,7 @@ def foreseen(config: CrawlConfig, store: Store) -> str:
     return EarlierEpoch.of(config, store).note
 
 
-@stage("crawl", version=4, retries=3, content_addressed=True, foresee=foreseen)
+@stage("crawl", version=5, retries=3, content_addressed=True, foresee=foreseen)
 def crawl(config: CrawlConfig, work: Workspace) -> Outcome:
     """Fetch the seeds' sites politely into WARC files."""
     settings = Settings.load()
@@ -129,6 +129,7 @@ def crawl_site(
             before.leads(),
         ),
         config.max_pages_per_host,
+        config.max_numbered,
     )
     saved = Rounds(work)
     partitions = saved.restore(frontier, min(partitions, config.parallel_total))

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator
 
 from tasks.corpus.fetch_plan import Limits
 from tasks.corpus.site_options import SiteOptions
-from tasks.corpus.urls import canonical_url, domain_name
+from tasks.corpus.urls import canonical_pattern, canonical_url, domain_name
 from tasks.runtime.fingerprint import place
 from tasks.runtime.stage_config import StageConfig
 
@@ -41,6 +41,14 @@ class CrawlOptions(StageConfig):
         ge=1,
         description="Documents of one host after which it is asked for no more; empty: "
         "one host may fill the whole crawl.",
+    )
+    max_numbered: int = Field(
+        10_000,
+        ge=1,
+        description="Pages of one host that differ in numbers alone, of those whose path ends in "
+        "two or more of at most four digits (/calendar/2024/5/17). Further ones are taken for an "
+        "endless calendar; 10,000 days are 27 years. Articles by date and name, or by one number, "
+        "are not counted.",
     )
     max_depth: int = Field(16, ge=0, description="Links between a seed and a page, at most.")
     revisit_chance: float = Field(
@@ -115,6 +123,11 @@ class CrawlOptions(StageConfig):
     @classmethod
     def _are_names(cls, domains: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(domain_name, domains))
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _are_patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(canonical_pattern, patterns))
 
 
 class CrawlConfig(CrawlOptions):

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from tasks.corpus.addresses import Address
+from tasks.corpus.addresses import Address, Host
 from tasks.corpus.frontier import Frontier
+from tasks.corpus.robots import MAX_BYTES
 from tasks.corpus.urls import host_of
 from tasks.runtime.stage import Outcome, Report
 
@@ -99,6 +100,7 @@ def _host_rows(frontier: Frontier, limit: int = 200) -> list[dict[str, Any]]:
                 "delay, s": host.delay,
                 "mean pause, s": round(host.paused / max(host.requests, 1), 4),
                 "mean answer, s": round(sum(taken) / max(len(taken), 1), 4),
+                "note": _note(host),
             }
         )
     rows.sort(key=lambda row: -row["fetched"])
@@ -106,6 +108,12 @@ def _host_rows(frontier: Frontier, limit: int = 200) -> list[dict[str, Any]]:
     rest.sort(key=lambda row: -unhad[row["host"]])
     half = limit - len(shown)
     return shown + rest[:half] + ([_others(rest[half:])] if rest[half:] else [])
+
+
+def _note(host: Host) -> str:
+    clipped = sorted(origin for origin, robots in host.robots.items() if robots.clipped)
+    files = ", ".join(f"{origin}/robots.txt" for origin in clipped)
+    return f"longer than {MAX_BYTES:,} bytes, the rest not read: {files}" if files else ""
 
 
 def _others(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The extract stage: WARC records to documents.
 
-Each page is parsed in a child process under a time and a memory limit (`killable`); a page that
-hangs, swallows memory or brings the parser down is counted by rule and the shard goes on.
+Each page is parsed in a child process under a time and a memory limit (`tasks.runtime.killable`);
+a page that hangs, swallows memory or brings the parser down is counted by rule and the shard goes
+on.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from tasks.corpus.documents import (
     selection_reports,
     writable,
 )
-from tasks.corpus.killable import ChildDied, ChildTimeout, KillableChild
 from tasks.corpus.links import header_canonical, robots_directives
 from tasks.corpus.opt_out import headers_reserve
 from tasks.corpus.page_about import AGENT
@@ -37,6 +37,7 @@ from tasks.corpus.pages import page_rows
 from tasks.corpus.records import Ahead, DamagedRecord, Fetched, needed, read_record, scan
 from tasks.corpus.sharding import run_shards
 from tasks.corpus.warc import payload_digest
+from tasks.runtime.killable import ChildDied, ChildTimeout, KillableChild
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
@@ -78,7 +79,7 @@ class ExtractConfig(StageConfig):
     """HTML in one shard: the grain of parallelism and of resuming."""
 
 
-@stage("extract", version=6)
+@stage("extract", version=7)
 def extract(config: ExtractConfig, work: Workspace, *, crawl: Manifest) -> Outcome:
     """Take the text out of every crawled page."""
     damaged = 0

@@ -29,7 +29,7 @@ from tasks.corpus.addresses import (
 from tasks.corpus.fetch_plan import HostPlan, HostResult, Outcome, Request
 from tasks.corpus.revisit import NOT_ASKED, Revisit, may_have_passed, remember, take_over
 from tasks.corpus.robots import Robots
-from tasks.corpus.urls import Scope, host_of
+from tasks.corpus.urls import Scope, host_of, numbered_shape
 
 MAX_QUERIES = 500  # distinct query strings below one path; more is an endless space
 TRIED = "tried, as robots.txt names no sitemap"
@@ -55,9 +55,10 @@ class Frontier:
         forgotten: Callable[[str], object] = lambda url: None,
         revisit: Revisit | None = None,
         max_pages_per_host: int | None = None,
+        max_numbered: int = 10_000,
     ) -> None:
         self.scope, self.max_pages, self.max_redirects = scope, max_pages, max_redirects
-        self.max_pages_per_host = max_pages_per_host
+        self.max_pages_per_host, self.max_numbered = max_pages_per_host, max_numbered
         self.round_seconds = round_seconds
         self.earlier = earlier or {}
         self._known_hosts = {host_of(url) for url in self.earlier}
@@ -68,6 +69,7 @@ class Frontier:
         self.hosts: dict[str, Host] = {}
         self.counts: Counter[str] = Counter()
         self._queries: Counter[tuple[str, str]] = Counter()
+        self._numbered: Counter[tuple[str, str]] = Counter()
 
     # --- discovery -------------------------------------------------------------------------------
 
@@ -100,8 +102,7 @@ class Frontier:
             self.hosts.setdefault(host, Host(host)).links += 1
             self.counts["links to another host"] += 1
             return
-        if not reason and self._count_query(address.url) > MAX_QUERIES:
-            reason = "trap: too many query strings"
+        reason = reason or self._endless(address.url)
         if reason:
             address.state, address.reason = "skipped", reason
         self.addresses[address.url] = address
@@ -114,13 +115,19 @@ class Frontier:
             return ""  # sitemaps are read, not kept: their own names say nothing
         return reason
 
-    def _count_query(self, url: str) -> int:
-        """How many query strings below this one's path are in scope; 0 where it has none."""
+    def _endless(self, url: str) -> str:
+        """Why one more address in scope is one of an endless space, or empty. Counts it."""
         parts = urlsplit(url)
-        if not parts.query:
-            return 0
-        self._queries[parts.netloc, parts.path] += 1
-        return self._queries[parts.netloc, parts.path]
+        reason = ""
+        if shape := numbered_shape(url):
+            self._numbered[parts.netloc, shape] += 1
+            if self._numbered[parts.netloc, shape] > self.max_numbered:
+                reason = "trap: too many numbered pages"
+        if parts.query:
+            self._queries[parts.netloc, parts.path] += 1
+            if self._queries[parts.netloc, parts.path] > MAX_QUERIES:
+                reason = "trap: too many query strings"
+        return reason
 
     # --- generate --------------------------------------------------------------------------------
 
@@ -393,7 +400,7 @@ class Frontier:
         self.scope = dataclasses.replace(self.scope, hosts=self.scope.hosts | known)
         for address in self.addresses.values():
             if not self._out_of_scope(address):
-                self._count_query(address.url)
+                self._endless(address.url)
 
 
 def _may_be_sitemap(known: Address) -> bool:

@@ -46,7 +46,7 @@ from tasks.corpus.source_pieces import Piece, count_rows, cut
 from tasks.corpus.source_rows import rows_of
 from tasks.corpus.warc import payload_digest
 from tasks.corpus.weights import WEIGHT
-from tasks.runtime.errors import UserError
+from tasks.runtime.errors import Unavailable, UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Report, Workspace, stage
@@ -81,7 +81,7 @@ def is_weighted(config: GatherConfig) -> bool:
     return any(source.weight != 1 for source in config.sources)
 
 
-@stage("gather", version=6)
+@stage("gather", version=8)
 def gather(config: GatherConfig, work: Workspace, *, crawled: Manifest | None = None) -> Outcome:
     """Read the corpus's sources into documents; `crawled` are those of its seeds."""
     items: list[tuple[Any, ...]] = []
@@ -229,7 +229,9 @@ def _documents(
         with contextlib.ExitStack() as held:
             try:
                 path = held.enter_context(local_copy(file, scratch, roots))
-            except UserError as refusal:  # what may pass fails the shard instead, to be tried again
+            except Unavailable:  # may pass: the shard fails, to be tried again
+                raise
+            except UserError as refusal:
                 about = {"url": f"file://{source.name}/{file.name}", "bytes": 0, "weight": None}
                 yield _document(about), Removal("missing-file", str(refusal))
                 continue

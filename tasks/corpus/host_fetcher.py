@@ -13,7 +13,8 @@ from datetime import datetime
 from urllib.parse import urlsplit
 
 from tasks.corpus import warc
-from tasks.corpus.client import Client, FetchError
+from tasks.corpus.charset import decode_marked
+from tasks.corpus.client import Answer, Client, FetchError
 from tasks.corpus.fetch_plan import (
     LONG_PAUSE,
     NO_ANSWER,
@@ -25,7 +26,7 @@ from tasks.corpus.fetch_plan import (
     Request,
 )
 from tasks.corpus.judged import REDIRECT, RETRIED, Judged, Retry, judged
-from tasks.corpus.opt_out import OPT_OUT
+from tasks.corpus.opt_out import OPT_OUT, tdm_locations
 from tasks.corpus.robots import MAX_BYTES, MAX_REDIRECTS, Robots
 from tasks.corpus.segments import Segments
 from tasks.corpus.urls import canonical_url, host_of
@@ -34,6 +35,7 @@ FAILURES_TO_PROBE = 5  # failed requests in a row: is it the host, or are it the
 FAILURES_TO_LEAVE = 50  # failed requests of a round, if they are also a large share of it:
 SHARE_TO_LEAVE = 0.5  # some bad pages, each asked for several times, are no reason
 TDM_FILE = "/.well-known/tdmrep.json"
+MAX_TDM_BYTES = 1024 * 1024
 MAX_SITEMAP_BYTES = 50 * 1024 * 1024
 
 
@@ -181,83 +183,105 @@ class HostFetcher:
         self._delay = max(self._base_delay, 0.0 if fresh else self._delay)
 
     async def _fetch_robots(self, origin: str) -> None:
-        """Ask for an origin's robots.txt, following redirects (RFC 9309, section 2.3.1.2)."""
-        target = url = f"{origin}/robots.txt"
-        failure = ""
-        records: tuple[bytes, ...] = ()
-        outcome = Outcome(url, "robots", "error")
-        robots = Robots("none")
-        after: float | None = None  # seconds the server asked for
+        """Ask for an origin's robots.txt, then for what it reserves from text mining."""
+        url = f"{origin}/robots.txt"
+        before = self._robots.get(origin)
+        answer: Answer | None = None
+        try:
+            answer = await self._ask_first(url, MAX_BYTES)
+            robots = _robots_of(answer)
+            self._set_robots(origin, robots)  # its delay holds for the next request already
+            robots = dataclasses.replace(robots, tdm=await self._fetch_tdm(origin, robots))
+        except FetchError as error:
+            robots = Robots("none", failure=error.reason)
+        robots = dataclasses.replace(robots, read_at=time.time())
+        if before is not None:
+            robots = before.kept_in_place_of(robots, time.time())
+        self._set_robots(origin, robots)
+        if answer is None or robots.failure or self._left:
+            return
+        digest, identifier = warc.payload_digest(answer.exchange.body), warc.record_id()
+        outcome = Outcome(
+            url,
+            "robots",
+            "fetched",
+            status=answer.exchange.status,
+            digest=digest,
+            record_id=identifier,
+            robots=dataclasses.asdict(robots),
+            fetched_at=warc.warc_date(),
+        )
+        records = warc.response_records(answer.exchange, digest, identifier)
+        self._done.append(self._segments.append(outcome, records, self._aliases.place(url)))
+
+    async def _fetch_tdm(self, origin: str, robots: Robots) -> str:
+        """The origin's TDM reservations, empty where it has none.
+
+        Raises FetchError where it cannot say: then nobody knows what of it may be had.
+        """
+        url = f"{origin}{TDM_FILE}"
+        wanted = robots.allows(self._aliases.place(url), self._limits.token)
+        if not (wanted and self._limits.honour_opt_outs) or self._delay > self._limits.max_delay:
+            return ""
+        try:
+            answer = await self._ask_first(url, MAX_TDM_BYTES)
+        except FetchError as error:
+            raise FetchError(f"tdmrep.json: {error.reason}") from error
+        found = _robots_of(answer)
+        if found.policy == "none":
+            raise FetchError(f"tdmrep.json answered {found.status}")
+        if found.policy == "all":
+            return ""
+        body = answer.exchange.body
+        text = decode_marked(body) or body.decode("utf-8", "replace")
+        if answer.refused and text.lstrip().startswith(("[", "{")):  # no page that says "not found"
+            raise FetchError(f"tdmrep.json: {answer.refused}")
+        return text if tdm_locations(text) else ""
+
+    async def _ask_first(self, url: str, max_bytes: int) -> Answer:
+        """What stands at an address that is asked for before all pages: once more, and again, where
+        the server cannot say. Raises FetchError.
+        """
+        failure: FetchError | None = None
         for attempt in range(1, self._limits.retries + 2):
-            for _ in range(MAX_REDIRECTS + 1):
-                await asyncio.sleep(max(self._pause(), 0))
-                self._last_start = time.monotonic()
-                try:
-                    self._requests += 1
-                    place = self._aliases.place(target)
-                    answer = await self._client.ask(place, max_bytes=MAX_BYTES, site=self._site)
-                    failure = ""
-                except FetchError as error:
-                    failure, after = error.reason, None
+            failure = after = None
+            try:
+                answer = await self._follow(url, max_bytes)
+                after = answer.retry_after
+                if _robots_of(answer).policy != "none":
                     break
-                self._bytes += len(answer.exchange.body)
-                status, after = answer.exchange.status, answer.retry_after
-                robots = Robots.of_response(status, answer.exchange.body)
-                identifier = warc.record_id()
-                digest = warc.payload_digest(answer.exchange.body)
-                records = warc.response_records(answer.exchange, digest, identifier)
-                outcome = Outcome(
-                    url, "robots", "fetched", status=status, digest=digest, record_id=identifier
-                )
-                if status not in REDIRECT or not answer.location:
+            except FetchError as error:
+                failure = error
+                if not error.may_pass or error.reason == "name not resolved":
                     break
-                try:
-                    target = canonical_url(answer.location, self._aliases.place(target))
-                except ValueError:
-                    robots = Robots("all", "", status)
-                    break
-            else:
-                robots = Robots("all", "", status)  # five redirects count as no file
-            final = failure in ("private address", "name not resolved", "TLS error")
-            if robots.policy != "none" or final or attempt > self._limits.retries:
+            if attempt > self._limits.retries:
                 break
             if after is not None and after > self._limits.max_delay:
                 self._left = LONG_PAUSE
                 break
             pause = 2.0 ** (attempt - 1) if after is None else after
             await asyncio.sleep(min(pause, self._limits.max_delay))
-        if failure:
-            robots = Robots("none", failure=failure)
-        robots = dataclasses.replace(robots, read_at=time.time())
-        if origin in self._robots:
-            robots = self._robots[origin].kept_in_place_of(robots, time.time())
-        if not failure and not self._left:
-            self._set_robots(origin, robots)
-            tdm = await self._fetch_tdm(origin, robots)
-            robots = dataclasses.replace(robots, tdm=tdm or robots.tdm)
-            outcome = dataclasses.replace(
-                outcome, robots=dataclasses.asdict(robots), fetched_at=warc.warc_date()
-            )
-            self._done.append(self._segments.append(outcome, records, self._aliases.place(url)))
-        self._set_robots(origin, robots)
+        if failure is not None:
+            raise failure
+        return answer
 
-    async def _fetch_tdm(self, origin: str, robots: Robots) -> str:
-        """The origin's TDM reservations; empty where it says nothing, or nothing to be had."""
-        place = self._aliases.place(f"{origin}{TDM_FILE}")
-        wanted = self._limits.honour_opt_outs and robots.allows(place, self._limits.token)
-        if not wanted or robots.policy == "none" or self._delay > self._limits.max_delay:
-            return ""
-        await asyncio.sleep(max(self._pause(), 0))
-        self._last_start = time.monotonic()
-        self._requests += 1
-        try:
-            answer = await self._client.ask(place, site=self._site)
-        except FetchError:
-            return ""
-        body = answer.exchange.body
-        self._bytes += len(body)
-        whole = answer.exchange.status == 200 and not answer.refused
-        return body.decode("utf-8-sig", "replace") if whole else ""
+    async def _follow(self, url: str, max_bytes: int) -> Answer:
+        """The answer at the end of a chain of redirects, or the one that leads no further."""
+        target = url
+        for _ in range(MAX_REDIRECTS + 1):
+            await asyncio.sleep(max(self._pause(), 0))
+            self._last_start = time.monotonic()
+            self._requests += 1
+            place = self._aliases.place(target)
+            answer = await self._client.ask(place, max_bytes=max_bytes, site=self._site)
+            self._bytes += len(answer.exchange.body)
+            if answer.exchange.status not in REDIRECT or not answer.location:
+                break
+            try:
+                target = canonical_url(answer.location, place)
+            except ValueError:
+                break
+        return answer
 
     async def _attempt(self, request: Request, attempt: int) -> None:
         """One request; its outcome is committed, or it waits for another attempt."""
@@ -337,6 +361,14 @@ class HostFetcher:
         self._latency += 0.3 * (answer.seconds - self._latency)
         self._bytes += len(answer.exchange.body)
         return judged(request, answer, place, self._limits, self._aliases)
+
+
+def _robots_of(answer: Answer) -> Robots:
+    """RFC 9309, section 2.3.1; redirects that lead nowhere count as no file."""
+    status = answer.exchange.status
+    if status in REDIRECT and answer.location:
+        return Robots("all", "", status)
+    return Robots.of_response(status, answer.exchange.body)
 
 
 def _origin(url: str) -> str:

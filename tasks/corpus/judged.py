@@ -9,7 +9,7 @@ from tasks.corpus import warc
 from tasks.corpus.binary import binary_kind
 from tasks.corpus.client import Answer
 from tasks.corpus.fetch_plan import Limits, Outcome, Request
-from tasks.corpus.links import header_canonical, page_links
+from tasks.corpus.links import header_canonical, page_links, robots_directives
 from tasks.corpus.opt_out import OPT_OUT, headers_reserve
 from tasks.corpus.sitemaps import sitemap_links
 from tasks.corpus.urls import Aliases, canonical_url
@@ -17,6 +17,7 @@ from tasks.corpus.urls import Aliases, canonical_url
 HTML_TYPES = frozenset({"text/html", "application/xhtml+xml"})
 REDIRECT = frozenset({301, 302, 303, 307, 308})
 RETRIED = frozenset({429, 500, 502, 503, 504})
+NESTED_TOO_DEEP = "nested too deep for all its links"
 
 Judged = tuple[Outcome, tuple[bytes, ...]]
 """The outcome of a request and its WARC records, none where nothing is kept."""
@@ -112,13 +113,15 @@ def _page(
     outcome: Outcome, answer: Answer, place: str, limits: Limits, aliases: Aliases
 ) -> Outcome:
     canonical = header_canonical(answer.links, place)
-    outcome = dataclasses.replace(outcome, canonical=aliases.name(canonical))
+    noindex, _ = robots_directives(answer.directives, limits.token)
+    outcome = dataclasses.replace(outcome, canonical=aliases.name(canonical), noindex=noindex)
     if answer.media_type not in HTML_TYPES:
-        return outcome
+        return _unkept(outcome) if noindex else outcome
     body = answer.exchange.body
     found = page_links(body, place, answer.charset, answer.directives, limits.token)
     outcome = dataclasses.replace(
         outcome,
+        reason=NESTED_TOO_DEEP if found.clipped else "",
         links=tuple(map(aliases.name, found.links)),
         canonical=aliases.name(found.canonical or canonical),
         noindex=found.noindex,
@@ -127,9 +130,12 @@ def _page(
     )
     if found.reserved and limits.honour_opt_outs:
         return _skipped(outcome, f"{OPT_OUT}: {found.reserved}")
-    if found.noindex:  # read for its links and not kept
-        return dataclasses.replace(outcome, record_id="", digest="")
-    return outcome
+    return _unkept(outcome) if found.noindex else outcome
+
+
+def _unkept(outcome: Outcome) -> Outcome:
+    """A page with noindex is read for its links only."""
+    return dataclasses.replace(outcome, record_id="", digest="")
 
 
 def _revisit(request: Request, outcome: Outcome, exchange: warc.Exchange) -> Judged:

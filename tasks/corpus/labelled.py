@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import pyarrow as pa
 from pydantic import Field
 
 from tasks.corpus.source_config import SourceConfig, files_of
-from tasks.corpus.source_rows import CODECS
+from tasks.corpus.source_rows import text_lines
 from tasks.runtime.errors import UserError
 from tasks.runtime.fingerprint import place
 from tasks.runtime.settings import Settings
@@ -45,19 +43,15 @@ def examples_of(config: LabelledConfig, settings: Settings) -> Iterator[Example]
     """All examples. Raises UserError naming file and line of what is none."""
     labels = set(config.good_labels)
     for path in files_of(config.source(), settings):
-        with pa.input_stream(str(path), compression=CODECS.get(path.suffix.lower())) as packed:
-            lines = io.TextIOWrapper(io.BufferedReader(packed), "utf-8", errors="replace")
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                    text, label = row[config.text_field], row[config.label_field]
-                except (ValueError, TypeError, KeyError, RecursionError):
-                    text = label = None
-                if not isinstance(text, str) or label is None:
-                    raise UserError(
-                        f"{path.name}, line {number}, is no object with {config.text_field!r} and "
-                        f"{config.label_field!r}; mend it, or name the fields in quality_model"
-                    )
-                yield Example(text, str(label).lower() in labels)
+        for number, line in text_lines(path, "labelled examples"):
+            try:
+                row = json.loads(line)
+                text, label = row[config.text_field], row[config.label_field]
+            except (ValueError, TypeError, KeyError, RecursionError):
+                text = label = None
+            if not isinstance(text, str) or label is None:
+                raise UserError(
+                    f"{path.name}, line {number}, is no object with {config.text_field!r} and "
+                    f"{config.label_field!r}; mend it, or name the fields in quality_model"
+                )
+            yield Example(text, str(label).lower() in labels)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lxml import etree
 from lxml import html as lxml_html
 
-from tasks.corpus.charset import decode
+from tasks.corpus.charset import decode, known_encoding
 from tasks.corpus.opt_out import meta_reserves
 from tasks.corpus.urls import canonical_or_empty, link_target
 
@@ -27,7 +27,8 @@ _VALUED_DIRECTIVES = frozenset(
 class PageLinks:
     """`links` are canonical, without duplicates, in document order; nofollow ones are left out.
 
-    `invalid` were no address, `left_out` stood behind the first MAX_LINKS.
+    `invalid` were no address, `left_out` stood behind the first MAX_LINKS. `clipped` says that
+    there may have been more, as elements are nested deeper than the parser follows.
     """
 
     links: tuple[str, ...] = ()
@@ -36,6 +37,7 @@ class PageLinks:
     nofollow: bool = False
     invalid: int = 0
     left_out: int = 0
+    clipped: bool = False
     reserved: str = ""  # how the page reserves itself from text mining, or empty
 
 
@@ -44,13 +46,11 @@ def page_links(
 ) -> PageLinks:
     """Read an HTML page. `directives` are its X-Robots-Tag headers; `agent` our product token."""
     noindex, nofollow = robots_directives(directives, agent)
-    try:
-        known = codecs.lookup(charset).name if charset else None
-    except LookupError:
-        known = None
-    if known and known.startswith(("utf-16", "utf-32")):  # whose NULs are parts of characters
-        body, known = decode(body, f"charset={known}")[0].encode("utf-8", "replace"), "utf-8"
-    parser = lxml_html.HTMLParser(encoding=known, no_network=True)
+    encoding = known_encoding(charset) if charset else None
+    if encoding and not _is_read_by_parser(encoding):
+        body, encoding = decode(body, f"charset={encoding}")[0].encode("utf-8", "replace"), "utf-8"
+    # Of the limits that `huge_tree` lifts, that of depth remains, at 2,048 elements.
+    parser = lxml_html.HTMLParser(encoding=encoding, no_network=True, huge_tree=True)
     try:
         tree = lxml_html.document_fromstring(body.replace(b"\x00", b""), parser=parser)
     except (etree.ParserError, etree.XMLSyntaxError, ValueError, AssertionError):
@@ -79,7 +79,25 @@ def page_links(
         ):
             hrefs.append(element.get("href"))
     links, invalid, left_out = _resolve(() if nofollow else hrefs, base, MAX_LINKS)
-    return PageLinks(links, canonical, noindex, nofollow, invalid, left_out, reserved)
+    clipped = met_limit(parser)
+    return PageLinks(links, canonical, noindex, nofollow, invalid, left_out, clipped, reserved)
+
+
+@lru_cache
+def _is_read_by_parser(encoding: str) -> bool:
+    """libxml2 knows fewer than Python. NULs are taken out of what it reads; in wide encodings they
+    are parts of characters.
+    """
+    try:
+        lxml_html.HTMLParser(encoding=encoding)
+    except LookupError:
+        return False
+    return not encoding.startswith(("utf-16", "utf-32"))
+
+
+def met_limit(parser: etree.HTMLParser) -> bool:
+    """Whether the parser gave its last page up in the middle, as it is nested too deep."""
+    return any(entry.type == etree.ErrorTypes.ERR_RESOURCE_LIMIT for entry in parser.error_log)
 
 
 def header_canonical(lines: Iterable[str], url: str) -> str:

@@ -48,6 +48,7 @@ class About:
 
     title: str = ""
     noindex: bool = False
+    clipped: bool = False  # nested deeper than the parser follows: there is more that was not read
     reserved: str = ""  # how it reserves itself from text mining, or empty
     _canonical: str = ""
     _base: str = ""

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from lxml import etree
 
 from tasks.corpus.charset import decode
-from tasks.corpus.killable import serve
+from tasks.runtime.killable import serve
 
 Extractor = Literal["trafilatura", "resiliparse"]
 PDF_TYPE = "application/pdf"
@@ -61,7 +61,7 @@ def read_page(
         about.date,
         about.language,
         about.noindex,
-        mended,
+        (*mended, "nested-too-deep") if about.clipped else mended,
         about.reserved,
         about.licence,
         about.canonical(url),

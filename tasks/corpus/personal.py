@@ -56,6 +56,10 @@ def is_card(found: str) -> bool:
     return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and luhn(digits)
 
 
+def are_cards(found: str) -> bool:
+    return all(map(is_card, found.split(",")))
+
+
 def is_iban(found: str) -> bool:
     """ISO 13616: the rearranged number, letters as 10 to 35, leaves 1 when divided by 97."""
     compact = found.replace(" ", "")
@@ -78,6 +82,11 @@ def _always(_: str) -> bool:
     return True
 
 
+# Behind the first digit of a card.
+_CARD = (
+    r"\d{3}(?:(?:[ -]?\d{4}){2}[ -]?\d{1,7}|(?:\.\d{4}){3}"
+    r"|(?<=3[47]\d\d)(?:[ -]\d{6}[ -]\d{5}|\.\d{6}\.\d{5}))"
+)
 # Patterns that begin with a class of characters are searched in C; one that begins with a look
 # behind or a choice is tried at every place, for five times the time.
 # In this order: what one kind took is not looked at by the next.
@@ -86,8 +95,11 @@ KINDS: tuple[Kind, ...] = (
         "secrets",
         "<secret>",
         re.compile(
-            r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----(?:(?!-----)[\s\S])*"
+            r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----(?:(?:(?!-----)[\s\S])*"
             r"-----END (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----"
+            # Clipped before its last line: as far as there are lines of a key.
+            r"|(?:(?:\s|\\n)+[A-Za-z-]+: [^\n\\]*)*(?:(?:\s|\\n)+[A-Za-z0-9+/=]{40,})*"
+            r"(?:(?:\s|\\n)+(?<=[n\n])[ \t]*[A-Za-z0-9+/=]+\s*\Z|(?<=[A-Za-z0-9+/=]{40})))"
             r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"
             # A bare secret key of AWS is any 40 characters: only its name tells it.
             r"|(?i:secret[_ ]?access[_ ]?key)[\"'\s:=>]{1,8}(?P<value>[A-Za-z0-9/+]{40})(?![\w/+=])"
@@ -114,7 +126,8 @@ KINDS: tuple[Kind, ...] = (
         "emails",
         "<email>",
         re.compile(
-            r"(?<![\w.+/-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,5}[A-Za-z]{2,24}\b"
+            r"(?<![\w.+/-])[A-Za-z0-9_][\w.+-]{0,63}@(?:(?:[^\W_]|-){1,63}\.){1,5}"
+            r"(?:[A-Za-z]{2,24}(?!_*[A-Za-z0-9])|(?:(?![A-Za-z])[^\W\d_]){2,24}\b)"
         ),
         is_somebody,
         "@",
@@ -130,10 +143,10 @@ KINDS: tuple[Kind, ...] = (
         "cards",
         "<card>",
         re.compile(
-            r"[2-6](?<![\d.,-][2-6])\d{3}(?:(?:[ -]?\d{4}){2}[ -]?\d{1,7}|(?:\.\d{4}){3}"
-            r"|(?<=3[47]\d\d)(?P<sep>[ .-])\d{6}(?P=sep)\d{5})(?![\d.,-]*\d)"
+            # Beside a comma stands a decimal, or a list of nothing but cards.
+            rf"[2-6](?<![\d.,-][2-6]){_CARD}(?:,[2-6]{_CARD})*(?![.,-]*\d)"
         ),
-        is_card,
+        are_cards,
         "23456",
     ),
     Kind(
@@ -148,8 +161,8 @@ KINDS: tuple[Kind, ...] = (
         "ip_addresses",
         "<ip>",
         re.compile(
-            r"[23](?<![\w.:-][23])[0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{1,4}"
-            r"(?![\w.:-]*\w)"
+            r"[23](?<![\w.:-][23])[0-9A-Fa-f]{3}:(?:(?:[0-9A-Fa-f]{1,4}:){2,6}:(?!/)"
+            r"|(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{1,4})(?![\w.:-]*\w)"
         ),
         is_public_address,
         ":",
@@ -162,7 +175,8 @@ KINDS: tuple[Kind, ...] = (
 
 
 def find(text: str) -> Iterator[tuple[Kind, int, int]]:
-    """(kind, start, end) of everything found, kind by kind."""
+    """(kind, start, end) of everything found, kind by kind. No-break spaces count as spaces."""
+    text = text.replace("\u00a0", " ").replace("\u202f", " ")
     taken: list[tuple[int, int]] = []  # in order, none overlaps another
     for kind in KINDS:
         if not any(hint in text for hint in kind.hints):

@@ -23,10 +23,11 @@ from tasks.corpus.documents import (
     selection_reports,
     write_selection,
 )
-from tasks.corpus.filters.address import by_address
+from tasks.corpus.filters.address import by_address, words_of_address
 from tasks.corpus.filters.catalogue import RULES
 from tasks.corpus.measure import attributes_of
 from tasks.corpus.sharding import run_shards
+from tasks.corpus.urls import domain_name
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.stage import Outcome, Workspace, stage
@@ -110,6 +111,19 @@ class QualityConfig(StageConfig):
                 raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         return value
 
+    @field_validator("exclude_hosts")
+    @classmethod
+    def are_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(domain_name, value))
+
+    @field_validator("exclude_url_words")
+    @classmethod
+    def are_words(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for word in value:
+            if words_of_address(word) != [word.lower()]:
+                raise ValueError(f"{word!r} is not one word; write a pattern in exclude_urls")
+        return value
+
     @model_validator(mode="after")
     def ordered(self) -> QualityConfig:
         for low, high in (("min_words", "max_words"), ("min_word_length", "max_word_length")):
@@ -121,7 +135,7 @@ class QualityConfig(StageConfig):
         return self
 
 
-@stage("quality", version=2)
+@stage("quality", version=3)
 def quality(
     config: QualityConfig,
     work: Workspace,

@@ -38,6 +38,7 @@ WHOLE_ANSWERS = WarcRecordType.response | WarcRecordType.resource | WarcRecordTy
 # A resource is a file without HTTP around it, a conversion the text of a response (WET files).
 KINDS = ("response", "resource", "conversion")
 ADDRESSED = ("http://", "https://", "ftp://", "file://")
+_LENGTH = re.compile(r"[0-9]{1,18}")  # of a block; more digits are no length of anything
 _CHUNKED = re.compile(rb"[0-9a-fA-F]{1,8}\s*(;[^\r\n]*)?\r\n")
 
 
@@ -192,10 +193,12 @@ def _fields(data: bytes) -> tuple[dict[str, str] | None, int]:
     end = data.find(b"\r\n\r\n", 0, MAX_HEAD)
     if end < 0 or not data.startswith(PLAIN_HEAD):
         return None, 0
-    lines = data[:end].decode("utf-8", "replace").split("\r\n")[1:]
-    pairs = (line.partition(":") for line in lines)
+    lines = data[:end].decode("utf-8", "replace").split("\r\n")
+    if any("\n" in line for line in lines):  # with bare newlines, it ends in a head further on
+        return None, 0
+    pairs = (line.partition(":") for line in lines[1:])
     fields = {name.strip().lower(): value.strip() for name, _, value in pairs}
-    return (fields, end + 4) if fields.get("content-length", "").isdecimal() else (None, 0)
+    return (fields, end + 4) if _LENGTH.fullmatch(fields.get("content-length", "")) else (None, 0)
 
 
 def _length(fields: dict[str, str]) -> int:
@@ -300,7 +303,11 @@ def _decoded(headers: dict[str, str], body: bytes, largest: int) -> bytes:
 def _first_document(data: bytes, decoding: Any, largest: int) -> tuple[Any, bytes]:
     try:
         for entry in ArchiveIterator(
-            io.BytesIO(data), WHOLE_ANSWERS, parse_http=True, auto_decode=decoding
+            io.BytesIO(data),
+            WHOLE_ANSWERS,
+            parse_http=True,
+            auto_decode=decoding,
+            quirks_mode=True,  # heads whose lines end in LF alone; the body would else be lost
         ):
             body = entry.reader.read(largest + 1)
             if len(body) > largest:

@@ -100,7 +100,7 @@ def local_copy(file: SourceFile, scratch: Path, roots: list[str]) -> Iterator[Pa
             try:
                 _download(file.location, target, roots)
                 break
-            except OSError:
+            except (Unavailable, OSError):
                 if attempt == ATTEMPTS:
                     raise
                 time.sleep(2.0**attempt / 4)
@@ -122,18 +122,21 @@ def _download(location: str, target: Path, roots: list[str]) -> None:
                 ) from error
             except OSError as error:
                 told = refusal(location, error)
-                if isinstance(told, Unavailable):  # may pass
+                if isinstance(told, Unavailable):  # or the disk here is full
                     raise
                 raise told from error
             return
         with _answer(location, roots, "the source's file") as body:
             try:
                 shutil.copyfileobj(body, out, 1 << 20)
-            except http.client.HTTPException as error:
-                raise OSError(f"{location} broke off: {error}") from error
+            except (http.client.HTTPException, TimeoutError, ConnectionError) as error:
+                raise Unavailable(f"{location!r} broke off ({error}); try again later") from error
             expected = body.headers.get("Content-Length")
             if expected is not None and out.tell() != int(expected):
-                raise OSError(f"{location} broke off after {out.tell()} of {expected} bytes")
+                raise Unavailable(
+                    f"{location!r} broke off after {out.tell()} of {expected} bytes; try again "
+                    "later"
+                )
 
 
 class _WithinRoots(urllib.request.HTTPRedirectHandler):
@@ -146,17 +149,28 @@ class _WithinRoots(urllib.request.HTTPRedirectHandler):
 
 
 def _answer(location: str, roots: list[str], what: str, method: str = "GET") -> Any:
-    """An open response. Raises UserError for a refusal, OSError for what may pass."""
-    request = urllib.request.Request(
-        location,
-        method=method,
-        headers={"User-Agent": "Gristmill/1.0", "Accept-Encoding": "identity"},
-    )
+    """An open response. Raises UserError for a refusal, Unavailable for what may pass."""
     try:
+        request = urllib.request.Request(
+            location,
+            method=method,
+            headers={"User-Agent": "Gristmill/1.0", "Accept-Encoding": "identity"},
+        )
         return urllib.request.build_opener(_WithinRoots(roots, what)).open(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code in (429, 500, 502, 503, 504):
-            raise OSError(f"{location} answered {error.code}") from error
+            raise Unavailable(
+                f"{what} {location!r} answered {error.code}; try again later"
+            ) from error
         raise UserError(
             f"{what} {location!r} answered {error.code}; check the source's path and base"
+        ) from error
+    except (ValueError, http.client.InvalidURL) as error:
+        raise UserError(
+            f"{what} {location!r} is no address that can be asked for ({error}); percent-encode it"
+        ) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise Unavailable(
+            f"{what} {location!r} does not answer ({getattr(error, 'reason', error)}); check the "
+            "address and the network"
         ) from error

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from tasks.corpus.arrays import read_array
+from tasks.corpus.opt_out import OPT_OUT
 from tasks.corpus.report_page import render
 from tasks.corpus.sharding import run_shards
 from tasks.corpus.tracked_report import track
@@ -93,7 +94,7 @@ class Composition:
         return cls(Amount(**body["total"]), groups, lengths, body["dates"], body["fetched"])
 
 
-@stage("corpus-report", version=2)
+@stage("corpus-report", version=3)
 def report_corpus(
     config: ReportConfig, work: Workspace, *, corpus: Manifest, tokens: Manifest | None = None
 ) -> Outcome:
@@ -332,15 +333,12 @@ def _datasheet(
         tell("Robots rules and crawl delays", "honoured (RFC 9309)")
         honours = config.get("honour_opt_outs")
         tell("Opt-outs of text mining", "honoured" if honours else "not honoured")
-        rules = crawled.rules
-        tell("Left out by robots.txt", _total(rules, "robots.txt"))
-        tell("Left out by an opt-out", _total(rules, "opts out"))
-        tell("Left out by noindex", rules.get("noindex", 0))
+        tell("Left out by robots.txt", _total([crawled], "robots.txt"))
+    readers = [by_stage[name] for name in ("crawl", "extract", "gather") if name in by_stage]
+    tell("Left out by an opt-out", _total(readers, OPT_OUT, "opt-out"))
+    tell("Left out by noindex", _total(readers, "noindex"))
     tell("Sources", ", ".join(f"{n} (licence: {t or 'not stated'})" for n, t in licences.items()))
     tell("Licences, as pages and sources state them", _licences(whole))
-    extracted = by_stage.get("extract")
-    if extracted is not None:
-        tell("Pages that reserve text mining", extracted.rules.get("opt-out", 0))
     tell("Fetched", " to ".join(dict.fromkeys(whole.fetched)))
     tell("The pages' own dates", " to ".join(dict.fromkeys(whole.dates)))
     personal = by_stage.get("pii")
@@ -377,8 +375,10 @@ def _agent(config: dict[str, Any]) -> str:
     return f"{config.get('user_agent', '')}, {contact}"
 
 
-def _total(rules: dict[str, int], start: str) -> int:
-    return sum(count for rule, count in rules.items() if rule.startswith(start))
+def _total(stages: list[Manifest], *starts: str) -> int:
+    """How much these stages removed by rules that begin with one of these words."""
+    rules = [item for made in stages for item in made.rules.items()]
+    return sum(count for rule, count in rules if rule.startswith(starts))
 
 
 def _share(whole: Composition) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,7 @@ from urllib.parse import urlsplit
 
 from protego import Protego
 
+from tasks.corpus.charset import decode_marked
 from tasks.corpus.opt_out import SEVERAL, named_agents, reserves, tdm_locations, tdm_reserves
 
 MAX_BYTES = 512 * 1024  # RFC 9309, section 2.5 asks for at least 500 KiB
@@ -22,7 +24,7 @@ class Robots:
     """What one origin's robots.txt says; plain data, so that it can be kept between rounds.
 
     `policy` is "rules" (parse `text`), "all" (no file: everything is allowed) or "none" (the server
-    could not say, or `failure` kept it from answering: nothing is).
+    could not say, or `failure` kept it from answering, here or for tdmrep.json: nothing is).
     """
 
     policy: str
@@ -31,6 +33,7 @@ class Robots:
     failure: str = ""
     tdm: str = ""  # the origin's tdmrep.json, where it has one
     read_at: float = 0  # Unix time
+    clipped: bool = False  # longer than MAX_BYTES: the rest was not read
 
     @classmethod
     def of_response(cls, status: int, body: bytes) -> Robots:
@@ -39,8 +42,11 @@ class Robots:
         429 is counted with the server errors: such a server wants fewer requests, not more.
         """
         if 200 <= status < 300:
-            text = body[:MAX_BYTES].decode("utf-8-sig", "replace").replace("\x00", "")
-            return cls("rules", text, status)
+            head, clipped = body[:MAX_BYTES], len(body) >= MAX_BYTES
+            text = decode_marked(head) or head.decode("utf-8", "replace")
+            if clipped:  # `Disallow: /` would be left of a rule cut in two
+                text = text[: max(text.rfind("\n"), text.rfind("\r")) + 1]
+            return cls("rules", text.replace("\x00", ""), status, clipped=clipped)
         if 400 <= status < 500 and status != 429:
             return cls("all", "", status)
         return cls("none", "", status)
@@ -96,7 +102,9 @@ class Robots:
         rate = self._rules.request_rate(agent)
         slowest = [float(delay)] if delay is not None else []
         if rate is not None and rate.requests:
-            slowest.append(rate.seconds / rate.requests)
+            # Of numbers with hundreds of digits no quotient is a float.
+            with contextlib.suppress(OverflowError):
+                slowest.append(rate.seconds / rate.requests)
         return max(slowest) if slowest else None
 
     @property

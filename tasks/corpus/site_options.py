@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from tasks.corpus.urls import DEFAULT_PORTS, canonical_url, domain_name, host_of
 from tasks.runtime.errors import UserError
 from tasks.runtime.fingerprint import place
 from tasks.runtime.stage_config import StageConfig
@@ -70,9 +71,21 @@ class SiteOptions(StageConfig):
     @field_validator("host")
     @classmethod
     def _is_host(cls, host: str) -> str:
-        if "/" in host or host != host.strip().lower():
+        """As addresses spell it: lower case, IDNA, IPv6 in brackets, a port where one is stated."""
+        if "/" in host:
             raise ValueError(f"{host!r} is no host; write it like example.org")
-        return host
+        stated = re.fullmatch(r"(\[.*\]|[^:]*):(\d+)", host.strip())
+        name, port = stated.groups() if stated else (host, "")
+        name = domain_name(name)
+        name = f"[{name}]" if ":" in name else name
+        if not port:
+            return name
+        if int(port[:6]) in DEFAULT_PORTS.values():
+            raise ValueError(
+                f"{host!r} names a port that addresses leave out; write {name}, which stands for "
+                "every port and for what is below it"
+            )
+        return host_of(canonical_url(f"http://{name}:{port}"))
 
     @field_validator("headers")
     @classmethod

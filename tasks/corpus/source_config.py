@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,15 +85,28 @@ def _stated_roots(settings: Settings) -> list[str]:
 
 
 def allowed(path: Path, settings: Settings, what: str) -> Path:
-    """The real path. Raises UserError when it lies outside every root, whatever links say."""
-    real = path.expanduser().resolve()
-    if not any(real.is_relative_to(root) for root in roots(settings)):
-        below = ", ".join(map(str, roots(settings)))
+    """The real path, of what is there or might be. Raises UserError when nobody could look at it or
+    it lies outside every root, whatever links say.
+    """
+    try:
+        real = path.expanduser().resolve()
+        if any(real.is_relative_to(root) for root in roots(settings)):
+            real.exists()  # finds a name too long, a directory nobody may look into
+            return real
+    except (OSError, RuntimeError, ValueError) as error:  # the latter two: a loop of links, a NUL
         raise UserError(
-            f"{what} {str(path)!r} lies outside the directories that sources may be read from "
-            f"({below}); move it there or set GRISTMILL_SOURCE_ROOTS"
-        )
-    return real
+            f"{what} {str(path)[:200]!r} cannot be looked at ({_reason(error)}); check the path"
+        ) from error
+    below = ", ".join(map(str, roots(settings)))
+    raise UserError(
+        f"{what} {str(path)!r} lies outside the directories that sources may be read from "
+        f"({below}); move it there or set GRISTMILL_SOURCE_ROOTS"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """What the system says, without the path, which may be long."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def files_of(source: SourceConfig, settings: Settings) -> list[Path]:
@@ -143,11 +157,12 @@ def source_files(source: SourceConfig, settings: Settings) -> list[SourceFile]:
     what = f"source {source.name!r}:"
     base = source.base or str(Path(source.path).parent)
     if not is_remote(source.path) and not (source.format == "warc-list" and is_remote(base)):
+        local = files_of(source, settings)
         start = Path(source.path).expanduser().resolve()
         start = start if start.is_dir() else start.parent
         return [
             SourceFile(str(path), os.path.relpath(path, start), path.stat().st_size)
-            for path in files_of(source, settings)
+            for path in local
         ]
     roots = remote_roots(settings)
     if source.format != "warc-list":
@@ -165,7 +180,7 @@ def source_files(source: SourceConfig, settings: Settings) -> list[SourceFile]:
     scratch = settings.home / "cache"
     scratch.mkdir(parents=True, exist_ok=True)
     with local_copy(listing, scratch, roots) as copy:
-        names = list(_lines(copy.read_bytes()))
+        names = _lines(source, copy)
     if not is_remote(base):
         raise UserError(f"{what} the list's base {base!r} is no address; set it to one")
     # Lists of the web's size are taken at their word: asking for each file's state would take hours
@@ -187,17 +202,24 @@ def _relative(location: str, start: str) -> str:
     return location.removeprefix(f"{start}/") if location != start else start.rpartition("/")[2]
 
 
-def _lines(data: bytes) -> Iterator[str]:
-    """The paths in a list, gzip or not."""
-    if data[:2] == b"\x1f\x8b":
-        data = gzip.decompress(data)
+def _lines(source: SourceConfig, path: Path) -> list[str]:
+    """The paths in a list, gzip or not. Raises UserError where it cannot be read."""
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"source {source.name!r}: the list {source.path!r} cannot be read ({_reason(error)}); "
+            "check that it is a whole file"
+        ) from error
     lines = (line.strip() for line in data.decode("utf-8", "replace").splitlines())
-    return (line for line in lines if line and not line.startswith("#"))
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _listed(source: SourceConfig, path: Path, settings: Settings) -> Iterator[Path]:
     base = Path(source.base) if source.base else path.parent
-    for name in _lines(path.read_bytes()):
+    for name in _lines(source, path):
         listed = allowed(base / name, settings, f"source {source.name!r} lists")
         if not listed.is_file():
             raise UserError(
@@ -225,8 +247,14 @@ def content_digest(source: SourceConfig, settings: Settings) -> str:
         stat = Path(file.location).stat()
         key = f"{file.location}\t{stat.st_size}\t{stat.st_mtime_ns}"
         if key not in known:
-            with open(file.location, "rb") as stream:
-                known[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+            try:
+                with open(file.location, "rb") as stream:
+                    known[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise UserError(
+                    f"source {source.name!r}: {file.name!r} cannot be read ({_reason(error)}); "
+                    "make it readable or take it away"
+                ) from error
         told.update(f"{file.name}\t{known[key]}\n".encode())
     if len(known) > before:
         memory.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from tasks.corpus.frames import read_dictionary
 from tasks.corpus.records import DamagedRecord, Fetched, needed, read_record, scan
 from tasks.corpus.source_config import SourceConfig
 from tasks.corpus.source_pieces import Piece, lines
+from tasks.runtime.errors import UserError
 
 # What stands in a documents artifact of a row, and the row's text or page.
 Row = tuple[dict[str, Any], str | Fetched | Removal]
@@ -25,6 +26,8 @@ Row = tuple[dict[str, Any], str | Fetched | Removal]
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 BATCH = 256  # rows of Parquet at a time, or fewer:
 BATCH_BYTES = 64_000_000  # as many as come to this on average
+# ValueError: a date out of range, no UTF-8. LookupError: a time zone.
+_NO_VALUE = (ValueError, OverflowError, LookupError)
 TYPES = {
     ".html": "text/html",
     ".htm": "text/html",
@@ -56,6 +59,21 @@ def rows_of(
     except (OSError, EOFError, ValueError, OverflowError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         yield place | {"offset": number}, Removal("damaged-file", f"{name}: {reason}")
+
+
+def text_lines(path: Path, what: str) -> Iterator[tuple[int, str]]:
+    """The lines of a file that are not blank, each with its number, of whatever compression its
+    ending says. Raises UserError, which begins with `what`, where the file cannot be read.
+    """
+    try:
+        with pa.input_stream(str(path), compression=CODECS.get(path.suffix.lower())) as packed:
+            lines = io.TextIOWrapper(io.BufferedReader(packed), "utf-8", errors="replace")
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"{what}: {path.name} cannot be read to its end ({error}); check that it is whole and "
+            "is what its ending says"
+        ) from error
 
 
 def _file(_: SourceConfig, path: Path, largest: int, piece: Piece | None) -> Iterator[Row]:
@@ -97,7 +115,7 @@ def _table(source: SourceConfig, path: Path, largest: int, piece: Piece | None) 
     rows = _rows_at_a_time(file.metadata)
     for batch in file.iter_batches(rows, row_groups=groups, columns=columns):
         batch, too_large = _bounded(batch, source.text_field, largest)
-        for row, large in zip(_decoded(batch), too_large, strict=True):
+        for row, large in zip(plain_rows(batch), too_large, strict=True):
             about, content = _row(source, row)
             if large:
                 content = Removal("too-large", f"larger than {largest:,} bytes")
@@ -121,20 +139,31 @@ def _bounded(batch: pa.RecordBatch, field: str, largest: int) -> tuple[pa.Record
     return batch.set_column(place, field, rest), large.to_pylist()
 
 
-def _decoded(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """The rows; bytes in a column of text that are no UTF-8, as no writer must check, replaced."""
+def plain_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """The rows as Python has them, whatever a writer put into them unchecked.
+
+    Bytes in a column of text that are no UTF-8 are replaced. What Python has no value for is None:
+    a date beyond the year 9999, a moment in a time zone that nobody knows.
+    """
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:
-        columns = dict(zip(batch.schema.names, map(_values, batch.columns), strict=True))
-        return pa.RecordBatch.from_pydict(columns).to_pylist()
+    except _NO_VALUE:
+        rows = zip(*map(_values, batch.columns), strict=True)
+        return [dict(zip(batch.schema.names, row, strict=True)) for row in rows]
 
 
 def _values(column: pa.Array) -> list[Any]:
-    if not _is_text(column):
-        return column.to_pylist()
-    values = column.cast(pa.large_binary()).to_pylist()
-    return [None if value is None else value.decode("utf-8", "replace") for value in values]
+    if _is_text(column):
+        values = column.cast(pa.large_binary()).to_pylist()
+        return [None if value is None else value.decode("utf-8", "replace") for value in values]
+    return list(map(_value, column))
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except _NO_VALUE:
+        return None
 
 
 def _is_text(column: pa.Array) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pydantic import Field
 from tasks.corpus.arrays import read_array, write_array
 from tasks.corpus.shingles import Hashes
 from tasks.corpus.source_config import SourceConfig, content_digest, files_of
-from tasks.corpus.source_rows import CODECS
+from tasks.corpus.source_rows import plain_rows, text_lines
 from tasks.corpus.word_hashes import words_of
 from tasks.runtime.errors import UserError
 from tasks.runtime.fingerprint import place
@@ -86,36 +85,30 @@ def items_of(suite: SuiteConfig, settings: Settings) -> Iterator[Item]:
 def _rows(suite: SuiteConfig, path: Path) -> Iterator[dict[str, Any]]:
     if suite.format == "parquet":
         try:
-            yield from (
-                row for batch in pq.ParquetFile(path).iter_batches() for row in batch.to_pylist()
-            )
-        except (pa.ArrowInvalid, OSError) as error:
+            for batch in pq.ParquetFile(path).iter_batches():
+                yield from plain_rows(batch)
+        except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"suite {suite.name!r}: {path.name} is no whole Parquet file: {error}; check format"
             ) from error
         return
-    codec = CODECS.get(path.suffix.lower())
-    with pa.input_stream(str(path), compression=codec) as packed:
-        lines = io.TextIOWrapper(io.BufferedReader(packed), "utf-8", errors="replace")
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            if suite.format == "text":
-                yield dict.fromkeys(suite.fields[:1], line)
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"suite {suite.name!r}: line {number} of {path.name} is no JSON ({error}); "
-                    "set its format, or mend the file"
-                ) from error
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"suite {suite.name!r}: line {number} of {path.name} holds "
-                    f"{type(row).__name__}, not an object with fields"
-                )
-            yield row
+    for number, line in text_lines(path, f"suite {suite.name!r}"):
+        if suite.format == "text":
+            yield dict.fromkeys(suite.fields[:1], line)
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"suite {suite.name!r}: line {number} of {path.name} is no JSON ({error}); "
+                "set its format, or mend the file"
+            ) from error
+        if not isinstance(row, dict):
+            raise UserError(
+                f"suite {suite.name!r}: line {number} of {path.name} holds "
+                f"{type(row).__name__}, not an object with fields"
+            )
+        yield row
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from tasks.corpus.documents import (
     selection_reports,
 )
 from tasks.corpus.sharding import run_shards
-from tasks.corpus.urls import address_key, canonical_url
+from tasks.corpus.urls import DEFAULT_PORTS, address_key, canonical_url
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
@@ -42,6 +42,8 @@ from tasks.state.tombstones import Tombstone, Tombstones, digest_of
 RULE = "tombstoned"
 REMEDIES = {"": "withdraw a tombstone (gristmill forget --list) or crawl more pages"}
 _HEX = re.compile(r"[0-9a-f]{16}(?:[0-9a-f]{48})?")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_BEYOND = re.compile(r"[/?#\\]|:(?:80|443)$")  # what a domain has not: a path, a scheme's own port
 _ODD = r"[^\x21-\x7e]|^[^/]*//[^/]*[%\\]"
 _NAME = re.compile(
     r"[a-z0-9.:/_-]*[a-z][a-z0-9.:/_-]*"
@@ -54,17 +56,17 @@ def parse(what: str) -> tuple[str, str]:
 
     An address is one with a scheme. A digest is a document's id, the SHA-256 of its text that the
     id is the start of, or the payload digest of a WARC record (`canonical_digest`). Else it is a
-    domain.
+    domain, and nothing but one: a purge of a whole domain cannot be taken back.
     """
     text = what.strip()
     if _HEX.fullmatch(text.lower()):
         return "digest", text.lower()[:ID_DIGITS]
     if payload := canonical_digest(text):
         return "digest", payload
-    if "://" in text:
-        return "url", address_key(text)
+    if scheme := _SCHEME.match(text):
+        return "url", _page(text) if scheme[1].lower() in DEFAULT_PORTS else text
     try:
-        host = urlsplit(canonical_url(f"http://{text}/")).netloc
+        host = urlsplit(canonical_url(f"http://{text}")).netloc
     except ValueError:
         host = ""
     if "." not in host and not host.startswith("[") and not host.startswith("localhost"):
@@ -72,7 +74,23 @@ def parse(what: str) -> tuple[str, str]:
             f"{what!r} is no address (https://example.org/page), no domain (example.org) and no "
             "digest (16 or 64 hex digits, sha256:… or sha1:…); write it as one of them"
         )
+    if _BEYOND.search(text.rstrip("/")):
+        raise UserError(
+            f"{what!r} is more than a domain; write https://{text} for that one address, or "
+            f"{host} for every page of {host} and of what is below it"
+        )
     return "domain", host
+
+
+def _page(text: str) -> str:
+    """What an address of the web is known by. Raises UserError where no page can have it."""
+    try:
+        return address_key(canonical_url(text))
+    except ValueError as error:
+        raise UserError(
+            f"{text!r} is no page's address: {error}; mend it. A document of a source that states "
+            "such an address is forgotten by its id"
+        ) from error
 
 
 @dataclass(frozen=True)

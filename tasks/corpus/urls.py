@@ -20,6 +20,7 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 _UNRESERVED = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 _PATH = _UNRESERVED | frozenset("!$&'()*+,;=:@/")
 _QUERY = _PATH | frozenset("?")
+_GLOB = _QUERY | frozenset("[]")
 _TRACKING = re.compile(
     r"(?:utm_\w+|gclid|dclid|fbclid|msclkid|yclid|mc_[ce]id|igshid|_ga|_gl"
     r"|phpsessid|jsessionid|aspsessionid\w*|sessionid|session_id|sid)$",
@@ -34,6 +35,8 @@ _BINARY = re.compile(
 )
 # A path that is its own canonical spelling: no dot segments, nothing encoded, no parameters.
 _PLAIN_PATH = re.compile(r"/(?:[A-Za-z0-9_~-][A-Za-z0-9_.~-]*(?:/|\Z))*\Z")
+_NUMBERED = re.compile(r"/(?:[0-9]{1,4}[/._-])+[0-9]{1,4}/?\Z")
+_PLACE = re.compile(r"([A-Za-z*]+)://([^/]*)(/.*)?")  # scheme, host and path of a pattern
 _BLANKS = "".join(map(chr, range(33)))  # stripped as browsers do (WHATWG URL, section 4.1)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _REMEMBERED = 50_000  # links of late; the menu of a site stands on each of its pages
@@ -229,14 +232,24 @@ def trap_reason(url: str) -> str:
     return ""
 
 
+def numbered_shape(url: str) -> str:
+    """The path with `#` for its numbers, where it ends in two or more of at most four digits, as
+    the pages of a calendar do (`/cal/2024/5/17`, `/2024-05`); else empty.
+
+    Articles by date or by id are no calendar: theirs ends in a word, or in one number alone.
+    """
+    path = urlsplit(url).path
+    return re.sub("[0-9]+", "#", path) if _NUMBERED.search(path) else ""
+
+
 @dataclass(frozen=True)
 class Scope:
     """Which addresses a crawl may fetch.
 
     `hosts` are exact (host and port), `domains` cover their subdomains. A pattern that starts with
-    `/` is a prefix of the path, or with a `*` in it a glob over the path, with or without the
-    query; any other is a glob over the whole address. Names of files that are no pages stay out
-    unless their type is among `content_types`.
+    `/` is a prefix of path and query, or with a `*` in it a glob over the path, with or without the
+    query; any other is a glob over the whole address. All are spelt as by `canonical_pattern`.
+    Names of files that are no pages stay out unless their type is among `content_types`.
     """
 
     hosts: frozenset[str]
@@ -265,6 +278,41 @@ class Scope:
         return trap_reason(url)
 
 
+def canonical_pattern(text: str) -> str:
+    """A pattern of `Scope` in the spelling of canonical addresses; `*`, `?` and `[…]` stay.
+
+    Raises ValueError for what no address could match.
+    """
+    pattern = text.strip(_BLANKS)
+    if pattern.startswith("/") and "*" not in pattern:
+        return _percent(pattern, _QUERY)
+    if re.search(r"\[[^]]*[^\x00-\x7f]", pattern):
+        raise ValueError(
+            f"pattern {text!r} matches no address: [ ] stands for one sign, and a letter beyond "
+            "ASCII is several in an address; write *"
+        )
+    place = _PLACE.fullmatch(pattern)
+    if place is None:
+        if not re.search(r"[*?\[]", pattern):
+            raise ValueError(
+                f"pattern {text!r} matches no address; write /{pattern} for paths that begin so, "
+                f"*{pattern}* for addresses that hold it"
+            )
+        return _percent(pattern, _GLOB)
+    scheme, host, path = place.groups(default="")
+    scheme, labels = scheme.lower(), host.lower().split(".")
+    try:
+        encoded = [x if x.isascii() else idna.encode(x, uts46=True).decode() for x in labels]
+    except idna.IDNAError as error:
+        raise ValueError(
+            f"pattern {text!r} matches no address: {error}; write each part of the host whole"
+        ) from error
+    host = ".".join(encoded).removesuffix(f":{DEFAULT_PORTS.get(scheme)}")
+    if not path and not host.endswith("*"):
+        raise ValueError(f"pattern {text!r} matches no address; write {pattern}/* for all of them")
+    return f"{scheme}://{host}{_percent(path, _GLOB)}"
+
+
 def _matches(url: str, path: str, patterns: Iterable[str]) -> bool:
     return any(_matches_one(url, path, pattern) for pattern in patterns)
 
@@ -272,10 +320,10 @@ def _matches(url: str, path: str, patterns: Iterable[str]) -> bool:
 def _matches_one(url: str, path: str, pattern: str) -> bool:
     if not pattern.startswith("/"):
         return fnmatchcase(url, pattern)
+    whole = f"{path}?{urlsplit(url).query}"
     if "*" not in pattern:
-        return path.startswith(pattern)
-    query = urlsplit(url).query
-    return fnmatchcase(path, pattern) or fnmatchcase(f"{path}?{query}", pattern)
+        return whole.startswith(pattern)
+    return fnmatchcase(path, pattern) or fnmatchcase(whole, pattern)
 
 
 _TYPES = MimeTypes()  # without the files of this machine, which would make scopes depend on it

@@ -120,7 +120,7 @@ def _about(version: Version, directory: Path, made: Mapping[str, Manifest]) -> s
         ("vocabulary", f"{config.vocab_size:,} pieces"),
     ]
     for stage, words in (("pretrain", "pretrained on"), ("finetune", "fine-tuned on")):
-        if stage in made:
+        if stage in made and made[stage].counts["steps"]:
             counts = made[stage].counts
             rows.append((words, f"{counts['tokens']:,} tokens in {counts['steps']:,} steps"))
     if "finetune" in made:
@@ -130,6 +130,8 @@ def _about(version: Version, directory: Path, made: Mapping[str, Manifest]) -> s
 
 def _data(made: Mapping[str, Manifest]) -> str:
     lines = ["## Data", *_brought(made)]
+    if not _read_here(made):
+        return "\n\n".join(lines) if len(lines) > 1 else ""
     if crawl := made.get("crawl"):
         seeds = ", ".join(f"`{seed}`" for seed in crawl.config.get("seeds", ()))
         lines.append(
@@ -166,8 +168,9 @@ def _brought(made: Mapping[str, Manifest]) -> list[str]:
     lines = []
     if start := _start(made):
         digest = made["pretrain"].config.get("start_digest", "")[:16]
+        how = "goes on from" if _read_here(made) else "has the weights of"
         lines.append(
-            f"It goes on from the checkpoint `{start}` (SHA-256 `{digest}`…), which was made "
+            f"It {how} the checkpoint `{start}` (SHA-256 `{digest}`…), which was made "
             f"elsewhere. Licence: {ELSEWHERE}."
         )
     if start and (omitted := made["pretrain"].metrics.get("left_out")):
@@ -180,6 +183,13 @@ def _brought(made: Mapping[str, Manifest]) -> list[str]:
             f"made elsewhere. Licence: {ELSEWHERE}."
         )
     return lines
+
+
+def _read_here(made: Mapping[str, Manifest]) -> bool:
+    """Whether it learned anything from the corpus, and is not a checkpoint as it was."""
+    return "pretrain" not in made or any(
+        made[stage].counts["steps"] for stage in ("pretrain", "finetune") if stage in made
+    )
 
 
 def _start(made: Mapping[str, Manifest]) -> str:
@@ -225,10 +235,10 @@ def _limits(version: Version, directory: Path, made: Mapping[str, Manifest]) -> 
             f"- Of facts it was never taught it answered {scores['unseen_exact']:.1%} exactly. "
             f"What it does answer it recalls."
         )
-    trained = int(made["pretrain"].config.get("sequence", 0)) if "pretrain" in made else 0
+    trained = int(made["pretrain"].config.get("sequence", 0)) if read else 0
     if 0 < trained < config.context:
         lines.append(f"- It was trained on {trained} tokens at a time; longer texts are guesswork.")
-    if languages := _languages(made):
+    if _read_here(made) and (languages := _languages(made)):
         lines.append(f"- It read {languages}{' here' if start else ', and nothing else'}.")
     lines.append("- Nobody tested it for safety, fairness or advice of any kind. It is no product.")
     return "## Limits\n\n" + "\n".join(lines)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow as mlflow_api
 from mlflow.entities.model_registry import ModelVersion as MlflowVersion
+from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
@@ -24,6 +26,7 @@ from tasks.runtime.settings import Settings
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # what `tasks.registry.register` lets be one
 BASE = "pretrain"  # the stage of models that continue a text; others answer questions
 
 
@@ -76,6 +79,7 @@ def register(
             return version
     registry = client()
     mlflow_api.set_tracking_uri(registry.tracking_uri)
+    mlflow_api.set_registry_uri(registry.tracking_uri)
     tags = {"gristmill.artifact": artifact, "gristmill.scores": json.dumps(dict(scores))}
     tags |= {f"gristmill.{key}": value for key, value in lineage.items()}
     base = artifact.startswith(f"{BASE}/")
@@ -94,7 +98,7 @@ def register(
             )
         for name, value in scores.items():
             registry.log_metric(run_id, name, value, model_id=logged.model_id)
-        if not registered(model):
+        if _registered(model) is None:
             registry.create_registered_model(model, description=f"{words} by Gristmill.")
         created = registry.create_model_version(
             model,
@@ -118,20 +122,22 @@ def described(artifact: str, scores: Mapping[str, float]) -> str:
     )
 
 
-def registered(model: str) -> bool:
-    return bool(client().search_registered_models(f"name = '{model}'"))
+def _registered(model: str) -> RegisteredModel | None:
+    """None also for what is no name, and would end the string that it stands in."""
+    if not NAME.fullmatch(model):
+        return None
+    return next(iter(client().search_registered_models(f"name = '{model}'")), None)
 
 
 def versions(model: str) -> list[Version]:
     """All versions, newest first, with aliases and scores; empty for an unknown model."""
-    registry = client()
-    found = registry.search_registered_models(f"name = '{model}'")
-    if not found:
+    found = _registered(model)
+    if found is None:
         return []
     aliases: dict[str, list[str]] = {}
-    for alias, number in found[0].aliases.items():
+    for alias, number in found.aliases.items():
         aliases.setdefault(str(number), []).append(alias)
-    numbers = registry.search_model_versions(f"name = '{model}'", max_results=1000)
+    numbers = client().search_model_versions(f"name = '{model}'", max_results=1000)
     rows = [_version(row, aliases.get(str(row.version), [])) for row in numbers]
     return sorted(rows, key=lambda row: int(row.version), reverse=True)
 

@@ -37,7 +37,8 @@ def client(tracking_uri: str | None = None) -> MlflowClient:
     """A client of the tracking server."""
     settings = Settings.load()
     settings.apply()
-    return MlflowClient(tracking_uri or settings.mlflow)
+    address = tracking_uri or settings.mlflow
+    return MlflowClient(address, registry_uri=address)  # wherever this process looked before
 
 
 def experiment_id(mlflow: MlflowClient, name: str = EXPERIMENT) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from model import chat
-from model.byte_level import read_json
+from model.byte_level import merges_of, read_json
 from model.chat import CONTROL_SYMBOLS, Tokenizer, TokenizerError
 from tasks.corpus.source_config import allowed
 from tasks.runtime.errors import UserError
@@ -55,10 +55,10 @@ def import_tokenizer(path: Path) -> bytes:
     try:
         return Tokenizer(data, path.name).data
     except TokenizerError as error:
+        if path.suffix == ".json":
+            return _of_hugging_face(path.name, data)
         if "is not a SentencePiece model" in str(error):
             raise UserError(f"tokenizer.import_from: {error}") from error
-    if path.suffix == ".json":
-        return _of_hugging_face(path.name, data)
     return _in_our_layout(*_of_sentencepiece(data))
 
 
@@ -88,7 +88,7 @@ def _of_hugging_face(name: str, data: bytes) -> bytes:
     if over_bytes is not None:
         return over_bytes
     model = body["model"]
-    special = {token["content"] for token in body.get("added_tokens", ())}
+    special = {token["content"] for token in body.get("added_tokens") or ()}
     if model["type"] == "Unigram":
         rows = [(piece, float(score)) for piece, score in model["vocab"]]
         kept = [(p, s) for p, s in rows if p not in special and not _is_byte(p)]
@@ -108,8 +108,7 @@ def _ranked(model: dict[str, Any], special: set[str]) -> list[tuple[str, float]]
     the same wherever the list was made from pieces, as ours, Llama's and Gemma's are.
     """
     ranks: dict[str, int] = {}
-    for merge in model["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
+    for left, right in merges_of(model):
         ranks.setdefault(left + right, len(ranks))
     known = model["vocab"]
     made = sorted((p for p in ranks if p in known and p not in special), key=ranks.__getitem__)

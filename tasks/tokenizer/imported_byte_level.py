@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from model.byte_level import LETTERS, is_byte_level, require_byte_level, spelt
+from model.byte_level import LETTERS, is_byte_level, merges_of, require_byte_level, spelt
 from model.chat import SPECIAL_PIECES
 from model.tokenizer_files import to_json, tokenizer_body
 from tasks.runtime.errors import UserError
@@ -36,9 +36,8 @@ def byte_level_in_our_layout(body: Mapping[str, Any], name: str) -> bytes | None
     theirs = body["model"]
     pieces = _learned(body)
     named = {piece: token for token, piece in enumerate((*SPECIAL_PIECES, *LETTERS, *pieces))}
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in theirs["merges"]]
     known = named.keys() - set(SPECIAL_PIECES)
-    usable = [[a, b] for a, b in merges if a in known and b in known and a + b in known]
+    usable = [[a, b] for a, b in merges_of(theirs) if {a, b, a + b} <= known]
     model = {
         "type": "BPE",
         "dropout": None,
@@ -64,7 +63,7 @@ def byte_level_in_our_layout(body: Mapping[str, Any], name: str) -> bytes | None
 
 def _learned(body: Mapping[str, Any]) -> list[str]:
     """Their pieces of several bytes, in the order of their ids."""
-    gone = {token["content"] for token in body.get("added_tokens", ())} | set(SPECIAL_PIECES)
+    gone = {token["content"] for token in body.get("added_tokens") or ()} | set(SPECIAL_PIECES)
     ordered = sorted(body["model"]["vocab"].items(), key=lambda entry: entry[1])
     return [piece for piece, _ in ordered if piece not in gone and len(piece) > 1 and spelt(piece)]
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from model.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints, verify_checkpoint
+from model.train import BEST
 from tasks.runtime.store import Directory
 from tasks.training.job import CHECKPOINTS
 
@@ -56,6 +57,21 @@ def readable(path: Path) -> bool:
         shutil.rmtree(path)
         return False
     return True
+
+
+def best_checkpoint(folder: Path) -> Path:
+    """The checkpoint, among a training's own in `folder`, that held-out documents liked best.
+
+    Raises `CheckpointError` when it cannot be read: the last weights are not what was asked for.
+    """
+    drop_damaged(folder / BEST)
+    best = latest_checkpoint(folder / BEST)
+    if best is None:
+        raise CheckpointError(
+            f"{folder / BEST} has no checkpoint that can be read, so the best weights are lost; "
+            f"delete {folder} to train anew, or take the last: weights=last"
+        )
+    return best
 
 
 class RemoteCheckpoints:

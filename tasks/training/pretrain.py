@@ -28,6 +28,7 @@ from tasks.training.start_from import (
     checkpoint_shape,
     left_out_of,
     require_tokenizer,
+    require_weights,
 )
 
 
@@ -36,8 +37,9 @@ class PretrainConfig(TrainingConfig):
 
     model_config = ConfigDict(json_schema_extra=shown_first("tokens", "sequence", "model"))
 
-    tokens: int = Field(1_600_000, ge=1)
-    """Tokens to train on, counted again on every pass over the corpus."""
+    tokens: int = Field(1_600_000, ge=0)
+    """Tokens to train on, counted again on every pass over the corpus; 0: none, and the checkpoint
+    of start_from becomes the base model as it is."""
     sequence: int = Field(256, ge=2)
     """Tokens of one training sequence."""
     document_masking: bool = False
@@ -78,6 +80,11 @@ class PretrainConfig(TrainingConfig):
     def means_something(self) -> Self:
         if self.mask_share != 0.15 and self.model.causal:
             raise ValueError("mask_share is of the family bert; leave it out with any other")
+        if not self.tokens and (not self.start_from or self.weights == "best"):
+            raise ValueError(
+                "tokens 0 takes no step: it goes with start_from, whose weights become the model, "
+                "and with weights 'last'"
+            )
         if self.weights == "best" and not self.heldout_sequences:
             raise ValueError(
                 "weights 'best' are found by held-out documents: heldout_sequences > 0"
@@ -138,7 +145,7 @@ class PretrainConfig(TrainingConfig):
         if not self.start_from:
             return self.model.config(vocabulary)
         shape = checkpoint_shape(self.start_from, vocabulary)
-        if self.sequence > shape.context:
+        if self.tokens and self.sequence > shape.context:
             raise UserError(
                 f"pretrain.sequence {self.sequence} is longer than the context {shape.context} of "
                 f"the checkpoint in {self.start_from}; lower it"
@@ -152,7 +159,7 @@ def pretrain(
 ) -> Outcome:
     """Train a base model on the corpus's tokens, by Ray Train."""
     require_tokenizer_of(shards, tokenizer)
-    if shards.counts.get("tokens", 0) <= config.sequence:
+    if config.tokens and shards.counts.get("tokens", 0) <= config.sequence:
         raise UserError(
             f"the corpus has {shards.counts.get('tokens', 0)} tokens, fewer than one sequence of "
             f"{config.sequence} + 1; lower pretrain.sequence or crawl more documents"
@@ -161,12 +168,20 @@ def pretrain(
     start = checkpoint_directory(config.start_from) if config.start_from else None
     omitted = ""
     if start is not None:
-        require_tokenizer(start, load_tokenizer(work.store, tokenizer).data)
+        ours = load_tokenizer(work.store, tokenizer).data
+        require_tokenizer(start, ours)
+        require_weights(start, ours)
         omitted = left_out_of(start)
     inputs = {"shards": shards, "tokenizer": tokenizer}
     require_whole(work, inputs.values())
     params = {**config.model_dump(), "parameters": count_parameters(shape).total}
+    told: dict[str, Scalar] = {"left_out": omitted} if omitted else {}
     with tracked("pretrain", work.fingerprint, params, inputs) as run_id:
+        if start is not None and not config.tokens:
+            from tasks.training.made import take_over  # brings torch
+
+            told["mlflow_run_id"] = run_id
+            return replace(take_over(start, work, tokenizer), metrics=told)
         outcome = launch(
             TrainingJob(
                 stage="pretrain",
@@ -190,13 +205,10 @@ def pretrain(
             ),
             work,
         )
-        told: dict[str, Scalar] = {}
         wrong = errors(config, Settings.load(), shards, _reached(outcome))
         if wrong:
             log_metrics(run_id, wrong)
             told |= wrong
-        if omitted:
-            told["left_out"] = omitted
         return replace(outcome, metrics={**outcome.metrics, **told})
 
 

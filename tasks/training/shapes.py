@@ -63,6 +63,7 @@ FAMILIES: Mapping[Family, Mapping[str, Any]] = {
 WINDOWED = ("mistral", "gemma2", "gemma3")
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 LATENT = ("deepseek_v2", "deepseek_v3")
+STRIDE = 8  # channels: transformers multiplies all experts at once, in rows of whole 16 bytes
 # By our engine, see model/engine/loading.py.
 SERVED = (*LLAMAS, "gpt2", "gemma2", "gemma3", *LATENT)
 
@@ -86,7 +87,8 @@ class ExpertOptions(StageConfig):
     per_token: int = Field(2, ge=1)
     """Experts each token is sent to."""
     width: int = Field(0, ge=0)
-    """Hidden channels of an expert; 0: as many as make a token's experts one feed-forward block."""
+    """Hidden channels of an expert, a multiple of 8; 0: as many as make a token's experts one
+    feed-forward block, in whole 8s."""
     shared: int = Field(1, ge=1)
     """Experts that every token passes, beside those."""
     dense_layers: int = Field(1, ge=0)
@@ -136,6 +138,12 @@ class ModelOptions(StageConfig):
                     raise ValueError(
                         f"{name} are of the families {' and '.join(LATENT)}, not of {self.family}"
                     )
+        for name, channels in (("width", self.width), ("experts.width", self.experts.width)):
+            if self.family in LATENT and channels % STRIDE:
+                raise ValueError(
+                    f"{name} {channels} is not a multiple of {STRIDE}, and transformers runs no "
+                    f"other experts; take {channels // STRIDE * STRIDE or STRIDE}"
+                )
         try:
             found = family_of(self.config(vocab_size=1)).model_type.removesuffix("_text")
         except (ConfigError, FormatError) as error:
@@ -179,10 +187,11 @@ class ModelOptions(StageConfig):
 
     def _experts(self) -> dict[str, Any]:
         passed = self.experts.per_token + self.experts.shared
+        share = (self.mlp_width or self.width) // passed // STRIDE * STRIDE
         return {
             "experts": self.experts.count,
             "experts_per_token": self.experts.per_token,
-            "expert_width": self.experts.width or max((self.mlp_width or self.width) // passed, 1),
+            "expert_width": self.experts.width or max(share, STRIDE),
             "shared_experts": self.experts.shared,
             "dense_layers": self.experts.dense_layers,
         }

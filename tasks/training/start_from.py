@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+from model.chat import Tokenizer
 from model.config import ModelConfig
 from tasks.corpus.source_config import allowed
 from tasks.runtime.errors import UserError
@@ -77,7 +78,8 @@ def left_out_of(directory: Path) -> str:
 
 
 def require_import(start_from: str, import_from: str) -> None:
-    """Raises UserError, before any work, when a checkpoint's tokenizer is not the one imported."""
+    """Raises UserError, before any work, when a checkpoint's tokenizer is not the one imported, or
+    its weights cannot be gone on from."""
     if not start_from:
         return
     if not import_from:
@@ -86,7 +88,9 @@ def require_import(start_from: str, import_from: str) -> None:
             f"set tokenizer.import_from to the same directory"
         )
     ours = import_tokenizer(imported_file(import_from))
-    require_tokenizer(checkpoint_directory(start_from), ours)
+    directory = checkpoint_directory(start_from)
+    require_tokenizer(directory, ours)
+    require_weights(directory, ours)
 
 
 def require_tokenizer(directory: Path, ours: bytes) -> None:
@@ -98,3 +102,16 @@ def require_tokenizer(directory: Path, ours: bytes) -> None:
             f"the checkpoint in {directory} was not made with this run's tokenizer; set "
             f"tokenizer.import_from to the same directory"
         )
+
+
+def require_weights(directory: Path, ours: bytes) -> None:
+    """Raises UserError when a checkpoint lacks weights that its config.json asks for, or rows for
+    the pieces of `ours`. However large it is, only names and shapes are read."""
+    from model.foreign_vocabulary import parameters_for  # brings torch
+    from model.huggingface import FormatError, require_parameters
+
+    try:
+        require_parameters(directory)
+        parameters_for(directory, Tokenizer(ours))
+    except FormatError as error:
+        raise UserError(f"pretrain.start_from: {error}") from error

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,29 +24,22 @@ from model.checkpoint import CheckpointError, latest_checkpoint, read_manifest, 
 from model.config import ConfigError, ModelConfig
 from model.divided_checkpoint import load_whole_model
 from model.foreign_vocabulary import parameters_for
-from model.huggingface import (
-    FormatError,
-    SpecialTokens,
-    load_config,
-    read_parameters,
-    save_directory,
-)
+from model.huggingface import FormatError, load_config, read_parameters
 from model.initial_weights import InitialWeights, Values, fresh, without_values
 from model.loader import DataError
 from model.optim import OptimConfig
 from model.precision import cpu_flags
 from model.schedule import Schedule
 from model.sharding import whole_model
-from model.tokenizer_files import tokenizer_files
 from model.train_config import TrainConfig
-from model.transformer import Transformer
 from tasks.registry.tracking import MetricLogger
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import Directory, Store
 from tasks.tokenizer.stored import load_tokenizer
-from tasks.training.checkpoints import checkpoint_folder, drop_damaged
+from tasks.training.checkpoints import best_checkpoint, checkpoint_folder
 from tasks.training.data import heldout_data, training_data
 from tasks.training.job import FAILURE, PROGRESS, RESULT, TrainingJob
+from tasks.training.made import save_model
 from tasks.training.samples import openings, questions, samples
 
 SECONDS_BETWEEN_REPORTS = 1.0
@@ -163,19 +155,16 @@ def _train(job: TrainingJob, directory: Directory) -> None:
         )
         seconds = earlier + time.monotonic() - begun
         model = whole_model(model, kept=rank == 0)
-        if rank == 0:
-            drop_damaged(checkpoints / training.BEST)
-        best = latest_checkpoint(checkpoints / training.BEST) if config.keep_best else None
-        if best is not None and rank == 0:
+        if rank == 0 and config.keep_best:
+            best = best_checkpoint(checkpoints)
             model.load_state_dict(load_whole_model(best))
             counts |= {"best_step": step_of(best)}
     if rank == 0:
-        _save_model(model, tokenizer, directory)
-        counts |= {"parameters": sum(p.numel() for p in model.parameters())}
+        counts |= save_model(model, tokenizer, directory)
         result = {
             "curve": [asdict(record) for record in curve],
             "heldout": losses,
-            "counts": counts | {"context": model.config.context},
+            "counts": counts,
             "seconds": seconds,
             "world": {
                 "workers": world,
@@ -260,14 +249,3 @@ class _Progress:
         if record.step > self.resumed and (now >= self._next or record.step == record.steps):
             self._next = now + SECONDS_BETWEEN_REPORTS
             self.directory.write_json(PROGRESS, asdict(record) | {"resumed": self.resumed})
-
-
-def _save_model(model: Transformer, tokenizer: Tokenizer, directory: Directory) -> None:
-    """The artifact: a Hugging Face directory with its tokenizer."""
-    tokens = SpecialTokens(bos=tokenizer.begin, eos=tokenizer.stop_ids, pad=tokenizer.pad)
-    with tempfile.TemporaryDirectory() as folder:
-        save_directory(Path(folder), model, tokens)
-        for file in sorted(Path(folder).iterdir()):
-            directory.put(file, file.name)
-    for name, body in tokenizer_files(tokenizer, model.config.context).items():
-        directory.write_bytes(name, body)

@@ -15,16 +15,24 @@ def test_tokens_of_another_vocabulary_foresee_no_loss(
 ) -> None:
     monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path))
     store = Store.open(Settings.load())
+    config = {"vocab_size": 4096, "kind": "unigram", "import_from": "elsewhere/then"}
+    inputs = {"tokenizer": "a", "corpus": "the-corpus-of-then"}
     for stage, more in (
-        ("tokenizer", {"config": {"vocab_size": 4096}, "counts": {"vocabulary": 4096}}),
-        ("token-shards", {"inputs": {"tokenizer": "a"}}),
+        ("tokenizer", {"config": config, "counts": {"vocabulary": 4096}}),
+        ("token-shards", {"inputs": inputs, "counts": {"tokens": 1234}}),
     ):
         made = Manifest(stage=stage, version=1, fingerprint="a", content="a", **more)
         store.directory(stage, "a").write_bytes(MANIFEST, made.model_dump_json().encode())
-    wanted = ["--set", "tokenizer.vocab_size=1000", "--home", str(tmp_path)]
-    assert main(["forecast", *wanted]) == 0
-    assert "no tokens of this vocabulary in the store" in capsys.readouterr().out
+
+    def forecast(*settings: str) -> int:
+        wanted = [word for setting in settings for word in ("--set", f"tokenizer.{setting}")]
+        return main(["forecast", *wanted, "--home", str(tmp_path)])
+
+    for other in ("vocab_size=1000", "kind=bpe", "longest_piece=12", "character_coverage=0.999"):
+        assert forecast("kind=unigram", other) == 0
+        assert "no tokens of this vocabulary in the store" in capsys.readouterr().out
     # Of the same vocabulary they are taken, and then found to be none.
-    wanted[1] = "tokenizer.vocab_size=4096"
-    assert main(["forecast", *wanted]) == 1
-    assert "no quick runs on this corpus" in capsys.readouterr().err
+    assert forecast("kind=unigram") == 1
+    told = capsys.readouterr()
+    assert "token-shards/a of corpus the-corpus-o, 1,234 tokens" in told.out
+    assert "no quick runs on this corpus" in told.err

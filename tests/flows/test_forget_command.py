@@ -42,6 +42,8 @@ def test_mistakes_are_told_in_a_sentence_and_bury_nothing(settings: Settings) ->
         forget(settings)
     with pytest.raises(UserError, match="'nonsense' is no address"):
         forget(settings, "example.org", "nonsense")
+    with pytest.raises(UserError, match="for that one address, or example"):
+        forget(settings, "example.org/page", "--purge")
     with pytest.raises(UserError, match="no tombstone 7 stands"):
         forget(settings, "--withdraw", "7")
     assert Tombstones(settings.database_url).all() == []

@@ -25,7 +25,8 @@ from model.chat import (
 from model.engine import load_model
 from model.huggingface import FormatError, save_directory
 from model.tokenizer_files import tokenizer_files
-from serve.grammar import GrammarCompiler
+from serve.grammar import LIMITS, Grammar
+from serve.token_mask import GrammarCompiler
 from tasks.export.gguf_file import add_vocabulary
 from tasks.runtime.errors import UserError
 from tasks.tokenizer.imported import import_tokenizer
@@ -166,7 +167,7 @@ def test_a_model_with_it_is_served_under_a_grammar(tmp_path: Path) -> None:
     save_directory(tmp_path, transformer(vocab_size=len(ours)))
     (tmp_path / "tokenizer.json").write_bytes(ours.data)
     names = load_model(tmp_path).tokenizer
-    mask = GrammarCompiler(names).compile("regex", "[日本]{2}x", "form")()
+    mask = GrammarCompiler(names).compile(Grammar("regex", "[日本]{2}x", "form", LIMITS))()
     said = b""
     for _ in range(12):
         allowed = np.flatnonzero(mask.allowed().numpy())

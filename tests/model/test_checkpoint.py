@@ -1,5 +1,6 @@
 """Checkpoints are whole, or refused by name."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,36 @@ def test_a_damaged_checkpoint_is_refused_by_name(saved: Path, damage, message: s
         load_checkpoint(saved)
 
 
-def test_a_checkpoint_without_its_manifest_is_refused(saved: Path) -> None:
-    (saved / "checkpoint.json").write_text("{")
+@pytest.mark.parametrize("text", [b"", b"{", b"\x00\xff", b"null", b"[]", b"{}", b'{"step": 7}'])
+def test_a_checkpoint_without_its_manifest_is_refused(saved: Path, text: bytes) -> None:
+    (saved / "checkpoint.json").write_bytes(text)
     with pytest.raises(CheckpointError, match=r"has no readable checkpoint\.json; delete"):
         load_checkpoint(saved)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"files": {"model.safetensors": {"bytes": "8"}}}, "has no readable checkpoint.json"),
+        ({"files": {"model.safetensors": None}}, "has no readable checkpoint.json"),
+        ({"step": 8}, "is damaged: checkpoint.json is of step 8; delete"),
+        ({"state": {"x": 2}}, "checkpoint.json does not have its recorded SHA-256; delete"),
+        ({"files": {}}, "checkpoint.json does not have its recorded SHA-256; delete"),
+    ],
+)
+def test_a_manifest_that_was_changed_is_refused(saved: Path, changed: dict, message: str) -> None:
+    file = saved / "checkpoint.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(saved)
+
+
+def test_a_checkpoint_from_before_manifests_had_a_digest_is_read(saved: Path) -> None:
+    file = saved / "checkpoint.json"
+    manifest = json.loads(file.read_text())
+    del manifest["sha256"]
+    file.write_text(json.dumps(manifest))
+    assert load_checkpoint(saved).state == {"x": 1}
 
 
 def test_half_written_checkpoints_are_invisible_and_old_ones_go(tmp_path: Path) -> None:

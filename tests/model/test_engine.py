@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import random
 import threading
-import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,6 +175,33 @@ def test_stop_strings_end_the_text_even_across_tokens() -> None:
         assert cut.tokens == whole.tokens[: len(cut.tokens)]
 
 
+@pytest.mark.parametrize("speculate", [0, 4])
+def test_a_stream_tells_of_a_token_when_all_of_its_text_is_out(speculate: int) -> None:
+    """So it never tells of one that turns out to be part of a stop string."""
+    model, names = transformer(), tokenizer()
+    prompt = names.encode("def main():") * 3
+    free = Sampling(temperature=1.3, seed=3, max_tokens=60, ignore_eos=True, logprobs=0)
+    (whole,) = generate_batch(model, names, [prompt], [free])
+    for start in range(0, len(whole.text) - 4, 3):
+        stop = whole.text[start : start + 4]
+        sampling = replace(free, stop=("\0none", stop, stop[:2] + "\0"))
+        core = Core(model, names, slots=2, speculate=speculate)
+        core.add(core.sequence("streamed", prompt, sampling))
+        core.add(core.sequence("whole", prompt, sampling, streamed=False))
+        text: dict[str, str] = {"streamed": "", "whole": ""}
+        kept: dict[str, list[int]] = {"streamed": [], "whole": []}
+        while core.has_work:
+            for update in core.step():
+                assert len(update.logprobs) == len(update.tokens)
+                assert [entry.token for entry in update.logprobs] == update.tokens
+                text[update.id] += update.text
+                kept[update.id] += update.tokens[: update.kept]
+                if update.finish_reason is None:
+                    assert text[update.id].startswith(names.decode(kept[update.id]))
+        assert text["streamed"] == text["whole"] == whole.text[: whole.text.index(stop)]
+        assert kept["streamed"] == kept["whole"]
+
+
 def test_slots_match_sequences_through_any_order_of_ends() -> None:
     draw = random.Random(5)
     core = Core(transformer(), None, slots=6, prefill_tokens=60)
@@ -246,24 +273,27 @@ def test_characters_are_never_split(engine: Engine) -> None:
         assert text == engine.tokenizer.decode(tokens)
 
 
-def test_abort_frees_the_slot_and_silences_the_listener(engine: Engine) -> None:
+def test_abort_frees_the_slot_and_tells_the_end(engine: Engine) -> None:
     listeners = [Listener() for _ in range(12)]
     ids = [engine.submit([5, 6, 7], Sampling(), listener) for listener in listeners]
     listeners[0].queue.get(timeout=30)
     for id in ids:
         engine.abort(id)
     engine.abort("unknown")
-    deadline = time.monotonic() + 30
-    while engine.counters().running or engine.counters().waiting:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert engine.idle
+    ends = [listener.finished()[0][-1] for listener in listeners]
+    assert {end.finish_reason for end in ends} <= {"abort", "stop", "length"}
+    assert ends[-1].finish_reason == "abort" and ends[-1].prompt_tokens == 3
+    counters = engine.counters()
+    assert counters.running == counters.waiting == 0 and engine.idle
     engine.check()
 
 
 def test_a_full_queue_is_said_at_once() -> None:
     engine = Engine(transformer(), tokenizer(), slots=1, max_waiting=2)
     try:
+        engine.submit([5], Sampling(), lambda _: None)
+        with pytest.raises(EngineBusy, match=r"3 answers do not fit beside the 1 under way \(3 at"):
+            engine.submit([5], Sampling(), lambda _: None, room=3)
         with pytest.raises(EngineBusy):
             for _ in range(50):
                 engine.submit([5], Sampling(), lambda _: None)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.engine import ConstraintError, Core, PromptError, Sampling, generate_batch
+from model.engine import ConstraintError, Core, PromptError, Sampling, Update, generate_batch
 from tests.tiny_models import VOCABULARY, tokenizer, transformer
 
 PROMPT = list(range(30, 60))
@@ -133,6 +133,34 @@ def test_a_constraint_shapes_the_answer_and_only_its_own() -> None:
     assert one.tokens == three.tokens and one.tokens[-1] == 0 and len(one.tokens) == 6
     assert all(token % 2 == 0 for token in one.tokens)
     assert any(token % 2 for token in two.tokens)
+
+
+class Dictated:
+    """A form that is one list of tokens."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.left = list(tokens)
+
+    def allowed(self) -> torch.Tensor:
+        return torch.arange(VOCABULARY) == self.left[0]
+
+    def push(self, token: int) -> None:
+        self.left.remove(token)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_token_without_text_before_a_stop_string_is_kept(streamed: bool) -> None:
+    names = tokenizer()
+    before = [*names.encode("a"), names.end_of_turn]
+    dictated = [*before, *names.encode("S"), names.end_of_turn, *names.encode("T")]
+    sampling = Sampling(ignore_eos=True, stop=("ST",), constraint=lambda: Dictated(dictated))
+    core = Core(transformer(), names, slots=1)
+    core.add(core.sequence("a", PROMPT, sampling, streamed=streamed))
+    updates: list[Update] = []
+    while core.has_work:
+        updates += core.step()
+    assert [token for u in updates for token in u.tokens[: u.kept]] == before
+    assert "".join(update.text for update in updates) == "a"
 
 
 def test_ids_outside_the_vocabulary_are_refused_wherever_they_stand() -> None:

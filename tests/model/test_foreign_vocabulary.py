@@ -193,7 +193,7 @@ def test_a_tokenizer_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(FormatError, match=r"holds neither tokenizer\.json nor tokenizer\.model"):
         their_ids(tmp_path, another(), 1000)
-    vocab = {"model": {"type": "BPE", "vocab": {"mill": 0}}}
+    vocab = {"model": {"type": "BPE", "vocab": {"mill": 0}, "merges": []}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(vocab))
     with pytest.raises(FormatError, match="has none of the pieces of this run's"):
         their_ids(tmp_path, another(), 1000)

@@ -19,6 +19,7 @@ from model.huggingface import (
     left_out,
     load_directory,
     load_weights,
+    require_parameters,
     save_directory,
 )
 from model.rope import scaled_frequencies
@@ -120,6 +121,15 @@ def test_no_family_is_a_refusal() -> None:
         ({"rope_parameters": {"rope_type": "linear"}}, "RoPE scaling linear lacks factor"),
         ({"rope_scaling": {"type": "yarn", "factor": 2, "finetuned": True}}, "yarn with finetuned"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ({"rope_scaling": "yarn"}, "RoPE scaling 'yarn' is no object of settings"),
+        ({"rope_scaling": [8]}, r"RoPE scaling \[8\] is no object of settings"),
+        ({"rope_parameters": {"full_attention": 8}}, "RoPE scaling 8 is no object of settings"),
+        ({"rope_theta": "x"}, "rope_theta 'x' is not a number"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor '2' is not a number"),
+        ({"hidden_size": "64"}, "hidden_size '64' is not a whole number"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers 2.5 is not a whole number"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps '1e-5' is not a number"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings 'no' is not true or false"),
     ],
 )
 def test_unsupported_settings_are_named(change: dict, message: str) -> None:
@@ -141,6 +151,56 @@ def test_wrong_weights_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match="is damaged"):
         load_directory(tmp_path)
+
+
+def test_files_that_hold_something_else_are_named(tmp_path: Path) -> None:
+    save_directory(tmp_path, Transformer(tiny()))
+    index, config = tmp_path / "model.safetensors.index.json", tmp_path / "config.json"
+    for body, message in (
+        (b"{", rf"{index.name}: Expecting"),
+        (b"\xff\xfe", rf"{index.name}: 'utf-8' codec"),
+        (b"[]", f"{index.name} is no JSON object"),
+        (b"{}", f"{index.name} has no weight_map"),
+        (b'{"weight_map": [1]}', f"{index.name} has no weight_map"),
+        (b'{"weight_map": {"a": 5}}', "holds no 5"),
+    ):
+        index.write_bytes(body)
+        for read in (load_directory, require_parameters):
+            with pytest.raises(FormatError, match=message):
+                read(tmp_path)
+    index.unlink()
+    gemma = export_config(tiny(**FAMILIES["gemma2"])) | {"layer_types": 3}
+    for body, message in (
+        (b"[]", "config.json is no JSON object"),
+        (b"\xff\xfe", "config.json: 'utf-8' codec"),
+        (json.dumps(gemma).encode(), "config.json has a setting of the wrong kind: 'int'|config"),
+    ):
+        config.write_bytes(body)
+        with pytest.raises(FormatError, match=message):
+            load_directory(tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_checked_by_their_names_and_shapes_alone(family: str, tmp_path: Path) -> None:
+    save_directory(tmp_path, Transformer(tiny(**FAMILIES[family])))
+    require_parameters(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_weights(tmp_path)
+    name = max(weights, key=lambda name: weights[name].numel())
+    for changed, message in (
+        ({name: weights[name][:-1].clone()}, "config.json asks for|multiple|mismatch|expert"),
+        ({"model.other": torch.ones(2)}, "holds unknown model.other"),
+    ):
+        save_file({n: t.clone() for n, t in weights.items()} | changed, file)
+        for read in (load_directory, require_parameters):
+            with pytest.raises(FormatError, match=message):
+                read(tmp_path)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(FormatError, match="is damaged"):
+        require_parameters(tmp_path)
+    file.unlink()
+    with pytest.raises(FormatError, match=r"holds no model\.safetensors"):
+        require_parameters(tmp_path)
 
 
 def test_special_tokens_are_checked(tmp_path: Path) -> None:

@@ -81,6 +81,16 @@ def test_choices_differ_and_a_seed_repeats_them(endpoint: Endpoint) -> None:
         assert text == one[index]["message"]["content"]
 
 
+def test_a_seed_answers_a_prompt_alike_wherever_it_stands(endpoint: Endpoint) -> None:
+    request = TEXT | {"prompt": ["x", TEXT["prompt"]], "temperature": 1.5, "n": 2}
+    *_, third, fourth = post(endpoint, "/v1/completions", request | {"seed": 7})["choices"]
+    alone = post(endpoint, "/v1/completions", request | TEXT | {"seed": 7})["choices"]
+    assert [third["text"], fourth["text"]] == [choice["text"] for choice in alone]
+    twice = request | {"prompt": [TEXT["prompt"]] * 2, "n": 1}
+    one, other = post(endpoint, "/v1/completions", twice)["choices"]
+    assert one["text"] != other["text"]  # without a seed there is nothing to repeat
+
+
 def test_stop_strings_are_left_out(endpoint: Endpoint) -> None:
     request = TEXT | {"temperature": 0, "max_tokens": 40}
     text = post(endpoint, "/v1/completions", request)["choices"][0]["text"]

@@ -52,6 +52,7 @@ from tests.serve.conftest import Endpoint, eventually
         ({"logit_bias": {"5": 101}}, "logit_bias.5", 400),
         ({"logit_bias": {"five": 1}}, "logit_bias.five", 400),
         ({"logit_bias": {"5": 100, "05": 100}}, "logit_bias.05", 400),
+        ({"logit_bias": {"13": 1, "1\u0663": 2}}, "logit_bias.1\u0663", 400),  # Arabic
         ({"logit_bias": {"99999": 1}}, "logit_bias", 400),
         ({"stop_token_ids": [99999]}, "stop_token_ids", 400),
         ({"frequency_penalty": 2.5}, "frequency_penalty", 400),
@@ -103,6 +104,18 @@ def test_bodies_that_are_no_request_are_refused_at_once(
     started = time.monotonic()
     assert error(endpoint, "/v1/completions", **request_)[0] == status
     assert time.monotonic() - started < 20
+
+
+def test_a_wrong_method_is_told_the_right_one(endpoint: Endpoint) -> None:
+    with endpoint.client() as client:
+        for method, path, allowed in (
+            ("GET", "/v1/completions", {"POST"}),
+            ("POST", "/v1/models", {"GET", "HEAD"}),
+            ("POST", "/static/chat.js", {"GET", "HEAD"}),
+        ):
+            response = client.request(method, path)
+            assert response.status_code == 405, path
+            assert {*response.headers["allow"].split(", ")} == allowed, path
 
 
 def test_a_body_beyond_the_limit_is_not_read_to_its_end(endpoint: Endpoint) -> None:

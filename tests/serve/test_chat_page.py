@@ -255,6 +255,10 @@ def test_a_version_can_be_picked_and_told_who_it_is(page: Page, endpoint: Endpoi
     page.open(page.run("location.href"))  # both are kept
     page.wait("document.querySelector('#model').textContent === 'tiny@2 · version 2'")
     assert page.run("document.querySelector('#system').value") == "You are brief."
+    page.run("document.querySelector('#reset').click()")
+    assert page.run("document.querySelector('#model').textContent") == "tiny · version 1"
+    assert page.run("document.querySelector('#served').value") == "tiny"
+    assert page.run("document.querySelector('#system').value") == ""
     assert not page.errors
 
 
@@ -273,5 +277,9 @@ def test_an_endpoint_with_keys_asks_for_one(
         chromium.wait("!document.querySelector('#send').disabled")
         ask(chromium, "def main():")
         assert chromium.run(ANSWERS)[-1] == greedy(endpoint, "def main():")
+        chromium.run("document.querySelector('#reset').click()")
+        assert chromium.run("document.querySelector('#key').value") == key
+        ask(chromium, "import os")
+        assert chromium.run(ANSWERS)[-1] == greedy(endpoint, "import os")
         choose(chromium, "key", program)
         chromium.wait(f"{pill} === 'this API key lacks the scope read: Settings'")

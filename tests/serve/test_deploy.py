@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from flows.deploy import DeployConfig
 from serve import deploy
 from serve.about import about, choose_examples
 from serve.fetch import fetch
+from serve.specification import EngineOptions
 from tasks.registry import models
 from tasks.runtime.errors import Unavailable, UserError
 from tasks.runtime.manifest import Manifest
@@ -200,28 +202,28 @@ def test_going_back_in_replicas_or_names_is_not_what_is_served(
         config = {"name": "gristmill", "deployments": [{**scale, "user_config": {}}]}
         running["deployed_app_config"] = config
 
+    store = Store.open(other_wish)
+
     def deployed() -> Manifest:
-        return Manifest(
-            stage="deploy",
-            version=4,
-            fingerprint="f" * 64,
-            content="f" * 64,
-            files=(),
-            metrics={"served": json.dumps(deploy.served(other_wish), sort_keys=True)},
-        )
+        served = json.dumps(deploy.served(other_wish), sort_keys=True)
+        created = datetime.datetime.now(datetime.UTC).isoformat()
+        return commit(store, "deploy", {}, metrics={"served": served}, created=created)
 
     told(num_replicas=1)
     one = deployed()
     assert flow.is_served(one)
-    told(num_replicas=2)
-    two = deployed()
-    assert flow.is_served(two) and not flow.is_served(one)
     told(num_replicas="auto", autoscaling_config={"max_replicas": 4})
-    assert not flow.is_served(two)
+    assert not flow.is_served(one)
     told(num_replicas=1)
     assert flow.is_served(one)
     health["aliases"] = {"m-7": ["champion"]}
     assert not flow.is_served(one)
+    health.pop("aliases")
+    told(num_replicas=2)
+    two = deployed()
+    assert flow.is_served(two) and not flow.is_served(one)
+    told(num_replicas=1)
+    assert not flow.is_served(one)  # after a restart it would be the other one
 
 
 def version(model: str, number: str, *aliases: str) -> models.Version:
@@ -247,8 +249,10 @@ def test_several_models_and_versions_are_chosen_for_one_deploy(
 
     assert chosen() == []
     assert asked[-1].version.aliases == ("champion",)
+    assert asked[-1].version.asked == "a@champion"
     assert chosen(beside=["a@2", "b", "b@6"]) == [("a", "2", 0), ("b", "7", 1), ("b", "6", 0)]
     assert chosen(canary="challenger", beside=["a@2"]) == [("a", "2", 0.1)]
+    assert [one.asked for one in asked[-1].beside] == ["a@challenger"]
     assert chosen(canary="1", beside=["a@1"]) == []  # became the main one
     assert asked[-1] == asked[0]
     known["a"][0] = version("a", "1")  # the alias went elsewhere
@@ -259,15 +263,19 @@ def test_a_replica_may_take_as_long_as_the_longest_answer(tmp_path: Path) -> Non
     settings = Settings(home=tmp_path, store=str(tmp_path))
     store = Store.open(settings)
 
-    def seconds(context: int, megabytes: int, slots: int) -> float:
+    def seconds(context: int, megabytes: int, slots: int, max_waiting: int = 32) -> float:
         config = json.dumps({"max_position_embeddings": context, "dtype": "float32"}).encode()
         files = {"config.json": config, "model.safetensors": b"0" * (megabytes << 20)}
-        return deploy.longest_answer(settings, commit(store, "finetune", files), slots)
+        engine = EngineOptions(slots=slots, max_waiting=max_waiting)
+        return deploy.longest_answer(settings, commit(store, "finetune", files), engine)
 
     assert seconds(128, 1, 4) == deploy.LEAST_DRAIN_SECONDS
-    # A full batch of 32 at 2 GFLOPS: 0.27 s a step, and two contexts of steps.
-    assert 2000 < seconds(4096, 32, 32) < 2400
-    assert deploy.longest_answer(settings, commit(store, "finetune", {}), 32) == 120
+    # A full batch of 32 at 2 GFLOPS: 0.27 s a step, and four contexts of steps for 128 answers.
+    assert 4000 < seconds(4096, 32, 32) < 4800
+    four = seconds(4096, 32, 32)
+    assert seconds(4096, 32, 32, max_waiting=288) == pytest.approx(2.5 * four, 1e-3)
+    assert seconds(4096, 32, 1) == pytest.approx(four, 1e-3)
+    assert deploy.longest_answer(settings, commit(store, "finetune", {}), EngineOptions()) == 120
 
 
 @pytest.mark.parametrize(

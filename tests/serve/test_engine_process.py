@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -26,7 +27,7 @@ from model.engine import (
     load_model,
 )
 from serve.engine_process import EngineProcess
-from serve.grammar import GrammarCompiler
+from serve.grammar import LIMITS, Grammar
 from serve.mailbox import Mailbox
 from serve.specification import EngineOptions
 from tests.serve.conftest import eventually
@@ -93,8 +94,8 @@ def test_answers_are_those_of_an_engine_here(
     assert told == (expected.tokens if sampling.logprobs is not None else [])
 
 
-def test_a_grammar_is_compiled_again_over_there(engine: EngineProcess) -> None:
-    grammar = GrammarCompiler(engine.tokenizer).compile("regex", "[0-9]{3}-[a-f]{2}", "regex")
+def test_a_grammar_is_compiled_over_there(engine: EngineProcess) -> None:
+    grammar = Grammar("regex", "[0-9]{3}-[a-f]{2}", "regex", LIMITS)
     heard = answer(engine, Sampling(max_tokens=30, temperature=1.0, seed=1, constraint=grammar))
     text = "".join(update.text for update in heard.updates)
     assert heard.reason == "stop"
@@ -119,8 +120,30 @@ def test_more_than_slots_and_queue_hold_are_refused(engine: EngineProcess) -> No
         engine.submit(PROMPT, LONG, listener)
     with pytest.raises(EngineBusy):
         engine.submit(PROMPT, LONG, Heard())
-    engine.submit(PROMPT, LONG, follower := Heard(), follows=True)
-    assert {listener.reason for listener in (*heard, follower)} == {"length"}
+    assert {listener.reason for listener in heard} == {"length"}
+
+
+def test_all_answers_of_a_request_find_room_or_none_does(engine: EngineProcess) -> None:
+    mailbox = Mailbox()
+
+    async def ask(answers: int) -> int:
+        with mailbox.open(engine, [(PROMPT, LONG)] * answers, streamed=False) as mail:
+            return len([update async for _, update in mail.updates()])
+
+    async def beside(others: int, answers: int) -> int:
+        running = asyncio.create_task(ask(others))
+        await asyncio.sleep(0)
+        try:
+            return await ask(answers)
+        finally:
+            assert await running == others
+
+    assert asyncio.run(beside(1, 2)) == 2
+    for others, answers in ((1, 3), (2, 2), (5, 1)):
+        with pytest.raises(EngineBusy, match=r"waiting already|do not fit beside the [125] under"):
+            asyncio.run(beside(others, answers))
+    assert asyncio.run(ask(5)) == 5  # more than ever fits: only while nobody else is here
+    assert engine.idle
 
 
 @pytest.mark.parametrize("loops", [asyncio.new_event_loop, uvloop.new_event_loop])
@@ -174,7 +197,7 @@ def test_more_than_the_sockets_hold_both_ways_stalls_nobody(directory: Path) -> 
         engine.close()
 
 
-def test_an_aborted_sequence_is_heard_of_no_more_and_holds_nothing(engine: EngineProcess) -> None:
+def test_an_aborted_sequence_tells_its_end_and_holds_nothing(engine: EngineProcess) -> None:
     heard = Heard()
 
     def abort_at_once(updates: list[Update]) -> None:
@@ -182,10 +205,15 @@ def test_an_aborted_sequence_is_heard_of_no_more_and_holds_nothing(engine: Engin
         engine.abort("x")
 
     engine.submit(PROMPT, LONG, abort_at_once, id="x")
-    assert eventually(lambda: engine.counters().aborted == 1)
-    told = len(heard.updates)
+    assert heard.reason == "abort"
     assert eventually(lambda: engine.counters().pages_used == 0 and engine.idle)
-    assert len(heard.updates) == told and not heard.ended.is_set()
+    counters, last = engine.counters(), heard.updates[-1]
+    assert counters.aborted == 1
+    assert 0 < last.completion_tokens == counters.generation_tokens < 90
+    grammar = Grammar("regex", "a{50}", "regex", LIMITS)
+    engine.submit(PROMPT, replace(LONG, constraint=grammar), waiting := Heard(), id="y")
+    engine.abort("y")  # while its grammar is compiled over there
+    assert waiting.reason == "abort" and engine.idle
 
 
 def test_a_killed_process_ends_every_request_with_an_error(engine: EngineProcess) -> None:

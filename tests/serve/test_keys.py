@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -20,7 +23,7 @@ from serve.app import create_app
 from serve.keys import Bucket, KeyRing
 from tasks.runtime.errors import UserError
 from tasks.runtime.settings import Settings
-from tasks.state.api_keys import ApiKey, ApiKeys
+from tasks.state.api_keys import ApiKey, ApiKeys, digest
 from tests.serve.calls import CHAT
 from tests.serve.conftest import Endpoint, eventually, listening
 
@@ -116,10 +119,133 @@ def test_limits_answer_429_and_say_when(
     refused = ask(client, few)
     assert 1 <= int(refused.headers["retry-after"]) <= 60
     assert "2 requests a minute" in refused.json()["error"]["message"]
-    short = store.create("short", tokens_per_minute=5)
-    assert ask(client, short).status_code == 200
-    assert ask(client, short).status_code == 429
     assert ask(client, store.create("free")).status_code == 200
+
+
+def test_asking_for_models_is_a_request_too(
+    client: httpx.Client, store: ApiKeys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "Bucket", functools.partial(Bucket, now=lambda: 0.0))
+    headers = {"Authorization": f"Bearer {store.create('few', requests_per_minute=2)}"}
+    got = [client.get("/v1/models", headers=headers).status_code for _ in range(3)]
+    assert got == [200, 200, 429]
+
+
+PATH = "/v1/completions"
+FULL = {"model": "tiny", "prompt": [30, 31, 32, 33], "ignore_eos": True}  # answers to their limit
+
+
+@dataclass
+class Purse:
+    """A key with a limit of tokens whose minute never passes, and what is left of it."""
+
+    http: httpx.Client
+    ring: KeyRing
+    key: str
+
+    def ask(self, path: str = PATH, **more: object) -> httpx.Response:
+        return self.http.post(path, json=FULL | more)
+
+    @property
+    def left(self) -> float:
+        bucket = self.ring._accounts[digest(self.key)].tokens
+        assert bucket is not None
+        return bucket._left
+
+
+@pytest.fixture
+def purse(
+    endpoint: Endpoint,
+    store: ApiKeys,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Iterator[Purse]:
+    """Of 1,000 tokens, or as many as the test names."""
+    monkeypatch.setattr(serving, "Bucket", functools.partial(Bucket, now=lambda: 0.0))
+    limit = getattr(request, "param", 1000)
+    key, ring = store.create("limited", tokens_per_minute=limit), KeyRing(store)
+    headers = {"Authorization": f"Bearer {key}"}
+    with (
+        listening(create_app(endpoint.host, "guarded", ring)) as url,
+        httpx.Client(base_url=url, timeout=60, trust_env=False, headers=headers) as http,
+    ):
+        yield Purse(http, ring, key)
+
+
+def test_tokens_are_taken_before_they_are_made(purse: Purse) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(purse.ask, n=8, max_tokens=100) for _ in range(6)]
+    answers = [one.result() for one in asked]
+    assert sorted(answer.status_code for answer in answers) == [200] + [429] * 5
+    assert purse.left == 1000 - 4 - 800
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert refused.headers["retry-after"] == "37"  # 608 are missing, of 1,000 a minute
+    assert "no room for 804 more" in refused.json()["error"]["message"]
+
+
+def test_what_was_not_used_is_given_back(purse: Purse) -> None:
+    assert purse.ask(max_tokens=100, stop_token_ids=[*range(60)], logit_bias={"5": 100}).is_success
+    left = 1000 - 4 - 1
+    assert purse.left == left
+    for refused in ({"prompt": [1] * 200}, {"prompt": [10**6]}, {"n": 129}):
+        assert purse.ask(**refused).status_code == 400
+        assert purse.left == left
+    assert purse.ask(stream=True, max_tokens=7).is_success
+    assert eventually(lambda: purse.left == left - 4 - 7, 10)
+
+
+def test_more_than_a_limit_ever_allows_is_no_matter_of_waiting(purse: Purse) -> None:
+    refused = purse.ask(n=10, max_tokens=100)
+    assert refused.status_code == 400 and "retry-after" not in refused.headers
+    assert refused.json()["error"]["message"] == (
+        "this request may take 1004 tokens, more than this key's limit of 1000 tokens a minute; "
+        "ask for fewer or shorter answers, or send less"
+    )
+    assert purse.left == 1000 and purse.ask(max_tokens=100).is_success
+
+
+@pytest.mark.parametrize("purse", [60], indirect=True)
+def test_who_names_no_limit_needs_only_something_left(purse: Purse) -> None:
+    """Of a context of 128, which is more than the key ever has."""
+    path, body = "/v1/chat/completions", CHAT | {"ignore_eos": True}
+    with purse.http.stream("POST", path, json=body | {"stream": True}) as first:
+        assert first.status_code == 200
+        assert purse.http.post(path, json=body).status_code == 429  # the first may need it all
+        first.read()
+    assert eventually(lambda: purse.left < 0, 10)  # and it did
+    assert purse.http.post(path, json=body).status_code == 429
+    assert purse.http.get("/v1/models").status_code == 200  # which takes none
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("purse", [100_000], indirect=True)
+def test_who_leaves_pays_for_what_was_made(
+    endpoint: Endpoint, purse: Purse, streamed: bool
+) -> None:
+    served = endpoint.host.current
+    assert served is not None
+    before = served.engine.counters().generation_tokens
+    body = json.dumps(FULL | {"n": 100, "max_tokens": 120, "stream": streamed}).encode()
+    head = (
+        f"POST {PATH} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {purse.key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    url = purse.http.base_url
+    with socket.create_connection((url.host, url.port)) as connection:
+        connection.sendall(head.encode() + body)
+        assert eventually(lambda: served.engine.counters().generation_tokens > before)
+    assert eventually(lambda: served.leases == 0 and served.engine.idle)
+    assert endpoint.idle()
+    made = served.engine.counters().generation_tokens - before
+    assert 0 < made < 12_000
+    assert eventually(lambda: purse.left == 100_000 - 4 - made, 5), (purse.left, made)
+
+
+def test_embeddings_take_what_they_read(purse: Purse) -> None:
+    body = {"model": "tiny", "input": [[30] * 100] * 6}
+    for expected in (200, 429):
+        assert purse.http.post("/v1/embeddings", json=body).status_code == expected
+        assert purse.left == 1000 - 600
 
 
 class Outage:

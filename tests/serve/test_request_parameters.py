@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import jsonschema
 import pytest
 
-from serve import grammar
+from serve import grammar_check
+from serve.grammar import Limits
 from tests.serve.calls import CHAT, TEXT, error, post, stream
 from tests.serve.conftest import Endpoint
 
@@ -56,7 +57,8 @@ def test_echo_scores_a_text(endpoint: Endpoint) -> None:
     told = choice["logprobs"]
     assert "".join(told["tokens"]) == TEXT["prompt"]
     assert all(value < 0 for value in told["token_logprobs"])
-    assert all(len(top) == 2 for top in told["top_logprobs"])
+    likely = zip(told["tokens"], told["top_logprobs"], strict=True)
+    assert all(token in top and len(top) in (2, 3) for token, top in likely)
     starts = [TEXT["prompt"][at:] for at in told["text_offset"]]
     assert all(rest.startswith(t) for rest, t in zip(starts, told["tokens"], strict=True))
     more = post(endpoint, "/v1/completions", request | {"max_tokens": 4, "temperature": 0})
@@ -65,6 +67,37 @@ def test_echo_scores_a_text(endpoint: Endpoint) -> None:
     assert len(choice["logprobs"]["tokens"]) == len(told["tokens"]) + 4
     chunks = stream(endpoint, "/v1/completions", TEXT | {"echo": True, "stream": True, "seed": 1})
     assert "".join(c["choices"][0]["text"] for c in chunks).startswith(TEXT["prompt"])
+
+
+def test_offsets_count_characters_whatever_tokens_split(endpoint: Endpoint) -> None:
+    scored = {"model": "tiny", "prompt": "a日b日c", "echo": True, "max_tokens": 0, "logprobs": 0}
+    told = post(endpoint, "/v1/completions", scored)["choices"][0]["logprobs"]
+    assert told["tokens"][0] == "a" and len(told["tokens"]) == 9  # 日 is three tokens
+    assert told["text_offset"] == [0, 1, 1, 1, 2, 3, 3, 3, 4]
+    # Random weights write many parts of characters; the prompt ends in the middle of one.
+    prompt = post(endpoint, "/tokenize", {"prompt": "a日"})["tokens"][:-1]
+    request = {"model": "tiny", "prompt": prompt, "temperature": 1.9, "max_tokens": 60}
+    request |= {"logprobs": 1, "echo": True, "seed": 4, "stop": ["ab", "the", " s"], "n": 4}
+    whole = post(endpoint, "/v1/completions", request)["choices"]
+    chunks = stream(endpoint, "/v1/completions", request | {"stream": True})
+    for choice in whole:
+        told = choice["logprobs"]
+        for token, at in zip(told["tokens"], told["text_offset"], strict=True):
+            if not token.startswith(("bytes:", "<")):
+                rest = choice["text"][at:].lstrip("\ufffd")
+                assert rest.startswith(token) or token.startswith(rest)  # which a stop has cut
+        parts = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == choice["index"]]
+        for key in ("tokens", "text_offset"):
+            assert [value for part in parts for value in part["logprobs"][key]] == told[key]
+
+
+def test_echo_scores_a_begin_token_of_the_caller(endpoint: Endpoint) -> None:
+    ids = post(endpoint, "/tokenize", {"prompt": "import os"})["tokens"]
+    request = {"model": "tiny", "echo": True, "max_tokens": 0, "logprobs": 0}
+    for prompt, count in (("import os", len(ids) - 1), (ids, len(ids)), (ids[1:], len(ids) - 1)):
+        (choice,) = post(endpoint, "/v1/completions", request | {"prompt": prompt})["choices"]
+        assert len(choice["logprobs"]["tokens"]) == count
+        assert choice["text"] == "import os"
 
 
 def test_best_of_sends_the_likeliest(endpoint: Endpoint) -> None:
@@ -167,7 +200,7 @@ def test_grammars_that_are_none_or_bombs_are_refused_quickly(
 def test_a_form_that_grows_too_large_under_way_ends_with_an_error(
     endpoint: Endpoint, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar, "LIMITS", grammar.Limits(states=60))
+    monkeypatch.setattr(grammar_check, "LIMITS", Limits(states=60))
     form = {"structured_outputs": {"regex": "[ab]{40,}a[ab]{16}c"}}
     request = (CHAT if "chat" in path else TEXT) | form | {"temperature": 1, "max_tokens": 100}
     # Nothing but a and b, so that no answer is whole before the states are used up.
@@ -194,7 +227,7 @@ def test_a_form_that_grows_too_large_under_way_ends_with_an_error(
 def test_what_others_wrote_in_the_same_form_counts_against_nobody(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar, "LIMITS", grammar.Limits(states=80))
+    monkeypatch.setattr(grammar_check, "LIMITS", Limits(states=80))
     request = TEXT | {"structured_outputs": {"regex": "[ab]*a[ab]{14}c"}, "max_tokens": 100}
     request |= {"temperature": 1.5, "logit_bias": letters(endpoint, "c")}
     for seed in range(12):  # each by itself is small; together they meet far more states
@@ -379,7 +412,7 @@ def test_the_official_types_take_every_event_of_a_response(
     request = {"model": "tiny", "input": "a", "max_output_tokens": 100, "stream": True}
     for one in events(endpoint, request):
         kinds[one["type"]].model_validate(one)
-    monkeypatch.setattr(grammar, "LIMITS", grammar.Limits(states=60))
+    monkeypatch.setattr(grammar_check, "LIMITS", Limits(states=60))
     wide = {"type": "string", "pattern": "^[ab]{40,}a[ab]{16}c$"}
     form = {"type": "json_schema", "name": "wide", "schema": wide}
     *_, last = events(endpoint, request | {"text": {"format": form}, "temperature": 2})

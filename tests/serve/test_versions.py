@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 from collections import Counter
 
@@ -84,6 +86,64 @@ def test_several_models_answer_each_under_its_name(endpoint: Endpoint) -> None:
     assert ids == ["tiny", "other", "tiny@1", "other@2", "other@3"]
     status, problem = error(endpoint, "/v1/chat/completions", json=REQUEST | {"model": "third"})
     assert status == 404 and "'tiny', 'other'" in problem["message"]
+
+
+def test_a_model_whose_engine_is_lost_is_not_ready_and_comes_back(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = spec("two", "4").model_copy(update={"name": "other"})
+    serve(endpoint, spec(share=0.5, beside=(spec("two", "2", share=0.5), other)))
+    allowed = threading.Event()
+    warm = endpoint.host._warm
+    monkeypatch.setattr(endpoint.host, "_warm", lambda spec: allowed.wait(60) and warm(spec))
+
+    def lose(number: int) -> None:
+        lost = endpoint.host.served[number]
+        os.kill(lost.engine.pid, signal.SIGKILL)
+        assert eventually(lambda: lost not in endpoint.host.served)
+
+    lose(2)
+    with endpoint.client() as client:
+        for name in ("other", "other@4"):
+            response = client.post("/v1/chat/completions", json=REQUEST | {"model": name})
+            assert response.status_code == 503 and response.headers["Retry-After"]
+            told = response.json()["error"]
+            assert told["code"] == "model_not_ready" and f"{name} is being" in told["message"]
+        response = client.post("/v1/chat/completions", json=REQUEST | {"model": "third"})
+        assert response.status_code == 404
+        assert client.post("/tokenize", json={"prompt": "x"}).status_code == 200
+        lose(0)
+        # The canary answers, but its tokens and vectors are not those of the version before it.
+        assert answered(endpoint) == "tiny-2-two"
+        for path, body in (
+            ("/tokenize", {"prompt": "x"}),
+            ("/tokenize", {"model": "tiny", "prompt": "x"}),
+            ("/v1/embeddings", {"model": "tiny", "input": "x"}),
+            ("/v1/chat/completions", REQUEST | {"model": "tiny@1"}),
+        ):
+            assert client.post(path, json=body).status_code == 503, path
+    allowed.set()
+    assert eventually(lambda: len(endpoint.host.served) == 3)
+    assert answered(endpoint, model="other") == "tiny-4-two"
+    assert answered(endpoint, model="tiny@1") == "tiny-1-one"
+
+
+def test_vectors_and_tokens_of_a_bare_name_are_of_one_version(endpoint: Endpoint) -> None:
+    other = spec("two", "4").model_copy(update={"name": "other"})
+    spare = spec("one", "3", share=0.9).model_copy(update={"name": "other"})
+    serve(endpoint, spec(share=0.1, beside=(spec("two", "2", share=0.9), other, spare)))
+
+    def vectors(name: str) -> set[str]:
+        request = {"model": name, "input": "x"}
+        replies = [post(endpoint, "/v1/embeddings", request) for _ in range(12)]
+        return {reply["system_fingerprint"] for reply in replies}
+
+    assert vectors("tiny") == {"tiny-1-one"}
+    assert vectors("tiny@2") == {"tiny-2-two"}
+    assert vectors("other") == {"tiny-4-two"}
+    assert {endpoint.host.first("other").spec.version for _ in range(40)} == {"4"}
+    status, problem = error(endpoint, "/v1/embeddings", json={"model": "third", "input": "x"})
+    assert (status, problem["code"]) == (404, "model_not_found")
 
 
 def test_a_canary_comes_grows_and_goes_without_a_failed_request(endpoint: Endpoint) -> None:

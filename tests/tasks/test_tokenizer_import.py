@@ -14,7 +14,7 @@ import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.chat import SPECIAL_TOKENS, Tokenizer
+from model.chat import SPECIAL_TOKENS, Tokenizer, TokenizerError
 from model.tokenizer_files import tokenizer_files, tokenizer_json
 from tasks.runtime.errors import UserError
 from tasks.tokenizer.imported import import_tokenizer, imported_file
@@ -97,17 +97,46 @@ def test_what_has_no_such_form_is_told(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("GRISTMILL_HOME", str(tmp_path))
     monkeypatch.setenv("GRISTMILL_SOURCE_ROOTS", str(tmp_path))
     path = tmp_path / "tokenizer.json"
+    letters: dict = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
     for body, message in (
-        (
-            {"model": {"type": "BPE", "byte_fallback": False}},
-            "a BPE that neither joins bytes nor falls",
-        ),
-        ({"model": {"type": "WordPiece"}}, "is a WordPiece"),
-        ({}, r"is no tokenizer\.json"),
+        ({"model": letters | {"byte_fallback": False}}, "a BPE that neither joins bytes nor falls"),
+        ({"model": {"type": "WordPiece", "vocab": {}}}, "is a WordPiece"),
     ):
         path.write_text(json.dumps(body))
         with pytest.raises(UserError, match=message):
             import_tokenizer(path)
+    over_bytes: dict = {"pre_tokenizer": {"type": "ByteLevel"}}
+    for body, message in (
+        ({}, "it has no model"),
+        ({"model": {"type": "BPE", "byte_fallback": True}}, "it has no vocab of pieces with ids"),
+        ({"model": letters | {"vocab": {"a": "0"}}}, "it has no vocab of pieces with ids"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}}} | over_bytes, "it has no merges of two"),
+        ({"model": letters | {"merges": ["abc"]}}, "it has no merges of two pieces"),
+        ({"model": letters | {"merges": [5]}} | over_bytes, "it has no merges of two pieces"),
+        ({"model": letters | {"unk_token": ["a"]}}, "it has an unk_token that is no piece"),
+        ({"model": {"type": "Unigram"}}, "it has no vocab of pieces with scores"),
+        ({"model": {"type": "Unigram", "vocab": [["a"]]}}, "it has no vocab of pieces with scores"),
+        ({"model": {"type": "Unigram", "vocab": [], "unk_id": 0}}, "it has unk_id 0, which is no"),
+        ({"model": letters, "added_tokens": [{"id": 0}]}, "it has added_tokens without content"),
+        ({"model": letters, "normalizer": "NFC"}, "it has a normalizer without a type"),
+        (
+            {"model": letters, "pre_tokenizer": {"type": "Sequence"}},
+            "it has a pre_tokenizer without a type",
+        ),
+    ):
+        for mark in (b"", b"\xef\xbb\xbf", b" \n"):
+            path.write_bytes(mark + json.dumps(body).encode())
+            for read in (import_tokenizer, Tokenizer.load):
+                words = rf"tokenizer\.json is no tokenizer\.json of the library.*: {message}"
+                with pytest.raises((UserError, TokenizerError), match=words):
+                    read(path)
+    for data in (b"[]", b"\xff\xfe{", b"{"):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"is no tokenizer\.json of the library"):
+            import_tokenizer(path)
+    # Ours, as an editor may save it.
+    (tmp_path / "marked.json").write_bytes(b"\xef\xbb\xbf" + tokenizer_files(UNIGRAM)[path.name])
+    assert len(Tokenizer(import_tokenizer(tmp_path / "marked.json"))) == len(UNIGRAM)
     (tmp_path / "x.model").write_bytes(b"nothing")
     with pytest.raises(UserError, match="not a SentencePiece model"):
         import_tokenizer(tmp_path / "x.model")

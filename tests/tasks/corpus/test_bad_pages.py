@@ -13,6 +13,7 @@ from inline_shards import stages_inline
 from loopback_site import Crawler, CrawlResult, LoopbackSite, page
 
 from tasks.corpus.extract import ExtractConfig, extract
+from tasks.corpus.judged import NESTED_TOO_DEEP
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.store import MANIFEST
 
@@ -169,6 +170,23 @@ def test_a_damaged_sitemap_and_links_that_are_none_are_told(crawler: Crawler) ->
     assert result.reason(f"{site.url}/map.xml") == ("fetched", "sitemap: its XML is damaged")
     assert f"{site.url}/b" in result.pages
     assert (result.counts["links_invalid"], result.counts["links_left_out"]) == (1, 0)
+
+
+def test_pages_of_odd_charsets_and_depths_cost_no_others(crawler: Crawler) -> None:
+    link = b'<a href="/late">x</a>'
+    head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: text/html; charset="
+    pages = {
+        "/mac": raw(head + b"macintosh\r\n\r\n" + "<p>été</p>".encode("mac_roman")),
+        "/odd": raw(head + b"undefined\r\n\r\n<p>\xe9</p>"),
+        "/deep": body(b"<div>" * 300 + b"</div>" * 300 + link),
+        "/deeper": body(b"<div>" * 5000 + b"</div>" * 5000 + link),
+        "/late": page(),
+    }
+    with LoopbackSite({"/": page("/mac", "/odd", "/deep", "/deeper")} | pages) as site:
+        result = crawler.crawl(site.url)
+    assert {url.removeprefix(site.url) for url in result.pages} == {"/", *pages}
+    assert result.reason(f"{site.url}/deep") == ("fetched", "")
+    assert result.reason(f"{site.url}/deeper") == ("fetched", NESTED_TOO_DEEP)
 
 
 def test_pdf_files_are_crawled_where_they_are_asked_for(crawler: Crawler) -> None:

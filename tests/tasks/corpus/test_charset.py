@@ -48,6 +48,52 @@ def test_a_meta_element_is_believed_where_no_header_says_otherwise() -> None:
     assert decode(page.encode("koi8-r"))[0] == page
 
 
+# What the Encoding Standard (WHATWG) reads under a label, and a text that Python's codec of that
+# name, where it has one, reads otherwise or not at all.
+WIDER = [
+    ("shift_jis", "cp932", "①日本語の文章です。㈱会社～－"),
+    ("x-sjis", "cp932", "日本語の文章です。"),
+    ("windows-31j", "cp932", "①日本語の文章です。"),
+    ("euc-jp", "euc_jis_2004", "①日本語の文章です。"),
+    ("x-euc-jp", "euc_jp", "日本語の文章です。"),
+    ("euc-kr", "cp949", "똠방각하 한국어 문장입니다 "),
+    ("ks_c_5601-1987", "cp949", "똠방각하 한국어 문장입니다 "),
+    ("windows-949", "cp949", "한국어 문장입니다 "),
+    ("big5", "big5hkscs", "香港嘅喺咗啲文字中文"),
+    ("x-x-big5", "big5", "中文文字內容說明"),
+    ("gb2312", "gb18030", "中文文字内容说明镕"),
+    ("x-gbk", "gbk", "中文文字内容说明"),
+    ("gb_2312-80", "gbk", "中文文字内容说明"),
+    ("tis-620", "cp874", "ภาษาไทย “คำพูด” … "),
+    ("iso-8859-11", "cp874", "ภาษาไทย “คำพูด” … "),
+    ("windows-874", "cp874", "ภาษาไทย “คำพูด” … "),
+    ("iso-8859-9", "cp1254", "Türkçe “alıntı” – ğüşi "),
+    ("latin5", "cp1254", "Türkçe “alıntı” – ğüşi "),
+    ("iso-8859-8-i", "iso8859_8", "שלום עולם "),
+    ("logical", "iso8859_8", "שלום עולם "),
+    ("x-cp1251", "cp1251", "Привет мир "),
+    ("x-mac-cyrillic", "mac_cyrillic", "Привет мир "),
+    ("x-mac-roman", "mac_roman", "naïve “x” café "),
+    ("koi8-ru", "koi8_u", "Привіт, світе: їжак і ґава "),
+]
+
+
+@pytest.mark.parametrize(("label", "encoding", "words"), WIDER)
+def test_labels_mean_what_browsers_read_under_them(label: str, encoding: str, words: str) -> None:
+    page = f"<html><body>{words * 3}</body></html>"
+    body = page.encode(encoding)
+    assert decode(body, f"text/html; charset={label}") == (page, ())
+    named = f'<meta charset="{label}">'.encode() + body
+    assert decode(named)[0].endswith(page)
+
+
+@pytest.mark.parametrize("label", ["undefined", "idna", "base64", "rot13", "no-such"])
+def test_a_label_that_is_no_charset_is_passed_over(label: str) -> None:
+    text = "Съешь же ещё этих мягких французских булок, да выпей чаю. " * 40
+    found = decode(text.encode("cp1251"), f"text/html; charset={label}")
+    assert found == (text, ("wrong-charset",))
+
+
 def test_an_escape_encoding_is_not_taken_for_utf8() -> None:
     page = "日本語の文章です。" * 5
     assert decode(page.encode("iso2022_jp"), "text/html; charset=iso-2022-jp")[0] == page

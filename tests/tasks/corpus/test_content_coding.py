@@ -11,7 +11,7 @@ from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tasks.corpus.content_coding import CodingError, Decoder
+from tasks.corpus.content_coding import CodingError, Decoder, UnknownCoding
 
 ENCODERS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
@@ -68,5 +68,12 @@ def test_members_chains_and_lies() -> None:
     assert decode("gzip", b"<html>plain</html>", 1) == b"<html>plain</html>"
     assert decode("identity", TEXT) == decode("", TEXT) == TEXT
     assert decode("gzip", b"") == b""
-    with pytest.raises(CodingError, match="content coding compress"):
-        Decoder("compress", 10)
+    for header in ("compress", "gzip, X-Compress"):
+        with pytest.raises(UnknownCoding, match=r"content coding (x-)?compress is not known"):
+            Decoder(header, 10)
+
+
+@pytest.mark.parametrize("header", ["none", "UTF-8", "identity", "binary", "gzip;q=1", ", ,"])
+def test_a_name_that_is_no_coding_says_nothing(header: str) -> None:
+    assert decode(header, TEXT) == TEXT
+    assert decode(f"gzip, {header}", gzip.compress(TEXT)) == TEXT

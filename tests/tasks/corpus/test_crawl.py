@@ -2,6 +2,7 @@
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -135,6 +136,23 @@ def test_noindex_nofollow_and_canonical(crawler: Crawler) -> None:
     assert result.rules["noindex"] == 2
     assert result.pages[f"{site.url}/b"].url == f"{site.url}/b"
     assert result.addresses[f"{site.url}/b"]["canonical"] == f"{site.url}/c"
+
+
+def test_a_directive_for_our_own_agent_holds_for_pages_of_any_type(crawler: Crawler) -> None:
+    def tagged(kind: str) -> Any:
+        headers = {"X-Robots-Tag": "mybot: noindex"}
+        return lambda: web.Response(text="words", content_type=kind, headers=headers)
+
+    pages = {
+        "/": page("/text", "/file"),
+        "/text": tagged("text/plain"),
+        "/file": tagged("application/pdf"),
+    }
+    kinds = ("text/html", "text/plain", "application/pdf")
+    with LoopbackSite(pages) as site:
+        ours = crawler.crawl(site.url, user_agent="mybot/1.0", content_types=kinds)
+        assert (len(ours.pages), ours.rules) == (1, {"noindex": 2})
+        assert len(Crawler(crawler.home / "b").crawl(site.url, content_types=kinds).pages) == 3
 
 
 def test_limits_of_pages_depth_size_and_type(crawler: Crawler) -> None:

@@ -59,6 +59,29 @@ def test_a_compressed_bomb_is_too_large(crawler: Crawler) -> None:
     assert result.reason(f"{site.url}/a") == ("skipped", "too large")
 
 
+def coded(name: str, text: str) -> Any:
+    headers = {"Content-Encoding": name}
+    return lambda: web.Response(body=text.encode(), content_type="text/html", headers=headers)
+
+
+def test_a_content_coding_that_is_none_costs_nothing(crawler: Crawler) -> None:
+    pages = {"/": coded("UTF-8", page("/a", "/b")), "/a": coded("none", page()), "/b": page()}
+    with LoopbackSite(pages) as site:
+        assert len(crawler.crawl(site.url).pages) == 3
+
+
+def test_an_unknown_content_coding_is_asked_for_once_and_costs_no_other_page(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.corpus.host_fetcher.FAILURES_TO_LEAVE", 5)
+    bad = {f"/bad{n}": coded("compress", page()) for n in range(20)}
+    with LoopbackSite({"/": page(*bad, "/good"), "/good": page()} | bad) as site:
+        result = crawler.crawl(site.url, retries=2)
+    assert f"{site.url}/good" in result.pages
+    assert result.rules == {"content coding compress": 20}
+    assert {site.paths[path] for path in bad} == {1}
+
+
 def test_endless_query_strings_stop(crawler: Crawler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.corpus.frontier.MAX_QUERIES", 20)
 
@@ -70,6 +93,34 @@ def test_endless_query_strings_stop(crawler: Crawler, monkeypatch: pytest.Monkey
         result = crawler.crawl(site.url, max_depth=100)
     assert len(result.pages) == 21
     assert result.rules["trap: too many query strings"] == 1
+
+
+class Calendar(dict[str, Any]):
+    """Pages, and a calendar by month and day without an end."""
+
+    def get(self, path: str, default: Any = None) -> Any:
+        return self.month if path.startswith("/cal/") else super().get(path, default)
+
+    @staticmethod
+    def month(request: web.Request) -> web.Response:
+        year, month = map(int, request.path.split("/")[2:4])
+        days = (f"/cal/{year}/{month}/{day}" for day in range(1, 29))
+        following = f"/cal/{year + month // 12}/{month % 12 + 1}"
+        return web.Response(text=page(following, *days), content_type="text/html")
+
+
+def test_an_endless_calendar_stops_and_numbered_articles_do_not(crawler: Crawler) -> None:
+    articles = {f"/2024/05/{n}/news-of-day": page() for n in range(1, 31)}
+    articles |= {f"/2024/05/17/{n}": page() for n in range(10_000, 10_030)}
+    articles |= {f"/questions/{n}": page() for n in range(30)}
+    articles |= {f"/3.{n}/library/os.html": page() for n in range(30)}
+    with LoopbackSite({}) as site:
+        site.pages = Calendar({"/": page("/cal/2024/1", *articles)} | articles)
+        result = crawler.crawl(site.url, max_depth=1000, max_numbered=20)
+    paths = {url.removeprefix(site.url) for url in result.pages}
+    assert articles.keys() <= paths
+    assert len(paths - articles.keys()) == 1 + 20 + 20  # the start, months, days
+    assert set(result.rules) == {"trap: too many numbered pages"}
 
 
 @pytest.mark.parametrize("kind", ["hangs", "drips", "stops short", "closes", "no HTTP"])

@@ -14,7 +14,7 @@ from aiohttp import web
 from loopback_site import Crawler, CrawlResult, LoopbackSite, page, small_site
 
 from tasks.corpus.crawl import SiteDown
-from tasks.corpus.robots import ASK_AGAIN, MAX_AGE
+from tasks.corpus.robots import ASK_AGAIN, MAX_AGE, MAX_BYTES
 from tasks.runtime.errors import UserError
 
 
@@ -112,6 +112,51 @@ def test_a_huge_robots_file_with_a_byte_order_mark_is_read(crawler: Crawler) -> 
     with LoopbackSite(small_site(), robots) as site:
         result = crawler.crawl(site.url)
     assert result.reason(f"{site.url}/a")[0] == "denied"
+
+
+def test_a_rule_cut_in_two_by_the_most_that_is_read_is_no_rule(crawler: Crawler) -> None:
+    head, cut = b"User-agent: *\nDisallow: /a\n", b"\nDisallow: /"
+    filler = b"#" * (MAX_BYTES - len(head + cut))
+    robots = head + filler + cut + b"only-this\nDisallow: /b\n"
+    with LoopbackSite(small_site(**{"/": page("/a", "/b")})) as site:
+        site.pages["/robots.txt"] = lambda: web.Response(body=robots)
+        result = crawler.crawl(site.url)
+    assert {url.removeprefix(site.url) for url in result.pages} == {"/", "/b", "/c"}
+    assert result.reason(f"{site.url}/a") == ("denied", "robots.txt disallows it")
+    hosts = next(report.body for report in result.outcome.reports if report.key == "crawl-hosts")
+    assert (
+        hosts[0]["note"] == f"longer than 524,288 bytes, the rest not read: {site.url}/robots.txt"
+    )
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-be", "utf-8-sig"])
+def test_rules_in_another_unicode_form_hold(crawler: Crawler, codec: str) -> None:
+    mark = "\ufeff" if codec == "utf-16-be" else ""
+    robots = f"{mark}User-agent: *\nDisallow: /a\n".encode(codec)
+    with LoopbackSite(small_site()) as site:
+        site.pages["/robots.txt"] = lambda: web.Response(body=robots)
+        result = crawler.crawl(site.url)
+    assert result.reason(f"{site.url}/a") == ("denied", "robots.txt disallows it")
+    assert site.paths["/a"] == 0
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_numbers_that_no_float_holds_end_no_crawl(crawler: Crawler, digits: int) -> None:
+    number = "9" * digits
+    never = {"Retry-After": number}
+    odd = {"Retry-After": f"Mon, 01 Jan 2024 00:00:00 +{number}"}
+    pages = small_site(
+        **{
+            "/a": lambda: web.Response(text=page("/b"), content_type="text/html", headers=never),
+            "/b": lambda: web.Response(text=page("/c"), content_type="text/html", headers=odd),
+        }
+    )
+    with LoopbackSite(pages, f"User-agent: *\nRequest-rate: 1/{number}\n") as site:
+        assert len(crawler.crawl(site.url).pages) == 4
+        site.pages["/c"] = lambda: web.Response(status=503, headers=never)
+        with pytest.raises(SiteDown, match="asks for a pause longer than max_delay"):
+            crawler.crawl(site.url, epoch=1)
+    assert site.paths["/c"] == 2
 
 
 def test_several_hosts_are_crawled_side_by_side(crawler: Crawler) -> None:

@@ -17,6 +17,7 @@ from tasks.corpus.links import (
 from tasks.corpus.robots import Robots
 from tasks.corpus.sitemaps import MAX_LINKS as MAX_SITEMAP_LINKS
 from tasks.corpus.sitemaps import SitemapLinks, sitemap_links
+from tasks.corpus.urls import canonical_url
 
 BASE = "http://example.org/dir/page.html"
 
@@ -97,6 +98,49 @@ def test_links_of_a_page_in_utf16_without_a_mark() -> None:
     body = '<p>é</p><a href="/é">x</a>'.encode("utf-16-le")
     found = page_links(body, BASE, "utf-16le", (), "Gristmill")
     assert found.links == ("http://example.org/%C3%A9",)
+
+
+@pytest.mark.parametrize("depth", [300, 2000])
+def test_links_within_and_behind_deep_nesting_are_found(depth: int) -> None:
+    errors = b"</b><nosuch>&nosuch;</nosuch>" * 300
+    body = errors + b"<div>" * depth + b'<a href="/in">x</a>' + b"</div>" * depth
+    found = page_links(body + b'<a href="/behind">x</a>', BASE, None, (), "Gristmill")
+    assert found.links == ("http://example.org/in", "http://example.org/behind")
+    assert not found.clipped
+
+
+def test_a_page_nested_deeper_than_the_parser_follows_says_so() -> None:
+    errors = b"</b><nosuch>&nosuch;</nosuch>" * 300
+    body = b'<a href="/before">x</a>' + errors + b"<div>" * 5000 + b'<a href="/in">x</a>'
+    found = page_links(body, BASE, None, (), "Gristmill")
+    assert found.links == ("http://example.org/before",)
+    assert found.clipped
+
+
+@pytest.mark.parametrize(
+    ("label", "encoding", "word"),
+    [
+        ("macintosh", "mac_roman", "été"),
+        ("x-mac-cyrillic", "mac_cyrillic", "мир"),
+        ("cp858", "cp858", "été"),
+        ("iso-2022-kr", "iso2022_kr", "한국"),
+        ("euc-jp", "euc_jp", "日本"),
+        ("x-sjis", "shift_jis", "日本"),
+    ],
+)
+def test_links_of_a_page_in_a_charset_of_another_name(label: str, encoding: str, word: str) -> None:
+    body = f'<p>{word}</p><a href="/{word}">x</a>'.encode(encoding)
+    found = page_links(body, BASE, label, (), "Gristmill")
+    assert found.links == (canonical_url(f"/{word}", BASE),)
+
+
+@pytest.mark.parametrize(
+    "label", ["base64", "undefined", "idna", "punycode", "rot13", "", "no\0", "\ud800"]
+)
+def test_links_of_a_page_whose_charset_is_none(label: str) -> None:
+    for body in (b'<p>\xe9\x1b</p><a href="/x">x</a>', b'<a href="/x">x</a>'):
+        found = page_links(body, BASE, label, (), "Gristmill")
+        assert found.links == ("http://example.org/x",)
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,14 @@ def test_a_suite_is_known_by_its_content(tmp_path: Path) -> None:
     assert Store.open().all("decontaminate")[0].config["suites"][0]["name"] == "s"
 
 
+def test_a_date_that_nobody_can_read_costs_a_suite_no_item(tmp_path: Path) -> None:
+    moment = pa.array([0], pa.int64()).cast(pa.timestamp("us", tz="Foo/Bar"))
+    pq.write_table(pa.table({"text": [ITEM], "asked": moment}), tmp_path / "s.parquet")
+    one = SuiteConfig(name="s", path=str(tmp_path / "s.parquet"), format="parquet")
+    given = documents({"a": ITEM, "b": REST})
+    assert urls(decontaminate(DecontaminateConfig(suites=(one,)), documents=given)) == ["b"]
+
+
 def test_mistakes_are_told_with_a_remedy(tmp_path: Path) -> None:
     given = documents({"a": REST})
     with pytest.raises(UserError, match=r"no text in fields text of 1 items; its fields are: q"):
@@ -208,6 +216,11 @@ def test_mistakes_are_told_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no whole Parquet file"):
         broken = one.model_copy(update={"format": "parquet"})
         decontaminate(DecontaminateConfig(suites=(broken,)), documents=given)
+    for name, data in (("q.jsonl.gz", gzip.compress(b"{}")[:-9]), ("q.jsonl.zst", b"no zstd")):
+        (tmp_path / name).write_bytes(data)
+        clipped = one.model_copy(update={"path": str(tmp_path / name)})
+        with pytest.raises(UserError, match=rf"suite 's': {name} cannot be read to its end \("):
+            decontaminate(DecontaminateConfig(suites=(clipped,)), documents=given)
     with pytest.raises(UserError, match="outside the directories"):
         away = SuiteConfig(name="s", path="/etc/hosts", format="text")
         decontaminate(DecontaminateConfig(suites=(away,)), documents=given)

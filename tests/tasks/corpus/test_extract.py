@@ -119,6 +119,13 @@ def test_a_pathological_page_stalls_nothing(extractor) -> None:
     assert sum(manifest.rules.values()) + manifest.counts["documents"] == 4
 
 
+def test_what_a_too_deep_page_lost_is_counted_by_name() -> None:
+    deep = html("deep", PARAGRAPH, "<div>" * 5000, PARAGRAPH)
+    manifest = extract(ExtractConfig(), crawl=crawl(page("a"), page("deep", deep)))
+    assert manifest.counts["documents"] == 2
+    assert manifest.metrics["mended_nested-too-deep"] == 1
+
+
 def test_a_page_beyond_the_time_limit_is_counted() -> None:
     slow = html("slow", "".join(f"<p>{'word ' * 30}{number}</p>" for number in range(20_000)))
     config = ExtractConfig(seconds_per_document=0.3)

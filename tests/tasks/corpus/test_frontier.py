@@ -59,6 +59,18 @@ def test_a_restart_counts_query_strings_as_before() -> None:
         assert one.addresses[f"{SEED}p?fresh=1"].state == "queued"
 
 
+def test_a_restart_counts_numbered_pages_as_before() -> None:
+    before = Frontier(Scope(frozenset()), 1_000_000, 5, 10.0, max_numbered=3)
+    before.add_seed(SEED)
+    answer(before, SEED, *(f"{SEED}2024/{month}" for month in (1, 2, 3)))
+    after = Frontier(Scope(frozenset()), 1_000_000, 5, 10.0, max_numbered=3)
+    after.restore(before.url_table(), before.host_table(), before.counts)
+    for one in (before, after):
+        answer(one, f"{SEED}2024/1", f"{SEED}2024/4", f"{SEED}2024/4/1")
+        assert one.addresses[f"{SEED}2024/4"].reason == "trap: too many numbered pages"
+        assert one.addresses[f"{SEED}2024/4/1"].state == "queued"
+
+
 def test_a_shorter_way_to_a_page_counts() -> None:
     made = frontier(max_depth=2)
     answer(made, SEED, f"{SEED}a", f"{SEED}b")

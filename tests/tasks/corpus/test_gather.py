@@ -245,6 +245,59 @@ def test_mistakes_are_one_sentence(inbox: Path) -> None:
         CorpusParams(sources=twice)
 
 
+@pytest.mark.parametrize(
+    ("listing", "told"),
+    [
+        (
+            gzip.compress(b"a.warc.gz\n" * 1000, mtime=0)[:40],
+            r"list .*list' cannot be read \(Compressed",
+        ),
+        (b"\x1f\x8b no gzip at all", r"the list .*list' cannot be read \(Unknown compression"),
+        (b"a\x00b.warc\n", r"lists .*x00b.warc' cannot be looked at \(embedded null byte\)"),
+        (b"a" * 5000, r"lists .{,220} cannot be looked at \(File name too long\); check the path"),
+        (None, r"the list .*list' cannot be read \(Is a directory\); check that"),
+    ],
+)
+def test_an_odd_list_is_told_in_a_sentence(inbox: Path, listing: bytes | None, told: str) -> None:
+    if listing is None:
+        (inbox / "list").mkdir()
+    else:
+        (inbox / "list").write_bytes(listing)
+    with pytest.raises(UserError, match=f"source 's'.* {told}"):
+        gathered(SourceConfig(name="s", path=str(inbox / "list"), format="warc-list"))
+
+
+def test_a_path_that_is_none_is_told_in_a_sentence(inbox: Path) -> None:
+    for name in ("a\x00b", "a" * 300):
+        with pytest.raises(UserError, match=r"'s': .* cannot be looked at \(.*check the path"):
+            gathered(SourceConfig(name="s", path=str(inbox / name)))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read_is_named(inbox: Path) -> None:
+    (inbox / "a.txt").write_text("Private.")
+    (inbox / "a.txt").chmod(0)
+    with pytest.raises(UserError, match=r"'a.txt' cannot be read \(Permission denied\); make it"):
+        gathered(SourceConfig(name="s", path=str(inbox)))
+
+
+def test_dates_that_nobody_can_read_cost_no_row(inbox: Path) -> None:
+    texts = ["first text", "second text", "third text"]
+    seconds = pa.array([0, 2**62, None], pa.int64())
+    for name, date in (
+        ("far", seconds.cast(pa.timestamp("us"))),
+        ("zone", seconds.cast(pa.timestamp("us", tz="Foo/Bar"))),
+        ("good", pa.array([0, 1, None], pa.int64()).cast(pa.timestamp("us"))),
+    ):
+        pq.write_table(pa.table({"text": texts, "date": date}), inbox / f"{name}.parquet")
+    made = gathered(SourceConfig(name="s", path=str(inbox), format="parquet"))
+    assert [row["text"] for row in rows(made)] == texts * 3
+    first = "1970-01-01 00:00:00"
+    stated = [row["date"] for row in rows(made)]
+    assert stated == [first, "", "", first, f"{first}.000001", "", "", "", ""]
+    assert made.rules == {}
+
+
 def test_a_record_far_too_large_is_counted_without_being_read(inbox: Path) -> None:
     head = "WARC/1.1\r\nWARC-Type: response\r\nWARC-Target-URI: http://e.org/{}\r\n"
     head += "Content-Type: application/http; msgtype=response\r\nContent-Length: {}\r\n\r\n"

@@ -1,15 +1,19 @@
 """Reservations against text mining: robots rules for AI crawlers, headers, meta elements."""
 
+import asyncio
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
 from crawled import Page, crawl, html
 from inline_shards import stages_inline
-from loopback_site import Crawler, LoopbackSite, page
+from loopback_site import Crawler, LoopbackSite, page, redirect
 
 from tasks.corpus.extract import ExtractConfig, extract
+from tasks.corpus.host_fetcher import MAX_TDM_BYTES
 from tasks.corpus.opt_out import (
     OPT_OUT,
     headers_reserve,
@@ -18,7 +22,7 @@ from tasks.corpus.opt_out import (
     tdm_locations,
     tdm_reserves,
 )
-from tasks.corpus.robots import Robots
+from tasks.corpus.robots import MAX_AGE, Robots
 
 SEVERAL = "User-agent: GPTBot\nUser-agent: CCBot\nDisallow: /\n\nUser-agent: *\nAllow: /\n"
 
@@ -133,6 +137,116 @@ def test_a_tdm_file_reserves_what_its_longest_location_says(tmp_path: Path) -> N
     assert result.reason(f"{site.url}/closed") == ("denied", f"{OPT_OUT}: tdmrep.json reserves /")
     assert site.paths["/.well-known/tdmrep.json"] == 1
     assert f"{site.url}/closed" in heedless.pages
+
+
+TDM = "/.well-known/tdmrep.json"
+RESERVED = [{"location": "/closed", "tdm-reservation": 1}]
+
+
+def tdm_site(answer: Any) -> LoopbackSite:
+    site = LoopbackSite({"/": page("/closed", "/open"), "/closed": page(), "/open": page()})
+    site.pages |= {TDM: answer, "/elsewhere.json": lambda: web.json_response(RESERVED)}
+    return site
+
+
+def large() -> web.Response:
+    """Some 140 kB, of which the first location counts."""
+    open_ones = [{"location": f"/x{n}", "tdm-reservation": 0} for n in range(3000)]
+    return web.json_response([*RESERVED, *open_ones])
+
+
+def marked() -> web.Response:
+    return web.Response(body=json.dumps(RESERVED).encode("utf-16"))
+
+
+class Busy:
+    """Answers at the second time."""
+
+    asked = False
+
+    def __call__(self) -> web.Response:
+        first, self.asked = not self.asked, True
+        return web.Response(status=503) if first else web.json_response(RESERVED)
+
+
+@pytest.mark.parametrize("answer", [large, marked, redirect("/elsewhere.json", 301), Busy()])
+def test_a_tdm_file_is_read_though_large_moved_or_unavailable_for_a_moment(
+    tmp_path: Path, answer: Any
+) -> None:
+    with tdm_site(answer) as site:
+        result = Crawler(tmp_path / "home").crawl(site.url)
+    assert {url.removeprefix(site.url) for url in result.pages} == {"/", "/open"}
+
+
+def down() -> web.Response:
+    return web.Response(status=503)
+
+
+async def silent() -> web.Response:
+    await asyncio.sleep(30)
+    return web.Response()
+
+
+def too_large() -> web.Response:
+    return web.Response(text="[" + " " * MAX_TDM_BYTES + "]")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (down, "tdmrep.json answered 503"),
+        (silent, "tdmrep.json: timeout"),
+        (too_large, "tdmrep.json: too large"),
+    ],
+)
+def test_nothing_is_taken_from_a_site_that_cannot_say_what_it_reserves(
+    tmp_path: Path, answer: Any, reason: str
+) -> None:
+    with LoopbackSite({"/": page()}) as other, tdm_site(answer) as site:
+        limits = {"timeout": 0.5, "max_delay": 0.1}
+        result = Crawler(tmp_path / "a").crawl(f"{site.url}/", f"{other.url}/", **limits)
+        assert set(result.pages) == {f"{other.url}/"}
+        assert result.reason(f"{site.url}/") == ("error", reason)
+        assert site.paths["/"] == 0
+        every = Crawler(tmp_path / "b").crawl(site.url, honour_opt_outs=False, **limits)
+        assert len(every.pages) == 3
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda: web.Response(text=page(text="no such page " * 100_000), content_type="text/html"),
+        lambda: web.Response(status=403),
+        redirect("/.well-known/tdmrep.json"),
+        redirect("mailto:a@b.org"),
+    ],
+)
+def test_a_site_without_a_tdm_file_reserves_nothing_by_it(tmp_path: Path, answer: Any) -> None:
+    with tdm_site(answer) as site:
+        result = Crawler(tmp_path / "home").crawl(site.url)
+    assert len(result.pages) == 3
+    (host,) = result.work.read_table("hosts.parquet").to_pylist()
+    assert len(host["robots"]) < 1000  # nothing but reservations is kept
+
+
+def test_what_was_reserved_stays_so_while_the_site_cannot_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.time
+    shift = 0.0
+    monkeypatch.setattr("time.time", lambda: clock() + shift)
+    with tdm_site(lambda: web.json_response(RESERVED)) as site:
+
+        def first() -> web.Response:
+            nonlocal shift
+            shift = MAX_AGE + 60
+            site.pages[TDM] = down
+            return web.Response(text=page("/closed", "/open"), content_type="text/html")
+
+        site.pages["/"] = first
+        result = Crawler(tmp_path / "home").crawl(site.url, max_delay=0.1)
+    assert site.paths[TDM] > 1
+    assert {url.removeprefix(site.url) for url in result.pages} == {"/", "/open"}
 
 
 @pytest.mark.parametrize(

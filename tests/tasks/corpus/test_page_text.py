@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 from collections import Counter
+from typing import Literal
 
 import pytest
 from crawled import html
@@ -65,6 +66,32 @@ def test_tables_become_markdown_and_a_bar_stays_in_its_cell() -> None:
     body = html("T", words * 5, f"<table>{rows}</table>", words * 5)
     text = read_page(body.encode()).text
     assert "| Name | Use |\n|---|---|\n| a \\| b | either |" in text
+
+
+def nested(depth: int) -> bytes:
+    before, deep, after = (
+        f"<p>The {n} words of this page are told here for everybody to read.</p>"
+        for n in ("first", "deepest", "last")
+    )
+    return html("T", before, "<div>" * depth, deep, "</div>" * depth, after).encode()
+
+
+@pytest.mark.parametrize("extractor", ["trafilatura", "resiliparse"])
+@pytest.mark.parametrize("depth", [200, 300, 2000])
+def test_text_within_and_behind_deep_nesting_is_read(
+    depth: int, extractor: Literal["trafilatura", "resiliparse"]
+) -> None:
+    page = read_page(nested(depth), extractor=extractor)
+    for word in ("first", "deepest", "last"):
+        assert f"The {word} words of this page" in page.text
+    assert page.mended == ()
+
+
+def test_a_page_nested_deeper_than_the_parser_follows_is_counted() -> None:
+    page = read_page(nested(5000))
+    assert "The first words" in page.text and "The last words" not in page.text
+    assert page.mended == ("nested-too-deep",)
+    assert read_page(nested(5)).mended == ()  # of the page before nothing is left
 
 
 def test_plain_text_passes_through() -> None:

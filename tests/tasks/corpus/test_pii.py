@@ -28,15 +28,27 @@ AWS_NAMES = (
     "Secret_Access_Key=",
 )
 FOUND = {
-    "emails": ["jane.doe+news@mail.company.co.uk", "Write to x_1@host.io."],
+    "emails": [
+        "jane.doe+news@mail.company.co.uk",
+        "Write to x_1@host.io.",
+        "_me@host.io_",
+        *("foo@münchen.de", "info@почта.рф", "写信给 foo@bar.com或者", "a@xn--mnchen-3ya.de"),
+    ],
     "cards": [
         *("4111 1111 1111 1111", "5500-0055-5555-5559", "card 378282246310005 is"),
         *("3782 822463 10005", "3714-496353-98431", "4111.1111.1111.1111"),
+        *("5555\u00a05555\u00a05555\u00a04444", "3782\u202f822463\u202f10005"),
+        "4111111111111111,5500-0055-5555-5559,3782 822463 10005,5500005555555559",
     ],
-    "ibans": ["DE89 3704 0044 0532 0130 00", "GB82WEST12345698765432"],
+    "ibans": [
+        "DE89 3704 0044 0532 0130 00",
+        "GB82WEST12345698765432",
+        "DE89\u00a03704 0044 0532 0130 00",
+    ],
     "ip_addresses": [
         *("from 8.8.8.8 today", "93.184.216.34", "[2a00:1450:4001:82f::200e]:443"),
         *("from 2607:f8b0:4005:0805:0000:0000:0000:200e.", "2a00:1450::1/64: down"),
+        *("2a00:1450:4001:81b::", "[2a00:1450:4001::]:443"),
     ],
     "telephones": [
         *("+49 30 901820", "call (415) 555-2671 now", "415-555-2671", "+14155552671"),
@@ -58,6 +70,9 @@ FOUND = {
         "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
         "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0." + "x" * 40,
         "-----BEGIN PGP PRIVATE KEY BLOCK-----\n\nlQ\n-----END PGP PRIVATE KEY BLOCK-----",
+        "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n",
+        f"-----BEGIN RSA PRIVATE KEY-----\nDEK-Info: AES-128-CBC,A1\n\n{'aB1/' * 16}\n  aB1=",
+        f"-----BEGIN PRIVATE KEY-----\\n{'aB1/' * 16}\\n{'aB1/' * 9} and so on",
         "hf_" + "aBcDe" * 7,
         "npm_" + "a1B2" * 9,
         *(f"{name}{'wJalrXUtnF' * 4}" for name in AWS_NAMES),
@@ -69,6 +84,11 @@ FOUND = {
 NOTHING = [
     "someone@example.com", "user@localhost", "@decorator", "a @ b", "git@github",
     "4111 1111 1111 1112", "1234567890123456", "0000 0000 0000 0000", "2.7182818284590452",
+    "0,4111111111111111", "4111111111111111,55", "1.234,5500000000000004", "4111111111111111.5,",
+    "4111111111111111,1234567890123456", "225618707473378,231988790171331,235484153604672",
+    "a@b_c.de", "ü@ö", "foo@bar.com_x",
+    "2a00:1450:4001::/48", "2a00::", "2a00:1450:b::c::x", "a -----BEGIN PRIVATE KEY----- line",
+    "-----BEGIN PRIVATE KEY----- is how it begins.", "-----BEGIN PRIVATE KEY-----\nMIIE...\n",
     "127.0.0.1", "192.168.0.1", "version 1.2.3.4.5", "999.1.1.1", "3.11.0",
     "2024-05-01 12:00:00", "range(1000000)", "0xdeadbeef", "ISBN 978-3-16-148410-0",
     "2001:db8::1", "fe80::1", "std::vector", "2024:05:01 12:00:00", "3c:22:fb:aa:bb:cc",
@@ -161,6 +181,21 @@ def test_texts_that_are_one_when_masked_are_judged_each_by_its_own_finds() -> No
 def test_a_card_needs_more_than_a_checksum() -> None:
     assert is_card("4111111111111111")
     assert not is_card("411111111111")
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *("4111111111111111.1111111111111,", "4111111111111111,", "4111-1111-1111-1112,"),
+        *("2a00:1450:4001:", "2a00::", "-----BEGIN PRIVATE KEY-----\n", "a: b\n", "aB1/"),
+        *("a@ü.", "_", "ü-", "a@b.com_", "\\n", "\n"),
+    ],
+)
+def test_no_piece_of_a_find_is_slow_when_repeated(piece: str) -> None:
+    text = "-----BEGIN A PRIVATE KEY-----" + piece * (400_000 // len(piece))
+    begun = time.process_time()
+    mask(text, EVERY)
+    assert time.process_time() - begun < 5
 
 
 def test_many_finds_take_time_in_proportion() -> None:

@@ -255,6 +255,18 @@ def test_addresses_are_excluded_by_domain_and_word() -> None:
     assert manifest.rules == {"host": 2, "url-words": 2}
 
 
+def test_excluded_domains_and_words_may_be_spelt_beyond_ascii() -> None:
+    hosts = ("http://xn--mnchen-3ya.de/", "http://www.München.de/a", "http://h/M%C3%BCnchen/")
+    config = QualityConfig(exclude_hosts=("*.München.de",), exclude_url_words=("MÜNCHEN",))
+    manifest = select_quality(config, dict.fromkeys((*hosts, "http://h/m/"), PROSE))
+    assert urls(manifest) == ["http://h/m/"]
+    assert manifest.rules == {"host": 2, "url-words": 1}
+    with pytest.raises(ValidationError, match="'a-b' is not one word; write a pattern"):
+        QualityConfig(exclude_url_words=("a-b",))
+    with pytest.raises(ValidationError, match="is more than a name"):
+        QualityConfig(exclude_hosts=("e.org/x",))
+
+
 def test_addresses_are_excluded_by_pattern() -> None:
     texts = {"http://h/source/a": PROSE, "http://h/library/a": PROSE}
     config = QualityConfig(exclude_urls=("/source/",))

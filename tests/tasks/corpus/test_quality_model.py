@@ -104,6 +104,9 @@ def test_examples_are_known_by_content_and_mistakes_by_line(sources: Path) -> No
     (sources / "e.jsonl").write_text('{"text": "a", "label": 1}\n{"text": "b"}\n')
     with pytest.raises(UserError, match=r"e.jsonl, line 2, is no object with 'text' and 'label'"):
         train_quality_model(config)
+    (sources / "e.jsonl.gz").write_bytes(b"no gzip at all")
+    with pytest.raises(UserError, match=r"labelled examples: e.jsonl.gz cannot be read to its end"):
+        train_quality_model(QualityModelStageConfig(examples=str(sources / "e.jsonl.gz")))
     with pytest.raises(UserError, match="0 good and 0 other examples are held out, and 20"):
         train_quality_model(write(sources / "e.jsonl", [(f"a{n}", n % 2) for n in range(4)][:1]))
 

@@ -181,6 +181,46 @@ def test_texts_and_files_without_http_are_read(kind: str, tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize("pack", [True, False])
+@pytest.mark.parametrize("length", ["9" * 5000, "9" * 19, "٧٦", "-1", "+5"])
+def test_a_length_that_is_none_costs_its_own_record_alone(
+    length: str, pack: bool, tmp_path: Path
+) -> None:
+    record = plain(http(HTML), url="u:2").replace(
+        f"Content-Length: {len(http(HTML))}".encode(), f"Content-Length: {length}".encode()
+    )
+    records = five(pack)
+    records[2] = gzip.compress(record) if pack else record
+    offset = len(records[0] + records[1])
+    assert found_in(b"".join(records), tmp_path) == (["u:0", "u:1", "u:3", "u:4"], [offset])
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_record_whose_own_head_ends_in_bare_newlines_takes_no_other_address(
+    pack: bool, tmp_path: Path
+) -> None:
+    record = plain(http(HTML), url="u:2").replace(b"\r\n", b"\n")
+    records = five(pack)
+    records[2] = gzip.compress(record) if pack else record
+    offset = len(records[0] + records[1])
+    assert found_in(b"".join(records), tmp_path) == (["u:0", "u:1", "u:3", "u:4"], [offset])
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.1 200 OK\nContent-Type: text/html\n\n",
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\n\n",
+        b"HTTP/1.1 200 OK\nContent-Type: text/html\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\n",
+    ],
+)
+def test_http_heads_that_end_in_bare_newlines_leave_the_body_whole(head: bytes) -> None:
+    for body in (HTML, HTML + b"\r\n\r\nname: value", b"a: b\n\n" + HTML):
+        found = read_record(response(head + body), LIMIT)
+        assert (found.headers, found.body) == ({"content-type": "text/html"}, body)
+
+
 def test_a_clipped_body_under_its_coding_is_damaged() -> None:
     packed = gzip.compress(HTML + bytes(range(256)) * 20)
     whole = read(response(http(packed, b"Content-Encoding: gzip")))

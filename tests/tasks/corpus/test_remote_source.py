@@ -17,7 +17,7 @@ from shared_data import shared
 from tasks.corpus.gather import GatherConfig, gather
 from tasks.corpus.source_config import SourceConfig, content_digest
 from tasks.corpus.weights import copies, rounds
-from tasks.runtime.errors import UserError
+from tasks.runtime.errors import Unavailable, UserError
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 
@@ -101,6 +101,56 @@ def test_only_what_lies_below_a_remote_root_is_asked_for(
         assert "answered 404" in refused(f"{site.url}/cc/missing.warc.gz")
         assert "lies outside the directories" in refused("/etc/passwd")
     assert not secret.requests
+
+
+def test_a_server_that_does_not_answer_is_unavailable_and_told_in_a_sentence(
+    inbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hangs_up(request: web.Request) -> web.Response:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    def told(path: str) -> str:
+        with pytest.raises(UserError) as raised:
+            gathered(SourceConfig(name="cc", path=path, format="warc"))
+        assert isinstance(raised.value, Unavailable) == ("one two" not in path)
+        return str(raised.value)
+
+    with LoopbackSite({"/x.warc.gz": hangs_up, "/busy": lambda: web.Response(status=503)}) as site:
+        dead = "http://127.0.0.1:9"
+        monkeypatch.setenv("GRISTMILL_SOURCE_ROOTS", f"{dead}:{site.url}")
+        assert told(f"{dead}/x.warc.gz") == (
+            f"source 'cc': '{dead}/x.warc.gz' does not answer ([Errno 111] Connection refused); "
+            "check the address and the network"
+        )
+        assert "x.warc.gz' does not answer (" in told(f"{site.url}/x.warc.gz")
+        assert "busy' answered 503; try again later" in told(f"{site.url}/busy")
+        assert "is no address that can be asked for" in told(f"{site.url}/one two")
+
+
+def test_a_server_that_breaks_off_for_good_fails_the_stage_and_loses_no_file(
+    inbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.corpus.remote_source.ATTEMPTS", 2)
+
+    async def clipped(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": "1000", "ETag": "1"})
+        await response.prepare(request)
+        if request.method == "GET":
+            await response.write(b"half")
+            assert request.transport is not None
+            request.transport.abort()
+        return response
+
+    with LoopbackSite({"/x.jsonl": clipped}) as site:
+        monkeypatch.setenv("GRISTMILL_SOURCE_ROOTS", f"{inbox}:{site.url}")
+        (inbox / "a.jsonl").write_text('{"text": "whole"}\n')
+        with pytest.raises(Unavailable, match="broke off"):
+            gathered(
+                SourceConfig(name="x", path=f"{site.url}/x.jsonl", format="jsonl"),
+                SourceConfig(name="a", path=str(inbox / "a.jsonl"), format="jsonl"),
+            )
 
 
 def test_a_download_that_breaks_off_is_tried_again(

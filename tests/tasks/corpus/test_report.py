@@ -48,6 +48,11 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manifest]:
         pages[free] = pages[free].replace("<head>", f"<head>{licence}", 1)
         pages["/copy.html"] = pages["/library/trees.html"]
         pages["/short<x>.html"] = page(text="Short.")
+        # Two wishes to be left out, each of a crawled page and of a file.
+        for wish in ("noai", "noindex"):
+            unwilling = page(head=f'<meta name="robots" content="{wish}">')
+            pages[f"/{wish}.html"] = unwilling
+            (folder / f"{wish}.html").write_text(unwilling)
         with LoopbackSite({"/": page(*pages, "/missing")} | pages) as site:
             yield build_corpus(
                 CorpusParams.model_validate(
@@ -104,6 +109,8 @@ def test_the_report_counts_what_the_tables_hold(made: Manifest) -> None:
     assert stated.count("https://creativecommons.org/licenses/by/4.0/") == 1
     assert "https://creativecommons.org/licenses/by/4.0/: 1 documents" in text
     assert f"(not stated): {stated.count('')} documents" in text
+    assert re.search(r"Left out by an opt-out\s+2\s", text)
+    assert re.search(r"Left out by noindex\s+2\s", text)
     for told in ("exact-duplicate", "HTTP 404", "me@example.org", "licence: CC0-1.0"):
         assert told in text
     for name in ("crawl", "extract", "gather", "language", "quality", "deduplicate", "split"):

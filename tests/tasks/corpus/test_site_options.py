@@ -78,6 +78,9 @@ def test_credentials_are_not_sent_over_plain_http(
     ("options", "told"),
     [
         ({"host": "https://e.org/"}, "is no host"),
+        ({"host": "a b"}, "is no name"),
+        ({"host": "e.org:443"}, "a port that addresses leave out; write e.org,"),
+        ({"host": "e.org:99999"}, "out of range"),
         ({"host": "e.org", "headers": {"Authorization": "Bearer abc"}}, "is a secret"),
         ({"host": "e.org", "headers": {"User-Agent": "Mozilla"}}, "the crawler's own"),
         ({"host": "e.org", "headers": {"X": "a\r\nB: c"}}, "cannot be sent"),
@@ -100,6 +103,23 @@ def test_the_most_particular_site_counts() -> None:
     found = [limits.site(h) for h in ("e.org", "b.e.org:8080", "x.a.e.org", "note.org")]
     assert [site.delay if site else None for site in found] == [1, 1, 2, None]
     assert Site("e.org:8080").covers("e.org:8080") and not Site("e.org:8080").covers("e.org")
+
+
+@pytest.mark.parametrize(
+    ("written", "host"),
+    [
+        ("München.de", "xn--mnchen-3ya.de"),
+        ("*.example.org", "a.example.org:8080"),
+        (".example.org.", "example.org"),
+        ("Example.org:8080", "example.org:8080"),
+        ("2001:DB8:0::1", "[2001:db8::1]:8080"),
+        ("[::1]:8080", "[::1]:8080"),
+    ],
+)
+def test_a_site_is_known_however_it_is_spelt(written: str, host: str) -> None:
+    options = SiteOptions(host=written)
+    assert options.resolved({}).covers(host)
+    assert SiteOptions(host=options.host) == options
 
 
 class Proxy:

@@ -16,8 +16,11 @@ from tasks.state.tombstones import Tombstone
     ("what", "kind", "value"),
     [
         ("https://Example.org/a/../b?utm_source=x#c", "url", "//example.org/b"),
+        ("HTTPS://example.org/b", "url", "//example.org/b"),
         ("embedded://stdlib/library/json.html", "url", "embedded://stdlib/library/json.html"),
         ("Example.ORG", "domain", "example.org"),
+        ("example.org/", "domain", "example.org"),
+        ("example.org:8080", "domain", "example.org:8080"),
         ("bücher.example", "domain", "xn--bcher-kva.example"),
         ("0123456789abcdef", "digest", "0123456789abcdef"),
         ("0123456789ABCDEF" * 4, "digest", "0123456789abcdef"),
@@ -37,6 +40,32 @@ def test_what_is_meant_is_seen(what: str, kind: str, value: str) -> None:
 )
 def test_what_means_nothing_is_refused(what: str) -> None:
     with pytest.raises(UserError, match="is no address"):
+        parse(what)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("example.org/page", "example.org/page/", "example.org/a/../b", "//example.org/x"),
+        *("example.org?p=1", "example.org?utm_source=x", "example.org/#part", "example.org\\page"),
+        *("example.org/?from=https://e.net/", "8.8.8.8/24", "[::1]/x", "localhost:8000/x"),
+        *("example.org:80", "example.org:443"),
+    ],
+)
+def test_more_than_a_domain_buries_no_domain(what: str) -> None:
+    with pytest.raises(UserError, match=r"is no address|is more than a domain; write https:"):
+        parse(what)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("http://", "https:///x", "https://exa mple.org/x", "https://example.org:99999/x"),
+        *("HTTP://a..b/", "https://user:pw@example.org/p"),
+    ],
+)
+def test_an_address_that_no_page_has_is_refused_with_the_reason(what: str) -> None:
+    with pytest.raises(UserError, match=r"is no page's address: .+; mend it"):
         parse(what)
 
 

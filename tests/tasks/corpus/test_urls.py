@@ -1,5 +1,7 @@
 """URL canonicalisation, scope, traps and aliases."""
 
+from urllib.parse import urlsplit
+
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from tasks.corpus.urls import (
     canonical_url,
     domain_name,
     link_target,
+    numbered_shape,
     trap_reason,
 )
 
@@ -127,6 +130,41 @@ def test_a_pattern_of_a_path_with_a_star_is_a_glob_over_the_path() -> None:
     assert scope.reason("http://e.org/docs/a.html?print=1", 1) == "excluded"
 
 
+PATTERNS = [
+    ("/größe/", "http://a.org/größe/x"),
+    ("/a b", "http://a.org/a b/c"),
+    ("/a[1]/", "http://a.org/a[1]/"),
+    ("/x?print=", "http://a.org/x?print=1"),
+    ("/%7Euser/", "http://a.org/~user/"),
+    ("*/gr%c3%b6*", "http://a.org/größe"),
+    ("/größe/*.html", "http://a.org/größe/x.html"),
+    ("*[?]q=ü*", "http://a.org/x?q=ü"),
+    ("HTTP://A.org/*", "http://a.org/x"),
+    ("https://*.Münchner-Bücher.de/*", "https://www.münchner-bücher.de/x"),
+    ("https://a.org:443/[a-c]*", "https://a.org/b"),
+    ("http*://a.org:8080/x?", "http://a.org:8080/xy"),
+    ("https://a.*", "https://a.org/"),
+    ("embedded://stdlib/library/*", "embedded://stdlib/library/json.html"),
+]
+
+
+@pytest.mark.parametrize(("written", "url"), PATTERNS)
+def test_a_pattern_matches_however_it_is_spelt(written: str, url: str) -> None:
+    (pattern,) = CrawlConfig(exclude=(written,)).exclude
+    address = url if url.startswith("embedded:") else canonical_url(url)
+    hosts = frozenset({urlsplit(address).netloc})
+    assert Scope(hosts, exclude=(pattern,)).reason(address, 0) == "excluded"
+    assert CrawlConfig(exclude=(pattern,)).exclude == (pattern,)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["", "private", "example.org/x", "https://a.org", "/[äö]*", "https://*ü*.de/*"]
+)
+def test_a_pattern_that_matches_no_address_is_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match=r"pattern .* matches no address.*; write "):
+        CrawlConfig(include=(pattern,))
+
+
 def test_files_of_a_wanted_type_are_in_scope() -> None:
     scope = Scope(frozenset({"e.org"}), content_types=("text/html", "application/pdf"))
     assert scope.reason("http://e.org/a.PDF", 1) == ""
@@ -163,6 +201,27 @@ def test_repeating_paths_are_traps() -> None:
     assert trap_reason("http://e.org/a/a/a/a") == "trap: repeating path"
     assert trap_reason("http://e.org/" + "/".join(map(str, range(30)))) == "trap: path too deep"
     assert trap_reason("http://e.org/2024/01/01/a") == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [
+        ("/cal/2024/5/17", "/cal/#/#/#"),
+        ("/cal/2024/5/", "/cal/#/#/"),
+        ("/2024-05-17?x=1", "/#-#-#"),
+        ("/3.12/", "/#.#/"),
+        ("/3.12/library/os.html", ""),
+        ("/2024/05/17/a-name", ""),
+        ("/2024/05/17/12345", ""),
+        ("/questions/12/34567/", ""),
+        ("/page/2", ""),
+        ("/", ""),
+    ],
+)
+def test_only_what_ends_in_several_short_numbers_looks_like_a_calendar(
+    path: str, shape: str
+) -> None:
+    assert numbered_shape(f"http://e.org{path}") == shape
 
 
 @settings(deadline=None)

@@ -1,5 +1,6 @@
 """Runs and versions in a real MLflow store: found again, not logged twice, loadable, explained."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,10 @@ def test_a_missing_alias_names_what_exists() -> None:
         models.get("tiny", "best")
     with pytest.raises(UserError, match="no version exists; run: gristmill run pipeline"):
         models.get("other", "champion")
+
+
+@pytest.mark.parametrize("name", ["a'b", "tiny' OR name = 'tiny", "", "two words"])
+def test_what_is_no_name_has_no_version(name: str) -> None:
+    told = re.escape(f"model {name!r} has no version or alias 'champion'; no version exists; run")
+    with pytest.raises(UserError, match=told):
+        models.named(name)

@@ -5,10 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from model.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from model.train import BEST
 from tasks.runtime.store import Directory
-from tasks.training.checkpoints import RemoteCheckpoints, checkpoint_folder
+from tasks.training.checkpoints import RemoteCheckpoints, best_checkpoint, checkpoint_folder
 from tasks.training.job import CHECKPOINTS
 from tests.s3_server import s3_server
 
@@ -56,14 +62,25 @@ def test_before_a_rank_goes_back_it_has_all_that_are_stored(tmp_path: Path) -> N
         assert load_checkpoint(folder / "step-00000030").model["w"][0] == 30
 
 
-def test_a_damaged_newest_one_gives_way_to_the_one_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"\xff" + data])
+def test_a_damaged_newest_one_gives_way_to_the_one_before(tmp_path: Path, name, damage) -> None:
     there = Directory(str(tmp_path), str(tmp_path))
     for step in (10, 20):
         save_checkpoint(tmp_path / CHECKPOINTS, checkpoint(step))
-    weights = tmp_path / CHECKPOINTS / "step-00000020" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
+    file = tmp_path / CHECKPOINTS / "step-00000020" / name
+    file.write_bytes(damage(file.read_bytes()))
     with checkpoint_folder(there, rank=0) as (folder, *_):
         assert [path.name for path in list_checkpoints(folder)] == ["step-00000010"]
+
+
+def test_the_best_weights_are_never_others(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, checkpoint(20))
+    best = save_checkpoint(tmp_path / BEST, checkpoint(10), keep=1)
+    assert best_checkpoint(tmp_path) == best
+    (best / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"so the best weights are lost; delete .* to train"):
+        best_checkpoint(tmp_path)
 
 
 def test_on_s3_too_a_damaged_newest_one_gives_way_to_the_one_before(

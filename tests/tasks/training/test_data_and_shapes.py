@@ -12,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flows.pretrain import train_base
 from model.families import family_of
 from model.huggingface import save_directory
 from model.masking import MaskedLoader
 from model.optim import OptimConfig
 from model.schedule import Schedule
+from model.tokenizer_files import tokenizer_files
 from model.train_config import TrainConfig
 from model.transformer import Transformer
 from tasks.runtime.errors import UserError
@@ -25,6 +27,7 @@ from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Workspace
 from tasks.runtime.store import Store
 from tasks.tokenizer.shards import shard_sources, source_of
+from tasks.tokenizer.train import TokenizerConfig
 from tasks.training.data import heldout_data, training_data
 from tasks.training.job import PairsData, TrainingJob, impossible
 from tasks.training.launch import require_tokenizer_of, require_whole
@@ -32,9 +35,11 @@ from tasks.training.options import ModelOptions, RunOptions
 from tasks.training.pretrain import PretrainConfig, pretrain
 from tasks.training.samples import openings, questions, samples
 from tasks.training.shapes import FAMILIES, WINDOWED
-from tasks.training.start_from import left_out_of
+from tasks.training.start_from import left_out_of, require_import, require_weights
 from tests.foreign_checkpoints import byte_level
 from tests.tiny_models import VOCABULARY, tokenizer, transformer
+
+UNEVEN = {"width": 40, "heads": 6, "head_width": 6, "mlp_width": 64, "layers": 2}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -47,6 +52,31 @@ def test_every_family_of_the_form_has_its_name_outside(family: str) -> None:
     Transformer(shape)
 
 
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"family": "deepseek_v2"},
+        {"family": "deepseek_v3"},
+        {"family": "deepseek_v3", "mlp_width": 20, "experts": {"per_token": 4}},
+        *(
+            UNEVEN | {"family": family, "head_width": 8}
+            for family in ("llama", "qwen3", "deepseek_v3")
+        ),
+    ],
+    ids=str,
+)
+def test_transformers_runs_what_the_form_describes(values: dict, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = Transformer(ModelOptions.model_validate(values).config(300)).eval()
+    save_directory(tmp_path, model)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits
+        torch.testing.assert_close(model(ids), theirs, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -56,6 +86,22 @@ def test_every_family_of_the_form_has_its_name_outside(family: str) -> None:
         ({"model": {"family": "bert", "sliding_window": 4}}, "sliding_window is of causal models"),
         ({"model": {"family": "gemma", "sliding_window": 4}}, "'gemma2', 'gemma3'"),
         ({"model": {"family": "deepseek_v3", "experts": {"per_token": 9}}}, "experts_per_token 9"),
+        (
+            {"model": {"family": "deepseek_v2", "experts": {"width": 340}}},
+            "experts.width 340 is not a multiple of 8, and transformers runs no other experts; "
+            "take 336",
+        ),
+        (
+            {"model": {"family": "deepseek_v3", "width": 36, "heads": 2}},
+            "width 36 is not a multiple of 8",
+        ),
+        *(
+            (
+                {"model": UNEVEN | {"family": family, "sliding_window": 8 * (family in WINDOWED)}},
+                rf"the nearest, {family}\w*, needs width = a multiple of heads 6",
+            )
+            for family in ("gemma2", "gemma3", "deepseek_v2")
+        ),
         ({"mask_share": 0.3}, "mask_share is of the family bert"),
         ({"source_weights": {"notes": -1}}, "weight -1.0 of source 'notes' must be a number of at"),
         ({"source_weights": {"notes": 0}}, "leave every source out; give one a weight above 0"),
@@ -294,6 +340,37 @@ def test_what_is_left_out_of_a_checkpoint_is_said_in_the_log(tmp_path, caplog) -
     assert left_out_of(tmp_path / "theirs") == "bert.pooler (1 tensor)"
     (record,) = caplog.records
     assert record.getMessage() == "of theirs is left out: bert.pooler (1 tensor)"
+
+
+def test_weights_that_cannot_be_gone_on_from_are_refused_before_any_work(
+    tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("GRISTMILL_SOURCE_ROOTS", str(tmp_path))
+    folder, names = tmp_path / "theirs", tokenizer()
+    save_directory(folder, transformer())
+    for name, data in tokenizer_files(names).items():
+        (folder / name).write_bytes(data)
+    require_import(str(folder), str(folder))
+    file, config = folder / "model.safetensors", PretrainConfig(start_from=str(folder))
+    whole = file.read_bytes()
+    for data, message in ((whole[: len(whole) // 2], "is damaged"), (None, "holds no model.safe")):
+        file.unlink() if data is None else file.write_bytes(data)
+        told = rf"^pretrain\.start_from: .*{message}"
+        with pytest.raises(UserError, match=told):
+            train_base(None, TokenizerConfig(import_from=str(folder)), config)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=told):
+            require_weights(folder, names.data)
+    file.write_bytes(whole)
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("64", "32"))
+    with pytest.raises(UserError, match=r"has shape .* config.json asks for"):
+        require_weights(folder, names.data)
+    # Told by another tokenizer's file what its special tokens are.
+    (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer.json").write_text(byte_level("gpt2").to_str())
+    save_directory(folder, transformer())
+    (folder / "special_tokens_map.json").write_text("[]")
+    with pytest.raises(UserError, match=r"special_tokens_map\.json is no JSON object"):
+        require_import(str(folder), str(folder))
 
 
 def test_a_checkpoint_to_start_from_is_known_by_its_content(tmp_path, monkeypatch) -> None:

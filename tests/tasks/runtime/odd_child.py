@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 
-from tasks.corpus.killable import serve
+from tasks.runtime.killable import serve
 
 
 def answer(head: dict, body: bytes) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.corpus.killable import ChildDied, ChildTimeout, KillableChild
+from tasks.runtime.killable import ChildDied, ChildTimeout, KillableChild
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_child_that_dies_says_how(child: KillableChild) -> None:
 
 ORPHANING = """
 import sys
-from tasks.corpus.killable import KillableChild
+from tasks.runtime.killable import KillableChild
 child = KillableChild("odd_child", seconds=0.5, megabytes=1024)
 print(child.call({"do": "answer"}, b"")["pid"], flush=True)
 child.seconds = 600

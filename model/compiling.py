@@ -40,5 +40,6 @@ def _problem(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception as error:
-        return f"torch.compile fails here ({type(error).__name__}: {str(error).splitlines()[0]})"
+        said = (str(error).splitlines() or ["without a word"])[0]
+        return f"torch.compile fails here ({type(error).__name__}: {said})"
     return None

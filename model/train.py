@@ -275,6 +275,8 @@ def train(
                 _require_agreement(older, ranks)
                 _restore(model, optimizer, older, together)
                 past.guard.go_back(older, step + 1)
+                if world > 1:
+                    dist.barrier()  # before rank 0 removes what another still reads
             optimizer.zero_grad()
             imbalance = balance(model, config.balance_rate) if model.config.experts else None
             meter.add(float(totals[0]), counted, int(totals[1]), float(totals[2]))

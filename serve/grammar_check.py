@@ -5,6 +5,7 @@ grammars are accepted, and each takes it no longer, other answers never wait lon
 """
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,9 @@ from pathlib import Path
 
 from serve.errors import ApiError, not_ready, overloaded
 from serve.grammar import AT_ONCE, KEPT, LIMITS, Grammar, Limits
-from tasks.runtime.killable import ChildDied, ChildTimeout, KillableChild
+from tasks.runtime.killable import ChildDied, ChildTimeout, KillableChild, NeverBegan
+
+log = logging.getLogger(__name__)
 
 MAX_GRAMMAR_CHARACTERS = 65_536
 SECONDS = 1.0  # a grammar may take; the usual one takes milliseconds
@@ -33,12 +36,15 @@ class GrammarCheck:
         """directory: of the model."""
         self._directory = directory
         self._threads = ThreadPoolExecutor(AT_ONCE, "grammar-check")
+        self._children: list[KillableChild] = []  # all, of which these have nothing to do:
         self._resting: list[KillableChild] = []
+        self._closed = False
         self._known: OrderedDict[Key, str] = OrderedDict()  # its problem, least recent first
 
     async def check(self, kind: str, text: str, param: str) -> Grammar:
         """kind: "json_schema" or "regex". Raises ApiError: 400 naming `param` for what is no
-        grammar or too large a one, 429 when too many others are being compiled.
+        grammar or too large a one, 429 when too many others are being compiled, 503 when none can
+        be compiled.
         """
         if len(text) > MAX_GRAMMAR_CHARACTERS:
             message = f"the grammar has {len(text)} characters, more than {MAX_GRAMMAR_CHARACTERS}"
@@ -62,33 +68,43 @@ class GrammarCheck:
 
     def close(self) -> None:
         """End the processes."""
+        self._closed = True
+        self._threads.shutdown(wait=False)  # those that wait are told
+        for child in self._children:
+            child.kill()
         self._threads.shutdown()
-        while self._resting:
-            self._resting.pop().close()
+        for child in self._children:
+            child.close()
 
     def _judged(self, key: Key, since: float) -> str:
         """In a thread: the problem of a grammar that was asked about at `since`."""
-        if key in self._known:  # by now
-            return self._known[key]
+        if (problem := self._known.get(key)) is not None:  # by now
+            return problem
         if time.monotonic() - since > PATIENCE:
             raise overloaded("too many forms are being compiled")
         try:
             child = self._resting.pop()
         except IndexError:
             child = KillableChild("serve.grammar", SECONDS, MEGABYTES, str(self._directory))
+            self._children.append(child)
         try:
-            return _verdict(child, *key)
+            return self._verdict(child, *key)
         finally:
             self._resting.append(child)
 
-
-def _verdict(child: KillableChild, kind: str, text: str, limits: Limits) -> str:
-    head = {"kind": kind, "text": text, "limits": asdict(limits)}
-    for _ in range(2):  # what was killed by somebody else answers at the second try
-        try:
-            return str(child.call(head, b"")["problem"])
-        except ChildDied:
-            continue
-        except ChildTimeout:
-            break
-    return TOO_MUCH
+    def _verdict(self, child: KillableChild, kind: str, text: str, limits: Limits) -> str:
+        head = {"kind": kind, "text": text, "limits": asdict(limits)}
+        for again in (True, False):  # what somebody else killed answers at the second try
+            if self._closed:
+                raise not_ready("the server is shutting down")
+            try:
+                return str(child.call(head, b"")["problem"])
+            except NeverBegan as death:
+                if not again:
+                    log.error("the compiler of forms ends at once, with status %s", death.args[0])
+                    raise not_ready("forms cannot be compiled now; see the server's log") from None
+            except ChildDied:
+                continue
+            except ChildTimeout:
+                break
+        return TOO_MUCH

@@ -31,12 +31,13 @@ class Usage:
     lasted: float = 0.0  # seconds until the engine had ended the last answer
 
     def add(self, choice: int, prompt: int, update: Update) -> None:
-        self.prompts[prompt] = update.prompt_tokens
-        # Choices after the first find what the first has read; that is no news of the prompt.
-        self.cached[prompt] = min(
-            self.cached.get(prompt, update.cached_tokens), update.cached_tokens
-        )
-        self.completions[choice] = update.completion_tokens
+        if update.prompt_tokens:  # none: it ends before it began, or with its engine
+            self.prompts[prompt] = update.prompt_tokens
+            # Choices after the first find what the first has read; that is no news of the prompt.
+            self.cached[prompt] = min(
+                self.cached.get(prompt, update.cached_tokens), update.cached_tokens
+            )
+            self.completions[choice] = update.completion_tokens
         self.waited = max(self.waited, update.waited)
         if update.finish_reason not in (None, "abort"):  # an answer broken off says nothing of time
             self.reasons[choice] = update.finish_reason

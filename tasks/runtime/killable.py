@@ -36,6 +36,10 @@ class ChildDied(Exception):
     """The child ended without an answer; `args[0]` is its exit status (negative: a signal)."""
 
 
+class NeverBegan(ChildDied):
+    """The child did not come to its first request: the fault is ours, or the machine's."""
+
+
 class KillableChild:
     """The parent's side. Not for use by several threads."""
 
@@ -57,7 +61,9 @@ class KillableChild:
         self._answered = 0
 
     def call(self, head: dict[str, Any], body: bytes) -> dict[str, Any]:
-        """The answer to one request. Raises ChildTimeout or ChildDied; the next works again."""
+        """The answer to one request. Raises ChildTimeout or ChildDied (NeverBegan); the next works
+        again.
+        """
         if self._answered >= self.requests:
             self.close()
         process = self._process or self._start()
@@ -69,6 +75,11 @@ class KillableChild:
         answer = self._read(self.seconds)
         self._answered += 1
         return answer
+
+    def kill(self) -> None:
+        """From any thread: whoever waits for an answer finds that the child died."""
+        if (process := self._process) is not None:
+            process.kill()
 
     def close(self) -> None:
         process, self._process = self._process, None
@@ -97,7 +108,12 @@ class KillableChild:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # a whole page at once saves switching to and fro
             fcntl.fcntl(self._process.stdin.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        self._read(_START_SECONDS)
+        try:
+            self._read(_START_SECONDS)
+        except ChildTimeout:
+            raise NeverBegan(-signal.SIGKILL) from None
+        except ChildDied as death:
+            raise NeverBegan(*death.args) from None
         return self._process
 
     def _read(self, seconds: float) -> dict[str, Any]:

@@ -24,8 +24,8 @@ def checkpoint_folder(
     """(a local folder of checkpoints, a function that stores each new one for good, one that brings
     all that are stored).
 
-    In a local store that is the workspace itself. Otherwise the newest checkpoint that is as it was
-    written is fetched first, and every new one is copied up, its manifest last.
+    In a local store that is the workspace itself. Otherwise those that are as they were written are
+    fetched first, and every new one is copied up, its manifest last.
     """
     if directory.is_local:
         folder = Path(directory.location(CHECKPOINTS))
@@ -37,6 +37,7 @@ def checkpoint_folder(
     remote = RemoteCheckpoints(directory, folder)
     try:
         remote.pull()
+        remote.mirror()  # older ones too, or what is kept would depend on where a run broke off
         yield folder, remote.push, remote.mirror
     finally:
         shutil.rmtree(folder, ignore_errors=True)

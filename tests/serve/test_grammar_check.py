@@ -94,6 +94,30 @@ def test_a_process_that_somebody_else_kills_is_replaced(check: GrammarCheck) -> 
     assert after != before
 
 
+def test_a_process_that_cannot_begin_is_no_fault_of_the_form(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost = GrammarCheck(tmp_path / "nowhere")
+    with pytest.raises(ApiError, match="forms cannot be compiled now") as refusal:
+        asked(lost, *NUMBERS)
+    assert refusal.value.status == 503
+    assert "the compiler of forms ends at once, with status 1" in caplog.text
+    lost.close()
+
+
+def test_closing_ends_what_is_being_compiled(check: GrammarCheck) -> None:
+    async def closed_meanwhile() -> object:
+        asking = asyncio.create_task(check.check("json_schema", bomb("0"), "form"))
+        while not children():
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(check.close)
+        assert not children()
+        return await asyncio.gather(asking, return_exceptions=True)
+
+    (refusal,) = asyncio.run(closed_meanwhile())
+    assert isinstance(refusal, ApiError) and refusal.status == 503
+
+
 def test_what_is_known_needs_no_process(
     check: GrammarCheck, monkeypatch: pytest.MonkeyPatch
 ) -> None:

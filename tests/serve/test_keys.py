@@ -18,9 +18,11 @@ import pytest
 
 from flows import ask as command_line
 from flows import cli
+from model.engine import Update
 from serve import keys as serving
 from serve.app import create_app
 from serve.keys import Bucket, KeyRing
+from serve.responses import Usage
 from tasks.runtime.errors import UserError
 from tasks.runtime.settings import Settings
 from tasks.state.api_keys import ApiKey, ApiKeys, digest
@@ -336,6 +338,16 @@ def test_the_access_log_tells_everything_but_the_words(
     assert first["prompt_tokens"] > 5 and 1 <= first["completion_tokens"] <= 5
     assert second["status"] == 404
     assert "secret" not in caplog.text and key not in caplog.text
+
+
+def test_answers_that_never_began_or_lost_their_engine_leave_what_was_counted() -> None:
+    usage = Usage()
+    usage.add(0, 0, Update("a", "words", [5], None, 100, 7, cached_tokens=16))
+    usage.add(1, 0, Update("b", "", [], "abort", 0, 0))
+    usage.add(0, 0, Update("a", "", [], "error", 0, 0))
+    assert (usage.prompt_tokens, usage.completion_tokens) == (100, 7)
+    assert usage.body()["prompt_tokens_details"] == {"cached_tokens": 16}
+    assert usage.reasons == {0: "error"}
 
 
 def test_the_command_line_makes_lists_and_revokes(

@@ -37,6 +37,7 @@ _BINARY = re.compile(
 _PLAIN_PATH = re.compile(r"/(?:[A-Za-z0-9_~-][A-Za-z0-9_.~-]*(?:/|\Z))*\Z")
 _NUMBERED = re.compile(r"/(?:[0-9]{1,4}[/._-])+[0-9]{1,4}/?\Z")
 _PLACE = re.compile(r"([A-Za-z*]+)://([^/]*)(/.*)?")  # scheme, host and path of a pattern
+_NAMES = re.compile(r"[^*]+|\*(?:\.[A-Za-z0-9-]+){2,}")  # a host, `*.example.org`; not `*.html`
 _BLANKS = "".join(map(chr, range(33)))  # stripped as browsers do (WHATWG URL, section 4.1)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _REMEMBERED = 50_000  # links of late; the menu of a site stands on each of its pages
@@ -300,6 +301,12 @@ def canonical_pattern(text: str) -> str:
             )
         return _percent(pattern, _GLOB)
     scheme, host, path = place.groups(default="")
+    if not path and (not host or _NAMES.fullmatch(host)):
+        raise ValueError(f"pattern {text!r} matches no address; write {pattern}/* for all of them")
+    if not path or (host.isascii() and re.search(r"\*(?![.*]|:\d|\Z)", host)):
+        # `*` stands for slashes too: what follows may be of the path, where case counts.
+        before, _, after = host.partition("*")
+        host, path = f"{before}*", after + path
     scheme, labels = scheme.lower(), host.lower().split(".")
     try:
         encoded = [x if x.isascii() else idna.encode(x, uts46=True).decode() for x in labels]
@@ -308,8 +315,6 @@ def canonical_pattern(text: str) -> str:
             f"pattern {text!r} matches no address: {error}; write each part of the host whole"
         ) from error
     host = ".".join(encoded).removesuffix(f":{DEFAULT_PORTS.get(scheme)}")
-    if not path and not host.endswith("*"):
-        raise ValueError(f"pattern {text!r} matches no address; write {pattern}/* for all of them")
     return f"{scheme}://{host}{_percent(path, _GLOB)}"
 
 

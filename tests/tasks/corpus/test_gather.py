@@ -274,9 +274,7 @@ def test_a_path_that_is_none_is_told_in_a_sentence(inbox: Path) -> None:
             gathered(SourceConfig(name="s", path=str(inbox / name)))
 
 
-def test_a_file_that_may_not_be_read_is_named(
-    inbox: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_may_not_be_read_is_named(inbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refusing(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 

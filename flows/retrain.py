@@ -18,7 +18,7 @@ from flows.evaluate import score
 from flows.finetune import train_chat
 from flows.hooks import HOOKS
 from flows.promote import PromoteConfig, promote
-from tasks.corpus.crawl import CrawlConfig
+from tasks.corpus.crawl_state import settings_of
 from tasks.corpus.pairs import PairsConfig
 from tasks.evaluation.baseline import BaselineConfig
 from tasks.evaluation.evaluate import EvaluateConfig
@@ -41,13 +41,10 @@ def next_epoch(params: CorpusParams) -> int:
     """
     if not params.seeds:
         return params.epoch  # sources are known by what they hold, and read anew by themselves
-    same = identity(params.crawl_config().model_copy(update={"epoch": 0}))
-    crawls = [
-        manifest
-        for manifest in Store.open().all("crawl")
-        if identity(CrawlConfig.model_validate(manifest.config | {"epoch": 0})) == same
-    ]
-    return max((int(m.config["epoch"]) for m in crawls), default=-1) + 1
+    same = identity(params.crawl_config()) | {"epoch": 0}
+    crawls = filter(None, map(settings_of, Store.open().all("crawl")))
+    epochs = (crawl.epoch for crawl in crawls if identity(crawl) | {"epoch": 0} == same)
+    return max(epochs, default=-1) + 1
 
 
 def champion_artifact(model: str) -> Manifest | None:

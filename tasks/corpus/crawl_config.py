@@ -46,9 +46,9 @@ class CrawlOptions(StageConfig):
         10_000,
         ge=1,
         description="Pages of one host that differ in numbers alone, of those whose path ends in "
-        "two or more of at most four digits (/calendar/2024/5/17). Further ones are taken for an "
-        "endless calendar; 10,000 days are 27 years. Articles by date and name, or by one number, "
-        "are not counted.",
+        "year and month, or year, month and day (/calendar/2024/5/17). Further ones are taken for "
+        "an endless calendar, unless a sitemap names them or an earlier epoch had them; 10,000 "
+        "days are 27 years. Articles by date and name are not counted.",
     )
     max_depth: int = Field(16, ge=0, description="Links between a seed and a page, at most.")
     revisit_chance: float = Field(

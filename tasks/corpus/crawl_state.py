@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,7 +74,8 @@ class EarlierEpoch:
     """The latest earlier epoch of the same crawl, if the store still has one: with the same seeds,
     or else with one of them.
 
-    `note` says, in a later epoch, what it goes on from, or which settings make it start anew.
+    `note` says, in a later epoch, what it goes on from, or which settings make it start anew, and
+    which epochs since then are of no use.
     """
 
     directory: Directory | None = None
@@ -84,11 +84,15 @@ class EarlierEpoch:
     @classmethod
     def of(cls, config: CrawlConfig, store: Store) -> EarlierEpoch:
         found: list[tuple[int, Manifest, CrawlConfig]] = []
+        refused: list[int] = []
         for manifest in store.all("crawl"):
-            with contextlib.suppress(ValidationError):  # made by another version of this stage
-                other = CrawlConfig(**manifest.config)
-                if other.epoch < config.epoch and {*other.seeds} & {*config.seeds}:
-                    found.append((other.epoch, manifest, other))
+            epoch, seeds = manifest.config.get("epoch", 0), manifest.config.get("seeds", ())
+            if epoch >= config.epoch or not {*seeds} & {*config.seeds}:
+                continue
+            if other := settings_of(manifest):
+                found.append((epoch, manifest, other))
+            else:
+                refused.append(epoch)
         # Of the same number one of the same settings, or else, as the order is stable, the last.
         found.sort(key=lambda it: (it[2].seeds == config.seeds, it[0], _is_alike(it[2], config)))
         same = [epoch for epoch in found if page_settings(epoch[2]) == page_settings(config)]
@@ -96,12 +100,17 @@ class EarlierEpoch:
             number, manifest, other = same[-1]
             changed = _changes(identity(other), identity(config))
             said = f"epoch {config.epoch} goes on from epoch {number}"
-            return cls(store.of(manifest), f"{said}; with other settings: {changed}")
+            said = f"{said}; with other settings: {changed}"
+            later = [epoch for epoch in refused if epoch >= number]
+            return cls(store.of(manifest), f"{said}; {_of_no_use(later)}" if later else said)
         if found:
             number, _, other = found[-1]
             changed = _changes(page_settings(other), page_settings(config))
             said = f"epoch {config.epoch} asks for every page anew, not as epoch {number} left it"
             return cls(None, f"{said}: {changed}")
+        if refused:
+            said = f"epoch {config.epoch} asks for every page anew"
+            return cls(None, f"{said}: {_of_no_use(refused)}")
         return cls()
 
     def pages(self, max_bytes: int) -> dict[str, Earlier]:
@@ -154,10 +163,23 @@ class EarlierEpoch:
         return {row["url"]: tuple(row["links"]) for row in rows}
 
 
+def settings_of(crawl: Manifest) -> CrawlConfig | None:
+    """What a crawl was made with; None where this version of the stage refuses it."""
+    try:
+        return CrawlConfig.model_validate(crawl.config)
+    except ValidationError:
+        return None
+
+
 def page_settings(config: CrawlConfig) -> dict[str, Any]:
     """What decides what a page is; pace, limits and scope do not."""
     values: dict[str, Any] = identity(config)
     return {name: values[name] for name in PAGE_SETTINGS}
+
+
+def _of_no_use(epochs: list[int]) -> str:
+    numbers = ", ".join(map(str, sorted({*epochs})))
+    return f"of epoch {numbers} the settings are refused by now"
 
 
 def _is_alike(one: CrawlConfig, other: CrawlConfig) -> bool:

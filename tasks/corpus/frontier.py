@@ -102,7 +102,7 @@ class Frontier:
             self.hosts.setdefault(host, Host(host)).links += 1
             self.counts["links to another host"] += 1
             return
-        reason = reason or self._endless(address.url)
+        reason = reason or self._endless(address)
         if reason:
             address.state, address.reason = "skipped", reason
         self.addresses[address.url] = address
@@ -115,19 +115,25 @@ class Frontier:
             return ""  # sitemaps are read, not kept: their own names say nothing
         return reason
 
-    def _endless(self, url: str) -> str:
+    def _endless(self, address: Address) -> str:
         """Why one more address in scope is one of an endless space, or empty. Counts it."""
-        parts = urlsplit(url)
+        parts = urlsplit(address.url)
         reason = ""
-        if shape := numbered_shape(url):
+        if shape := numbered_shape(address.url):
             self._numbered[parts.netloc, shape] += 1
-            if self._numbered[parts.netloc, shape] > self.max_numbered:
+            over = self._numbered[parts.netloc, shape] > self.max_numbered
+            if over and not self._is_vouched_for(address):
                 reason = "trap: too many numbered pages"
         if parts.query:
             self._queries[parts.netloc, parts.path] += 1
             if self._queries[parts.netloc, parts.path] > MAX_QUERIES:
                 reason = "trap: too many query strings"
         return reason
+
+    def _is_vouched_for(self, address: Address) -> bool:
+        """Whether an earlier epoch had the page or a sitemap names it."""
+        source = self.addresses.get(address.source)
+        return address.url in self.earlier or (source is not None and source.kind == "sitemap")
 
     # --- generate --------------------------------------------------------------------------------
 
@@ -400,7 +406,7 @@ class Frontier:
         self.scope = dataclasses.replace(self.scope, hosts=self.scope.hosts | known)
         for address in self.addresses.values():
             if not self._out_of_scope(address):
-                self._endless(address.url)
+                self._endless(address)
 
 
 def _may_be_sitemap(known: Address) -> bool:

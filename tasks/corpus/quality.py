@@ -120,7 +120,7 @@ class QualityConfig(StageConfig):
     @classmethod
     def are_words(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for word in value:
-            if words_of_address(word) != [word.lower()]:
+            if not word or words_of_address(word) != [word.lower()]:
                 raise ValueError(f"{word!r} is not one word; write a pattern in exclude_urls")
         return value
 

@@ -35,8 +35,11 @@ _BINARY = re.compile(
 )
 # A path that is its own canonical spelling: no dot segments, nothing encoded, no parameters.
 _PLAIN_PATH = re.compile(r"/(?:[A-Za-z0-9_~-][A-Za-z0-9_.~-]*(?:/|\Z))*\Z")
-_NUMBERED = re.compile(r"/(?:[0-9]{1,4}[/._-])+[0-9]{1,4}/?\Z")
+_CALENDAR = re.compile(
+    r"/[12][0-9]{3}[/._-](?:0?[1-9]|1[0-2])(?:[/._-](?:0?[1-9]|[12][0-9]|3[01]))?/?\Z"
+)
 _PLACE = re.compile(r"([A-Za-z*]+)://([^/]*)(/.*)?")  # scheme, host and path of a pattern
+_NAMES = re.compile(r"[^*]+|\*(?:\.[A-Za-z0-9-]+){2,}")  # a host, `*.example.org`; not `*.html`
 _BLANKS = "".join(map(chr, range(33)))  # stripped as browsers do (WHATWG URL, section 4.1)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _REMEMBERED = 50_000  # links of late; the menu of a site stands on each of its pages
@@ -233,13 +236,14 @@ def trap_reason(url: str) -> str:
 
 
 def numbered_shape(url: str) -> str:
-    """The path with `#` for its numbers, where it ends in two or more of at most four digits, as
+    """The path with `#` for its numbers, where it ends in a year and a month, perhaps a day, as
     the pages of a calendar do (`/cal/2024/5/17`, `/2024-05`); else empty.
 
-    Articles by date or by id are no calendar: theirs ends in a word, or in one number alone.
+    Articles by date or by number are no calendar: theirs ends in a word, or in no date (a verse
+    `/bible/1/2/3`, a preprint `/abs/1409.1556`).
     """
     path = urlsplit(url).path
-    return re.sub("[0-9]+", "#", path) if _NUMBERED.search(path) else ""
+    return re.sub("[0-9]+", "#", path) if _CALENDAR.search(path) else ""
 
 
 @dataclass(frozen=True)
@@ -300,6 +304,12 @@ def canonical_pattern(text: str) -> str:
             )
         return _percent(pattern, _GLOB)
     scheme, host, path = place.groups(default="")
+    if not path and (not host or _NAMES.fullmatch(host)):
+        raise ValueError(f"pattern {text!r} matches no address; write {pattern}/* for all of them")
+    if not path or (host.isascii() and re.search(r"\*(?![.*]|:\d|\Z)", host)):
+        # `*` stands for slashes too: what follows may be of the path, where case counts.
+        before, _, after = host.partition("*")
+        host, path = f"{before}*", after + path
     scheme, labels = scheme.lower(), host.lower().split(".")
     try:
         encoded = [x if x.isascii() else idna.encode(x, uts46=True).decode() for x in labels]
@@ -308,8 +318,6 @@ def canonical_pattern(text: str) -> str:
             f"pattern {text!r} matches no address: {error}; write each part of the host whole"
         ) from error
     host = ".".join(encoded).removesuffix(f":{DEFAULT_PORTS.get(scheme)}")
-    if not path and not host.endswith("*"):
-        raise ValueError(f"pattern {text!r} matches no address; write {pattern}/* for all of them")
     return f"{scheme}://{host}{_percent(path, _GLOB)}"
 
 

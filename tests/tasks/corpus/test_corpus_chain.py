@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from crawled import Page, PagesConfig, crawl_of, html
-from documents_of import rows, urls
+from documents_of import documents, rows, urls
 from inline_shards import stages_inline
 
 from tasks.corpus.decontaminate import DecontaminateConfig, decontaminate
@@ -17,6 +17,7 @@ from tasks.corpus.dedup import DeduplicateConfig, deduplicate
 from tasks.corpus.extract import ExtractConfig, extract
 from tasks.corpus.language import LanguageConfig, language
 from tasks.corpus.measure import MeasureConfig, measure
+from tasks.corpus.pii import PIIConfig, pii
 from tasks.corpus.quality import QualityConfig, quality
 from tasks.corpus.signatures import signatures
 from tasks.corpus.split import SplitConfig, split
@@ -32,6 +33,15 @@ VERBS = ("append", "remove", "rotate", "search", "merge", "split", "count", "cle
 ITEM = (
     "Rotate the items of the given queue, and return how many of its heaps have been changed by 0."
 )
+
+# A find of every kind, and what only looks like one.
+PERSONAL = {
+    "http://e.org/found": "jane@company.io, 4111 1111 1111 1111, DE89 3704 0044 0532 0130 00, "
+    "8.8.8.8, 2a00:1450:4001:82f::200e, +49 30 901820, 0044 20 7946 0018, 415-555-2671, "
+    "030 901820, hf_" + "aBcDe" * 7 + "; 4111111111111111,5500005555555559; foo@münchen.de",
+    "http://e.org/nothing": "someone@example.com 4111 1111 1111 1112, DE00 3704 0044 0532 0130 00, "
+    "127.0.0.1, 2001:db8::1, ISBN 0-306-40615-2, 2024-05-01 12:00:00, hf_hub_download",
+}
 
 
 def module(number: int, thing: str) -> str:
@@ -94,7 +104,9 @@ def build() -> dict[str, Manifest]:
     suite.write_text(ITEM)
     items = SuiteConfig(name="items", path=str(suite), format="text")
     clean = decontaminate(DecontaminateConfig(suites=(items,), action="cut"), documents=unique)
-    return {m.stage: m for m in (extracted, measured, identified, good, unique, divided, clean)}
+    masked = pii(PIIConfig().masking(), documents=documents(PERSONAL))
+    made = (extracted, measured, identified, good, unique, divided, clean, masked)
+    return {manifest.stage: manifest for manifest in made}
 
 
 @pytest.fixture
@@ -127,6 +139,7 @@ GOLDEN: dict[str, tuple[int, str]] = {
     "deduplicate": (3, "ad6352b2716f6056"),
     "split": (2, "913ed04a15c7ca75"),
     "decontaminate": (2, "47ff18bd7a052020"),
+    "pii": (5, "947e2adc228646a1"),
 }
 
 
@@ -136,6 +149,7 @@ def test_each_stage_removes_what_it_should(built: dict[str, Manifest]) -> None:
     assert built["quality"].rules == {"bullet_lines": 1}
     assert built["deduplicate"].rules == {"exact-duplicate": 1, "near-duplicate": 1}
     assert built["decontaminate"].metrics["documents_contaminated"] == 1
+    assert sum(built["pii"].metrics.values()) == 12
     final = built["split"]
     kept = [*urls(final, "train-"), *urls(final, "heldout-")]
     assert sorted(kept) == sorted(f"embedded://stdlib/library/{t}s.html" for t in THINGS)

@@ -71,6 +71,21 @@ def test_a_restart_counts_numbered_pages_as_before() -> None:
         assert one.addresses[f"{SEED}2024/4/1"].state == "queued"
 
 
+def test_a_page_that_a_sitemap_names_or_an_earlier_epoch_had_is_of_no_endless_calendar() -> None:
+    known, named, other = (f"{SEED}2024/{month}" for month in (2, 3, 4))
+    earlier = {known: Earlier(Address(known), known, ())}
+    made = Frontier(Scope(frozenset()), 1_000_000, 5, 10.0, earlier, max_numbered=1)
+    made.add_seed(SEED)
+    answer(made, SEED, f"{SEED}2024/1", known)
+    sitemap = HostResult("e.org", 0.0, 0.0, 0.0, {}, (f"{SEED}map.xml",), (), "", 1, 1, 0.0)
+    made.update([], [], [sitemap])
+    found = Outcome(f"{SEED}map.xml", "sitemap", "fetched", status=200, links=(named,))
+    made.update([HostPlan("e.org", (Request(f"{SEED}map.xml", "sitemap"),))], [found], [])
+    answer(made, f"{SEED}2024/1", other)
+    assert {made.addresses[url].state for url in (known, named)} == {"queued"}
+    assert made.addresses[other].reason == "trap: too many numbered pages"
+
+
 def test_a_shorter_way_to_a_page_counts() -> None:
     made = frontier(max_depth=2)
     answer(made, SEED, f"{SEED}a", f"{SEED}b")

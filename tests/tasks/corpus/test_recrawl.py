@@ -1,5 +1,6 @@
 """Later epochs: what cannot be had for the moment stays, what is gone goes, settings may change."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ import pytest
 from aiohttp import web
 from loopback_site import Crawler, LoopbackSite, page, redirect, small_site
 
+from flows.corpus import CorpusParams
+from flows.retrain import next_epoch
 from tasks.corpus.crawl import crawl
-from tasks.corpus.crawl_config import CrawlConfig
+from tasks.corpus.crawl_config import CrawlConfig, CrawlOptions
 from tasks.runtime.errors import UserError
 from tasks.runtime.planning import planning
 
@@ -218,6 +221,37 @@ def test_other_pace_limits_and_scope_lose_nothing_and_others_start_anew_saying_s
         assert "asks for every page anew" in note(third)
         assert 'crawl.user_agent "Gristmill/1.0" → "Other/2.0"' in note(third)
         assert set(third.pages) == set(first.pages)
+
+
+def refuse(manifest: Path) -> None:
+    """Give a crawl a setting that was accepted once, and no longer is."""
+    made = json.loads(manifest.read_text())
+    made["config"]["exclude"] = ["private"]
+    manifest.write_text(json.dumps(made))
+
+
+def test_a_crawl_whose_settings_are_refused_by_now_is_named_and_stops_no_retrain(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRISTMILL_HOME", str(crawler.home))
+    with LoopbackSite(small_site()) as site:
+        crawler.crawl(site.url)
+        crawler.crawl(site.url, epoch=1)
+        zero, one = (crawler.workspace(f"{n:064d}").path + "/manifest.json" for n in (0, 1))
+        refuse(Path(one))
+        second = crawler.crawl(site.url, epoch=2)
+        assert second.counts["not_modified"] == 4
+        assert "goes on from epoch 0" in note(second)
+        assert "of epoch 1 the settings are refused by now" in note(second)
+        assert next_epoch(CorpusParams(seeds=(site.url,), crawl=CrawlOptions(exclude=()))) == 3
+        refuse(Path(zero))
+        Path(crawler.workspace(f"{2:064d}").path, "manifest.json").unlink()
+        with planning() as planned:
+            crawl(CrawlConfig(seeds=(site.url,), epoch=3))
+        assert "asks for every page anew: of epoch 0, 1 the settings are" in planned[0].why
+        with planning() as planned:
+            crawl(CrawlConfig(seeds=(site.url,)))
+        assert "refused" not in planned[0].why
 
 
 def test_of_two_crawls_of_the_same_epoch_it_goes_on_from_that_with_the_same_settings(

@@ -42,7 +42,7 @@ class Robots:
         429 is counted with the server errors: such a server wants fewer requests, not more.
         """
         if 200 <= status < 300:
-            head, clipped = body[:MAX_BYTES], len(body) >= MAX_BYTES
+            head, clipped = body[:MAX_BYTES], len(body) > MAX_BYTES
             text = decode_marked(head) or head.decode("utf-8", "replace")
             if clipped:  # `Disallow: /` would be left of a rule cut in two
                 text = text[: max(text.rfind("\n"), text.rfind("\r")) + 1]
@@ -60,6 +60,10 @@ class Robots:
         if newer.policy != "none" or self.policy == "none":
             return newer
         return replace(self, read_at=now - MAX_AGE + ASK_AGAIN)
+
+    def with_tdm_of(self, older: Robots, now: float) -> Robots:
+        """These rules with older reservations, for as long as the server cannot say of them."""
+        return replace(self, tdm=older.tdm, read_at=now - MAX_AGE + ASK_AGAIN)
 
     @cached_property
     def _rules(self) -> Any:

@@ -22,7 +22,7 @@ from tasks.corpus.opt_out import (
     tdm_locations,
     tdm_reserves,
 )
-from tasks.corpus.robots import MAX_AGE, Robots
+from tasks.corpus.robots import ASK_AGAIN, MAX_AGE, Robots
 
 SEVERAL = "User-agent: GPTBot\nUser-agent: CCBot\nDisallow: /\n\nUser-agent: *\nAllow: /\n"
 
@@ -219,6 +219,8 @@ def test_nothing_is_taken_from_a_site_that_cannot_say_what_it_reserves(
         lambda: web.Response(status=403),
         redirect("/.well-known/tdmrep.json"),
         redirect("mailto:a@b.org"),
+        redirect("http://10.0.0.1/login"),
+        redirect("http://login.invalid/"),
     ],
 )
 def test_a_site_without_a_tdm_file_reserves_nothing_by_it(tmp_path: Path, answer: Any) -> None:
@@ -246,6 +248,76 @@ def test_what_was_reserved_stays_so_while_the_site_cannot_say(
         site.pages["/"] = first
         result = Crawler(tmp_path / "home").crawl(site.url, max_delay=0.1)
     assert site.paths[TDM] > 1
+    assert {url.removeprefix(site.url) for url in result.pages} == {"/", "/open"}
+
+
+def test_new_rules_hold_with_what_was_reserved_while_the_site_cannot_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.time
+    shift = 0.0
+    monkeypatch.setattr("time.time", lambda: clock() + shift)
+    with tdm_site(lambda: web.json_response(RESERVED)) as site:
+
+        def first() -> web.Response:
+            nonlocal shift
+            shift = MAX_AGE + 60
+            rules = "User-agent: *\nDisallow: /open\n"
+            site.pages |= {TDM: down, "/robots.txt": lambda: web.Response(text=rules)}
+            links = page("/closed", "/open", "/a")
+            return web.Response(text=links, content_type="text/html")
+
+        def a() -> web.Response:
+            nonlocal shift
+            shift += ASK_AGAIN + 60
+            site.pages[TDM] = lambda: web.json_response([{"location": "/b", "tdm-reservation": 1}])
+            return web.Response(text=page("/b", "/c"), content_type="text/html")
+
+        site.pages |= {"/": first, "/a": a, "/b": page(), "/c": page()}
+        result = Crawler(tmp_path / "home").crawl(site.url, max_delay=0.1)
+    assert {url.removeprefix(site.url) for url in result.pages} == {"/", "/a", "/c"}
+    assert result.reason(f"{site.url}/open") == ("denied", "robots.txt disallows it")
+    assert result.reason(f"{site.url}/closed")[1] == f"{OPT_OUT}: tdmrep.json reserves /closed"
+    assert result.reason(f"{site.url}/b")[1] == f"{OPT_OUT}: tdmrep.json reserves /b"
+
+
+def test_rules_that_hid_the_tdm_file_are_no_word_on_what_it_reserves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.time
+    shift = 0.0
+    monkeypatch.setattr("time.time", lambda: clock() + shift)
+    with tdm_site(down) as site:
+        hidden = f"User-agent: *\nDisallow: {TDM}\n"
+
+        def first() -> web.Response:
+            nonlocal shift
+            shift = MAX_AGE + 60
+            site.pages["/robots.txt"] = lambda: web.Response(status=404)
+            return web.Response(text=page("/open"), content_type="text/html")
+
+        site.pages |= {"/": first, "/robots.txt": lambda: web.Response(text=hidden)}
+        result = Crawler(tmp_path / "home").crawl(site.url, max_delay=0.1)
+    assert result.reason(f"{site.url}/open") == ("error", "tdmrep.json answered 503")
+
+
+def test_a_long_pause_for_the_tdm_file_alone_leaves_no_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.time
+    shift = 0.0
+    monkeypatch.setattr("time.time", lambda: clock() + shift)
+    with tdm_site(lambda: web.json_response(RESERVED)) as site:
+
+        def first() -> web.Response:
+            nonlocal shift
+            shift = MAX_AGE + 60
+            site.pages[TDM] = lambda: web.Response(status=429, headers={"Retry-After": "86400"})
+            return web.Response(text=page("/closed", "/open"), content_type="text/html")
+
+        site.pages["/"] = first
+        result = Crawler(tmp_path / "home").crawl(site.url, max_delay=0.1)
+    assert site.paths[TDM] == 2
     assert {url.removeprefix(site.url) for url in result.pages} == {"/", "/open"}
 
 

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from datetime import datetime
+from functools import partial
 from urllib.parse import urlsplit
 
 from tasks.corpus import warc
@@ -37,6 +38,9 @@ SHARE_TO_LEAVE = 0.5  # some bad pages, each asked for several times, are no rea
 TDM_FILE = "/.well-known/tdmrep.json"
 MAX_TDM_BYTES = 1024 * 1024
 MAX_SITEMAP_BYTES = 50 * 1024 * 1024
+# To read so much takes a fifth of a second at worst, of a page whose elements are nested as deep
+# as can be. What is longer is read aside: other hosts do not wait for it (lxml lets go of the GIL).
+MAX_BYTES_AT_ONCE = 256 * 1024
 
 
 class _LeadsNowhere(FetchError):
@@ -389,7 +393,9 @@ class HostFetcher:
         answer = await self._client.ask(place, headers, types, size, self._site)
         self._latency += 0.3 * (answer.seconds - self._latency)
         self._bytes += len(answer.exchange.body)
-        return judged(request, answer, place, self._limits, self._aliases)
+        judge = partial(judged, request, answer, place, self._limits, self._aliases)
+        large = len(answer.exchange.body) > MAX_BYTES_AT_ONCE
+        return await asyncio.to_thread(judge) if large else judge()
 
 
 def _is_final(error: FetchError) -> bool:

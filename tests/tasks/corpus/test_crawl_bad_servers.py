@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,11 @@ import pytest
 from aiohttp import web
 from loopback_site import Crawler, LoopbackSite, page, small_site
 
+from tasks.corpus.client import Answer
 from tasks.corpus.crawl import CrawlConfig, SiteDown
+from tasks.corpus.fetch_plan import Request
+from tasks.corpus.host_fetcher import MAX_BYTES_AT_ONCE
+from tasks.corpus.judged import judged
 from tasks.runtime.errors import UserError
 
 
@@ -57,6 +62,30 @@ def test_a_compressed_bomb_is_too_large(crawler: Crawler) -> None:
     with LoopbackSite(small_site(**{"/a": explode})) as site:
         result = crawler.crawl(site.url, max_bytes=100_000)
     assert result.reason(f"{site.url}/a") == ("skipped", "too large")
+
+
+def test_other_hosts_do_not_wait_while_a_large_page_is_read(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_read, in_time = threading.Event(), []
+
+    def judge(request: Request, answer: Answer, *about: Any) -> Any:
+        if len(answer.exchange.body) > MAX_BYTES_AT_ONCE:
+            in_time.append(other_read.wait(10))
+        elif request.url == f"{other.url}/":
+            other_read.set()
+        return judged(request, answer, *about)
+
+    async def later() -> web.Response:
+        await asyncio.sleep(0.5)
+        return web.Response(text=page(), content_type="text/html")
+
+    monkeypatch.setattr("tasks.corpus.host_fetcher.judged", judge)
+    large = page("/a", text="word " * MAX_BYTES_AT_ONCE)
+    with LoopbackSite({"/": large, "/a": page()}) as site, LoopbackSite({"/": later}) as other:
+        result = crawler.crawl(f"{site.url}/", f"{other.url}/", partitions=1)
+    assert in_time == [True]
+    assert set(result.pages) == {f"{site.url}/", f"{site.url}/a", f"{other.url}/"}
 
 
 def coded(name: str, text: str) -> Any:

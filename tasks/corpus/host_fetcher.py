@@ -27,7 +27,7 @@ from tasks.corpus.fetch_plan import (
     Request,
 )
 from tasks.corpus.judged import REDIRECT, RETRIED, Judged, Retry, judged
-from tasks.corpus.opt_out import OPT_OUT, tdm_locations
+from tasks.corpus.opt_out import MAX_LOCATIONS, OPT_OUT, tdm_locations
 from tasks.corpus.robots import MAX_BYTES, MAX_REDIRECTS, Robots
 from tasks.corpus.segments import Segments
 from tasks.corpus.urls import canonical_url, host_of
@@ -263,7 +263,10 @@ class HostFetcher:
         text = decode_marked(body) or body.decode("utf-8", "replace")
         if answer.refused and text.lstrip().startswith(("[", "{")):  # no page that says "not found"
             raise FetchError(f"tdmrep.json: {answer.refused}")
-        return text if tdm_locations(text) else ""
+        locations = tdm_locations(text)
+        if len(locations) > MAX_LOCATIONS:
+            raise FetchError(f"tdmrep.json: more than {MAX_LOCATIONS:,} locations")
+        return text if locations else ""
 
     async def _ask_first(self, url: str, max_bytes: int) -> Answer:
         """What stands at an address that is asked for before all pages: once more, and again, where

@@ -11,7 +11,14 @@ from urllib.parse import urlsplit
 from protego import Protego
 
 from tasks.corpus.charset import decode_marked
-from tasks.corpus.opt_out import SEVERAL, named_agents, reserves, tdm_locations, tdm_reserves
+from tasks.corpus.opt_out import (
+    SEVERAL,
+    Location,
+    named_agents,
+    reserves,
+    tdm_locations,
+    tdm_reserves,
+)
 
 MAX_BYTES = 512 * 1024  # RFC 9309, section 2.5 asks for at least 500 KiB
 MAX_REDIRECTS = 5  # section 2.3.1.2
@@ -80,7 +87,7 @@ class Robots:
         return named_agents(self.text)
 
     @cached_property
-    def _locations(self) -> list[tuple[str, bool]]:
+    def _locations(self) -> list[Location]:
         return tdm_locations(self.tdm) if self.tdm else []
 
     def opts_out(self, url: str) -> str:

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import brotli
 import pytest
 from aiohttp import web
 from loopback_site import Crawler, LoopbackSite, page, small_site
@@ -97,6 +98,28 @@ def test_a_content_coding_that_is_none_costs_nothing(crawler: Crawler) -> None:
     pages = {"/": coded("UTF-8", page("/a", "/b")), "/a": coded("none", page()), "/b": page()}
     with LoopbackSite(pages) as site:
         assert len(crawler.crawl(site.url).pages) == 3
+
+
+def test_a_name_of_no_content_coding_is_not_believed_of_coded_bytes(crawler: Crawler) -> None:
+    packed = brotli.compress(page("/a", text=" ".join(map(str, range(999)))).encode())
+
+    def lz4() -> web.Response:
+        headers = {"Content-Encoding": "lz4"}
+        return web.Response(body=packed, content_type="text/plain", headers=headers)
+
+    pdf = b"%PDF-1.7\n" + bytes(range(256)) * 9
+
+    def none() -> web.Response:
+        headers = {"Content-Encoding": "none"}
+        return web.Response(body=pdf, content_type="application/pdf", headers=headers)
+
+    types = ("text/html", "text/plain", "application/pdf")
+    pages = {"/": page("/lz4", "/pdf"), "/lz4": lz4, "/pdf": none}
+    with LoopbackSite(pages) as site, LoopbackSite({"/": page(), "/robots.txt": lz4}) as other:
+        result = crawler.crawl(f"{site.url}/", f"{other.url}/", content_types=types)
+    assert result.reason(f"{site.url}/lz4") == ("error", "content coding lz4")
+    assert result.reason(f"{other.url}/") == ("error", "content coding lz4")
+    assert f"{site.url}/pdf" in result.pages
 
 
 def test_an_unknown_content_coding_is_asked_for_once_and_costs_no_other_page(

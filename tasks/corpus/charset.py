@@ -36,10 +36,13 @@ _WIDER = {
     "euc_jp": "euc_jis_2004",
     "euc_kr": "cp949",
 }
+# These have bytes without a character, which the Encoding Standard reads as control characters.
+_HOLED = re.compile(r"cp125\d|cp874")
 _CYRILLIC = {"x-mac-cyrillic": "mac_cyrillic", "x-mac-ukrainian": "mac_cyrillic"}
 _SAMPLE = 5000
 _WIDE_SHARE = 0.05
 _MIXED = "gristmill-mixed"
+_HOLES = "gristmill-holes"
 # Well-formed UTF-8 beyond ASCII (RFC 3629), near enough to count it.
 _CHARACTER = re.compile(
     rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
@@ -70,6 +73,9 @@ def decode(body: bytes, content_type: str = "") -> tuple[str, tuple[str, ...]]:
             continue
     if _is_mostly_utf8(body):
         return body.decode("utf-8", _MIXED), (*mended, "mixed-charset")
+    for encoding in filter(_HOLED.fullmatch, declared):
+        with contextlib.suppress(UnicodeDecodeError):
+            return body.decode(encoding, _HOLES), (*mended, "undecodable-bytes")
     # charset_normalizer reads every byte many times over: the ends of a long page are enough.
     sample = body if len(body) <= 2 * _SAMPLE else body[:_SAMPLE] + body[-_SAMPLE:]
     for match in from_bytes(sample):
@@ -135,7 +141,17 @@ def _as_windows(error: UnicodeError) -> tuple[str, int]:
     return piece.decode("cp1252", "replace"), error.end
 
 
+def _as_control(error: UnicodeError) -> tuple[str, int]:
+    """The bytes 0x80 to 0x9F that have no character; raises for others."""
+    assert isinstance(error, UnicodeDecodeError)
+    piece = error.object[error.start : error.end]
+    if max(piece) > 0x9F:
+        raise error
+    return piece.decode("latin-1"), error.end
+
+
 codecs.register_error(_MIXED, _as_windows)
+codecs.register_error(_HOLES, _as_control)
 
 
 def _declared(body: bytes, content_type: str) -> list[str]:

@@ -16,6 +16,7 @@ from aiohttp.connector import Connection
 from yarl import URL
 
 from tasks.corpus import warc
+from tasks.corpus.binary import binary_kind
 from tasks.corpus.content_coding import ACCEPTED, CodingError, Decoder, UnknownCoding
 from tasks.corpus.fetch_plan import Limits
 from tasks.corpus.guard import GuardedResolver, PrivateAddressError, endpoint
@@ -25,6 +26,8 @@ MAX_ERROR_BODY = 64 * 1024
 CONNECT_SECONDS = 15
 _DAMAGED = "truncated or damaged body"
 _CODING = "content coding"  # that nobody offered
+_CODED = ("compressed data", "unknown")  # what a body looks like in one that is not undone
+MAX_NAME = 40  # characters of a name that a server chose
 FINAL = ("private address", "TLS error", "credentials only over https", "proxy refuses")
 
 
@@ -173,6 +176,9 @@ class Client:
                         break
                 else:
                     decoder.finish()
+                # Most such names are slips of a server that codes nothing.
+                if decoder.unknown and binary_kind(bytes(body), content_type) in _CODED:
+                    raise UnknownCoding(decoder.unknown[0][:MAX_NAME])
             request_info = response.request_info
             path = URL(url, encoded=True).raw_path_qs
             head = f"GET {path} HTTP/1.1\r\n" + "".join(

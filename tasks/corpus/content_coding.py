@@ -13,7 +13,8 @@ import brotli
 from backports import zstd
 
 ACCEPTED = "gzip, deflate, br, zstd"
-_NAMES = {"gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate", "br": "br", "zstd": "zstd"}
+_NAMES = {name: name for name in ("gzip", "deflate", "br", "zstd")}
+_NAMES |= {"x-gzip": "gzip", "x-deflate": "deflate", "brotli": "br"}
 # Registered (IANA, HTTP Content Coding Registry) and offered by nobody.
 _OTHERS = frozenset({"aes128gcm", "compress", "dcb", "dcz", "exi", "pack200-gzip", "x-compress"})
 _MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
@@ -40,11 +41,13 @@ class Decoder:
     """
 
     def __init__(self, header: str, limit: int) -> None:
-        """`header` is Content-Encoding; names of no coding (`none`, `utf-8`) say nothing. Raises
-        UnknownCoding for a coding nobody offered."""
-        names = [name.strip().lower() for name in header.split(",")]
-        if unknown := _OTHERS.intersection(names):
-            raise UnknownCoding(min(unknown))
+        """`header` is Content-Encoding; what follows a `;` says nothing, nor do names of no coding
+        (`none`, `utf-8`), which `unknown` has. Raises UnknownCoding for a coding nobody offered."""
+        parts = [part.partition(";")[0].lower() for part in header.split(",")]
+        names = [name for part in parts for name in part.split()]
+        if others := _OTHERS.intersection(names):
+            raise UnknownCoding(min(others))
+        self.unknown = [name for name in names if name not in _NAMES]
         self._layers = [_Layer(_NAMES[name]) for name in reversed(names) if name in _NAMES]
         self._left = limit
 

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from datetime import datetime
+from functools import partial
 from urllib.parse import urlsplit
 
 from tasks.corpus import warc
@@ -26,7 +27,7 @@ from tasks.corpus.fetch_plan import (
     Request,
 )
 from tasks.corpus.judged import REDIRECT, RETRIED, Judged, Retry, judged
-from tasks.corpus.opt_out import OPT_OUT, tdm_locations
+from tasks.corpus.opt_out import MAX_LOCATIONS, OPT_OUT, tdm_locations
 from tasks.corpus.robots import MAX_BYTES, MAX_REDIRECTS, Robots
 from tasks.corpus.segments import Segments
 from tasks.corpus.urls import canonical_url, host_of
@@ -37,6 +38,13 @@ SHARE_TO_LEAVE = 0.5  # some bad pages, each asked for several times, are no rea
 TDM_FILE = "/.well-known/tdmrep.json"
 MAX_TDM_BYTES = 1024 * 1024
 MAX_SITEMAP_BYTES = 50 * 1024 * 1024
+# To read so much takes a fifth of a second at worst, of a page whose elements are nested as deep
+# as can be. What is longer is read aside: other hosts do not wait for it (lxml lets go of the GIL).
+MAX_BYTES_AT_ONCE = 256 * 1024
+
+
+class _LeadsNowhere(FetchError):
+    """A redirect led to another origin, which gives no answer and will give none."""
 
 
 class HostFetcher:
@@ -188,14 +196,16 @@ class HostFetcher:
         before = self._robots.get(origin)
         answer: Answer | None = None
         try:
-            answer = await self._ask_first(url, MAX_BYTES)
-            robots = _robots_of(answer)
+            answer = await self._ask_first(url, MAX_BYTES + 1)  # one more tells that there is more
+            robots = dataclasses.replace(_robots_of(answer), read_at=time.time())
             self._set_robots(origin, robots)  # its delay holds for the next request already
-            robots = dataclasses.replace(robots, tdm=await self._fetch_tdm(origin, robots))
+            if robots.policy == "none" and (answer.retry_after or 0) > self._limits.max_delay:
+                self._left = LONG_PAUSE
         except FetchError as error:
-            robots = Robots("none", failure=error.reason)
-        robots = dataclasses.replace(robots, read_at=time.time())
-        if before is not None:
+            robots = Robots("none", failure=error.reason, read_at=time.time())
+        if robots.policy != "none":
+            robots = await self._with_reservations(origin, robots, before)
+        elif before is not None:
             robots = before.kept_in_place_of(robots, time.time())
         self._set_robots(origin, robots)
         if answer is None or robots.failure or self._left:
@@ -214,17 +224,34 @@ class HostFetcher:
         records = warc.response_records(answer.exchange, digest, identifier)
         self._done.append(self._segments.append(outcome, records, self._aliases.place(url)))
 
-    async def _fetch_tdm(self, origin: str, robots: Robots) -> str:
-        """The origin's TDM reservations, empty where it has none.
-
-        Raises FetchError where it cannot say: then nobody knows what of it may be had.
+    async def _with_reservations(
+        self, origin: str, robots: Robots, before: Robots | None
+    ) -> Robots:
+        """The rules with what the origin reserves from text mining, for as long as it cannot say
+        with what it reserved `before`. If it never said, nobody knows what of it may be had.
         """
-        url = f"{origin}{TDM_FILE}"
-        wanted = robots.allows(self._aliases.place(url), self._limits.token)
-        if not (wanted and self._limits.honour_opt_outs) or self._delay > self._limits.max_delay:
-            return ""
+        if not self._wants_tdm(origin, robots) or self._delay > self._limits.max_delay:
+            return robots
         try:
-            answer = await self._ask_first(url, MAX_TDM_BYTES)
+            return dataclasses.replace(robots, tdm=await self._fetch_tdm(origin))
+        except FetchError as error:
+            if before is not None and self._wants_tdm(origin, before):
+                return robots.with_tdm_of(before, time.time())
+            return Robots("none", failure=error.reason, read_at=time.time())
+
+    def _wants_tdm(self, origin: str, robots: Robots) -> bool:
+        place = self._aliases.place(f"{origin}{TDM_FILE}")
+        return self._limits.honour_opt_outs and robots.allows(place, self._limits.token)
+
+    async def _fetch_tdm(self, origin: str) -> str:
+        """The origin's TDM reservations, empty where it has none. Raises FetchError where it cannot
+        say. A redirect to another origin that is not there leads to no file: where unknown
+        addresses are sent to a page for signing in, it says nothing of this one.
+        """
+        try:
+            answer = await self._ask_first(f"{origin}{TDM_FILE}", MAX_TDM_BYTES)
+        except _LeadsNowhere:
+            return ""
         except FetchError as error:
             raise FetchError(f"tdmrep.json: {error.reason}") from error
         found = _robots_of(answer)
@@ -236,7 +263,10 @@ class HostFetcher:
         text = decode_marked(body) or body.decode("utf-8", "replace")
         if answer.refused and text.lstrip().startswith(("[", "{")):  # no page that says "not found"
             raise FetchError(f"tdmrep.json: {answer.refused}")
-        return text if tdm_locations(text) else ""
+        locations = tdm_locations(text)
+        if len(locations) > MAX_LOCATIONS:
+            raise FetchError(f"tdmrep.json: more than {MAX_LOCATIONS:,} locations")
+        return text if locations else ""
 
     async def _ask_first(self, url: str, max_bytes: int) -> Answer:
         """What stands at an address that is asked for before all pages: once more, and again, where
@@ -252,12 +282,11 @@ class HostFetcher:
                     break
             except FetchError as error:
                 failure = error
-                if not error.may_pass or error.reason == "name not resolved":
+                if _is_final(error):
                     break
             if attempt > self._limits.retries:
                 break
             if after is not None and after > self._limits.max_delay:
-                self._left = LONG_PAUSE
                 break
             pause = 2.0 ** (attempt - 1) if after is None else after
             await asyncio.sleep(min(pause, self._limits.max_delay))
@@ -266,14 +295,21 @@ class HostFetcher:
         return answer
 
     async def _follow(self, url: str, max_bytes: int) -> Answer:
-        """The answer at the end of a chain of redirects, or the one that leads no further."""
+        """The answer at the end of a chain of redirects, or the one that leads no further. Raises
+        FetchError, _LeadsNowhere among them.
+        """
         target = url
         for _ in range(MAX_REDIRECTS + 1):
             await asyncio.sleep(max(self._pause(), 0))
             self._last_start = time.monotonic()
             self._requests += 1
             place = self._aliases.place(target)
-            answer = await self._client.ask(place, max_bytes=max_bytes, site=self._site)
+            try:
+                answer = await self._client.ask(place, max_bytes=max_bytes, site=self._site)
+            except FetchError as error:
+                if _is_final(error) and _origin(target) != _origin(url):
+                    raise _LeadsNowhere(error.reason) from error
+                raise
             self._bytes += len(answer.exchange.body)
             if answer.exchange.status not in REDIRECT or not answer.location:
                 break
@@ -360,7 +396,14 @@ class HostFetcher:
         answer = await self._client.ask(place, headers, types, size, self._site)
         self._latency += 0.3 * (answer.seconds - self._latency)
         self._bytes += len(answer.exchange.body)
-        return judged(request, answer, place, self._limits, self._aliases)
+        judge = partial(judged, request, answer, place, self._limits, self._aliases)
+        large = len(answer.exchange.body) > MAX_BYTES_AT_ONCE
+        return await asyncio.to_thread(judge) if large else judge()
+
+
+def _is_final(error: FetchError) -> bool:
+    """Whether an address that is asked for before all pages will not answer within this visit."""
+    return not error.may_pass or error.reason == "name not resolved"
 
 
 def _robots_of(answer: Answer) -> Robots:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from lxml import etree
 from lxml import html as lxml_html
 
-from tasks.corpus.charset import decode, known_encoding
+from tasks.corpus.charset import decode
 from tasks.corpus.opt_out import meta_reserves
 from tasks.corpus.urls import canonical_or_empty, link_target
 
@@ -46,13 +45,14 @@ def page_links(
 ) -> PageLinks:
     """Read an HTML page. `directives` are its X-Robots-Tag headers; `agent` our product token."""
     noindex, nofollow = robots_directives(directives, agent)
-    encoding = known_encoding(charset) if charset else None
-    if encoding and not _is_read_by_parser(encoding):
-        body, encoding = decode(body, f"charset={encoding}")[0].encode("utf-8", "replace"), "utf-8"
+    # Read as the text is: libxml2 knows fewer encodings, and ends a page without a word at the
+    # first byte that has no character in the one it was told.
+    text, _ = decode(body, f"charset={charset}" if charset else "")
     # Of the limits that `huge_tree` lifts, that of depth remains, at 2,048 elements.
-    parser = lxml_html.HTMLParser(encoding=encoding, no_network=True, huge_tree=True)
+    parser = lxml_html.HTMLParser(encoding="utf-8", no_network=True, huge_tree=True)
     try:
-        tree = lxml_html.document_fromstring(body.replace(b"\x00", b""), parser=parser)
+        data = text.replace("\x00", "").encode("utf-8", "replace")
+        tree = lxml_html.document_fromstring(data, parser=parser)
     except (etree.ParserError, etree.XMLSyntaxError, ValueError, AssertionError):
         return PageLinks(noindex=noindex, nofollow=nofollow)
     base, canonical, reserved = url, "", ""
@@ -81,18 +81,6 @@ def page_links(
     links, invalid, left_out = _resolve(() if nofollow else hrefs, base, MAX_LINKS)
     clipped = met_limit(parser)
     return PageLinks(links, canonical, noindex, nofollow, invalid, left_out, clipped, reserved)
-
-
-@lru_cache
-def _is_read_by_parser(encoding: str) -> bool:
-    """libxml2 knows fewer than Python. NULs are taken out of what it reads; in wide encodings they
-    are parts of characters.
-    """
-    try:
-        lxml_html.HTMLParser(encoding=encoding)
-    except LookupError:
-        return False
-    return not encoding.startswith(("utf-16", "utf-32"))
 
 
 def met_limit(parser: etree.HTMLParser) -> bool:

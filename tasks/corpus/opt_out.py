@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property
 
 # Product tokens whose only stated purpose is to gather text for language models.
 AI_AGENTS = (
@@ -33,6 +34,7 @@ AI_AGENTS = (
     "Omgilibot",
 )
 OPT_OUT = "opts out of text mining"
+MAX_LOCATIONS = 10_000  # of a tdmrep.json; each page is asked of all
 SEVERAL = 2  # shut out by name; one alone may be about that company
 NO_AI = frozenset({"noai"})
 _SIGNAL = re.compile(
@@ -82,31 +84,59 @@ def meta_reserves(name: str, content: str) -> str:
     return ""
 
 
-def tdm_locations(text: str) -> list[tuple[str, bool]]:
-    """(pattern, whether it is reserved) of a tdmrep.json; nothing where it is none."""
+@dataclass(frozen=True)
+class Location:
+    """A location of a tdmrep.json. No regular expression: there may be thousands, and the stars of
+    somebody else's pattern could make one take for ever.
+    """
+
+    pattern: str
+    reserved: bool
+
+    @cached_property
+    def _parts(self) -> list[str]:
+        return re.split(r"\*+", self.pattern.removesuffix("$"))
+
+    def matches(self, path: str) -> bool:
+        """As rules of robots.txt do (RFC 9309, section 2.2.3): the parts between stars stand in
+        `path` in this order, the first at its beginning, with `$` the last at its end.
+        """
+        first, *others = self._parts
+        if not path.startswith(first):
+            return False
+        at = len(first)
+        last = others.pop() if others and self.pattern.endswith("$") else None
+        for part in others:
+            at = path.find(part, at)
+            if at < 0:
+                return False
+            at += len(part)
+        if last is not None:
+            return path.endswith(last, at)
+        return at == len(path) or not self.pattern.endswith("$")
+
+
+def tdm_locations(text: str) -> list[Location]:
+    """The locations of a tdmrep.json in the order in which they decide: the longest first, of
+    equally long ones the last. Nothing where it is none.
+    """
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return []
     rules = found if isinstance(found, list) else [found]
-    return [
-        (str(rule.get("location", "/")), str(rule.get("tdm-reservation", 0)) == "1")
-        for rule in rules
-        if isinstance(rule, dict)
-    ]
+    locations: dict[str, Location] = {}
+    for rule in reversed(rules):
+        if isinstance(rule, dict):
+            pattern = str(rule.get("location", "/"))
+            reserved = str(rule.get("tdm-reservation", 0)) == "1"
+            locations.setdefault(pattern, Location(pattern, reserved))
+    return sorted(locations.values(), key=lambda location: -len(location.pattern))
 
 
-def tdm_reserves(locations: Iterable[tuple[str, bool]], path: str) -> str:
+def tdm_reserves(locations: Iterable[Location], path: str) -> str:
     """The location of a tdmrep.json that reserves `path` (query included), or empty."""
-    best = ("", False)
-    for pattern, reserved in locations:
-        if len(pattern) >= len(best[0]) and _location(pattern).match(path):
-            best = (pattern, reserved)
-    return f"tdmrep.json reserves {best[0]}" if best[1] else ""
-
-
-@lru_cache(maxsize=1024)
-def _location(pattern: str) -> re.Pattern[str]:
-    whole = pattern.endswith("$")
-    parts = [re.escape(part) for part in re.split(r"\*+", pattern.removesuffix("$")[:500])]
-    return re.compile(".*?".join(parts[:20]) + (r"\Z" if whole else ""), re.DOTALL)
+    for location in locations:
+        if location.matches(path):
+            return f"tdmrep.json reserves {location.pattern}" if location.reserved else ""
+    return ""

@@ -11,7 +11,14 @@ from urllib.parse import urlsplit
 from protego import Protego
 
 from tasks.corpus.charset import decode_marked
-from tasks.corpus.opt_out import SEVERAL, named_agents, reserves, tdm_locations, tdm_reserves
+from tasks.corpus.opt_out import (
+    SEVERAL,
+    Location,
+    named_agents,
+    reserves,
+    tdm_locations,
+    tdm_reserves,
+)
 
 MAX_BYTES = 512 * 1024  # RFC 9309, section 2.5 asks for at least 500 KiB
 MAX_REDIRECTS = 5  # section 2.3.1.2
@@ -42,7 +49,7 @@ class Robots:
         429 is counted with the server errors: such a server wants fewer requests, not more.
         """
         if 200 <= status < 300:
-            head, clipped = body[:MAX_BYTES], len(body) >= MAX_BYTES
+            head, clipped = body[:MAX_BYTES], len(body) > MAX_BYTES
             text = decode_marked(head) or head.decode("utf-8", "replace")
             if clipped:  # `Disallow: /` would be left of a rule cut in two
                 text = text[: max(text.rfind("\n"), text.rfind("\r")) + 1]
@@ -61,6 +68,10 @@ class Robots:
             return newer
         return replace(self, read_at=now - MAX_AGE + ASK_AGAIN)
 
+    def with_tdm_of(self, older: Robots, now: float) -> Robots:
+        """These rules with older reservations, for as long as the server cannot say of them."""
+        return replace(self, tdm=older.tdm, read_at=now - MAX_AGE + ASK_AGAIN)
+
     @cached_property
     def _rules(self) -> Any:
         return Protego.parse(self.text)
@@ -76,7 +87,7 @@ class Robots:
         return named_agents(self.text)
 
     @cached_property
-    def _locations(self) -> list[tuple[str, bool]]:
+    def _locations(self) -> list[Location]:
         return tdm_locations(self.tdm) if self.tdm else []
 
     def opts_out(self, url: str) -> str:

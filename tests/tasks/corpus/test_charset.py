@@ -87,6 +87,27 @@ def test_labels_mean_what_browsers_read_under_them(label: str, encoding: str, wo
     assert decode(named)[0].endswith(page)
 
 
+@pytest.mark.parametrize(
+    ("label", "encoding", "words"),
+    [
+        ("iso-8859-9", "cp1254", "Bu bir Türkçe metindir ve şığ "),
+        ("windows-1252", "cp1252", "Grüße aus Köln – naïve. "),
+        ("tis-620", "cp874", "ภาษาไทย "),
+    ],
+)
+def test_a_stray_byte_without_a_character_spoils_no_declared_page(
+    label: str, encoding: str, words: str
+) -> None:
+    text = (words * 30).encode(encoding)
+    found = decode(text + b"\x81\x90" + text, f"text/html; charset={label}")
+    assert found == (f"{words * 30}\x81\x90{words * 30}", ("undecodable-bytes",))
+
+
+def test_a_charset_that_reads_all_of_the_page_goes_before_one_that_does_not() -> None:
+    page = f'<meta charset="shift_jis">{"日本語の文章です。" * 9}'
+    assert decode(page.encode("cp932"), "text/html; charset=iso-8859-1") == (page, ())
+
+
 @pytest.mark.parametrize("label", ["undefined", "idna", "base64", "rot13", "no-such"])
 def test_a_label_that_is_no_charset_is_passed_over(label: str) -> None:
     text = "Съешь же ещё этих мягких французских булок, да выпей чаю. " * 40

@@ -2,14 +2,20 @@
 
 import asyncio
 import gzip
+import threading
 from pathlib import Path
 from typing import Any
 
+import brotli
 import pytest
 from aiohttp import web
 from loopback_site import Crawler, LoopbackSite, page, small_site
 
+from tasks.corpus.client import Answer
 from tasks.corpus.crawl import CrawlConfig, SiteDown
+from tasks.corpus.fetch_plan import Request
+from tasks.corpus.host_fetcher import MAX_BYTES_AT_ONCE
+from tasks.corpus.judged import judged
 from tasks.runtime.errors import UserError
 
 
@@ -59,6 +65,30 @@ def test_a_compressed_bomb_is_too_large(crawler: Crawler) -> None:
     assert result.reason(f"{site.url}/a") == ("skipped", "too large")
 
 
+def test_other_hosts_do_not_wait_while_a_large_page_is_read(
+    crawler: Crawler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other_read, in_time = threading.Event(), []
+
+    def judge(request: Request, answer: Answer, *about: Any) -> Any:
+        if len(answer.exchange.body) > MAX_BYTES_AT_ONCE:
+            in_time.append(other_read.wait(10))
+        elif request.url == f"{other.url}/":
+            other_read.set()
+        return judged(request, answer, *about)
+
+    async def later() -> web.Response:
+        await asyncio.sleep(0.5)
+        return web.Response(text=page(), content_type="text/html")
+
+    monkeypatch.setattr("tasks.corpus.host_fetcher.judged", judge)
+    large = page("/a", text="word " * MAX_BYTES_AT_ONCE)
+    with LoopbackSite({"/": large, "/a": page()}) as site, LoopbackSite({"/": later}) as other:
+        result = crawler.crawl(f"{site.url}/", f"{other.url}/", partitions=1)
+    assert in_time == [True]
+    assert set(result.pages) == {f"{site.url}/", f"{site.url}/a", f"{other.url}/"}
+
+
 def coded(name: str, text: str) -> Any:
     headers = {"Content-Encoding": name}
     return lambda: web.Response(body=text.encode(), content_type="text/html", headers=headers)
@@ -68,6 +98,28 @@ def test_a_content_coding_that_is_none_costs_nothing(crawler: Crawler) -> None:
     pages = {"/": coded("UTF-8", page("/a", "/b")), "/a": coded("none", page()), "/b": page()}
     with LoopbackSite(pages) as site:
         assert len(crawler.crawl(site.url).pages) == 3
+
+
+def test_a_name_of_no_content_coding_is_not_believed_of_coded_bytes(crawler: Crawler) -> None:
+    packed = brotli.compress(page("/a", text=" ".join(map(str, range(999)))).encode())
+
+    def lz4() -> web.Response:
+        headers = {"Content-Encoding": "lz4"}
+        return web.Response(body=packed, content_type="text/plain", headers=headers)
+
+    pdf = b"%PDF-1.7\n" + bytes(range(256)) * 9
+
+    def none() -> web.Response:
+        headers = {"Content-Encoding": "none"}
+        return web.Response(body=pdf, content_type="application/pdf", headers=headers)
+
+    types = ("text/html", "text/plain", "application/pdf")
+    pages = {"/": page("/lz4", "/pdf"), "/lz4": lz4, "/pdf": none}
+    with LoopbackSite(pages) as site, LoopbackSite({"/": page(), "/robots.txt": lz4}) as other:
+        result = crawler.crawl(f"{site.url}/", f"{other.url}/", content_types=types)
+    assert result.reason(f"{site.url}/lz4") == ("error", "content coding lz4")
+    assert result.reason(f"{other.url}/") == ("error", "content coding lz4")
+    assert f"{site.url}/pdf" in result.pages
 
 
 def test_an_unknown_content_coding_is_asked_for_once_and_costs_no_other_page(

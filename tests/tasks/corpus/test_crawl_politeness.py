@@ -129,6 +129,17 @@ def test_a_rule_cut_in_two_by_the_most_that_is_read_is_no_rule(crawler: Crawler)
     )
 
 
+def test_a_file_as_long_as_is_read_has_all_its_lines(crawler: Crawler) -> None:
+    head, last = b"User-agent: *\n", b"\nDisallow: /a"
+    robots = head + b"#" * (MAX_BYTES - len(head + last)) + last
+    with LoopbackSite(small_site()) as site:
+        site.pages["/robots.txt"] = lambda: web.Response(body=robots)
+        result = crawler.crawl(site.url)
+    assert result.reason(f"{site.url}/a") == ("denied", "robots.txt disallows it")
+    hosts = next(report.body for report in result.outcome.reports if report.key == "crawl-hosts")
+    assert "longer" not in hosts[0]["note"]
+
+
 @pytest.mark.parametrize("codec", ["utf-16", "utf-16-be", "utf-8-sig"])
 def test_rules_in_another_unicode_form_hold(crawler: Crawler, codec: str) -> None:
     mark = "\ufeff" if codec == "utf-16-be" else ""

@@ -143,6 +143,30 @@ def test_links_of_a_page_whose_charset_is_none(label: str) -> None:
         assert found.links == ("http://example.org/x",)
 
 
+LABELS = ("iso-8859-1", "latin1", "us-ascii", "windows-1252", "iso-8859-9", "iso-8859-11", "big5")
+
+
+@pytest.mark.parametrize("label", [*LABELS, "tis-620", "shift_jis", "euc-kr", "euc-jp", "utf-8"])
+@pytest.mark.parametrize("place", ["header", "meta"])
+def test_a_page_in_utf8_is_read_to_its_end_whatever_it_says_of_itself(
+    label: str, place: str
+) -> None:
+    meta = f'<meta charset="{label}">' if place == "meta" else ""
+    opt_out = '<meta name="robots" content="noindex, noai">'
+    head = f"<html><head>{meta}<title>“Ángel” Íñigo и мир</title>{opt_out}</head>"
+    page = f'{head}<body><a href="/first">x</a>{"y" * 9000}“hi”<a href="/last">x</a>'
+    found = page_links(page.encode(), BASE, label if place == "header" else None, (), "Gristmill")
+    assert found.links == ("http://example.org/first", "http://example.org/last")
+    assert found.noindex and found.reserved == "meta noai"
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_byte_that_its_charset_has_no_character_for_ends_no_page(label: str) -> None:
+    body = b'<p>\xe9\xff \x81 \x9d\x8d</p><a href="/x">x</a>' * 2
+    found = page_links(body, BASE, label, (), "Gristmill")
+    assert found.links == ("http://example.org/x",)
+
+
 @pytest.mark.parametrize(
     "content", ["0; url=/next", "5;URL='/next'", '0, url="/next"', " 3 ; /next", "0.5;url = /next"]
 )

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,24 @@ from typing import Any
 import pytest
 from aiohttp import web
 from crawled import Page, crawl, html
+from hypothesis import given
+from hypothesis import strategies as st
 from inline_shards import stages_inline
 from loopback_site import Crawler, LoopbackSite, page, redirect
 
 from tasks.corpus.extract import ExtractConfig, extract
 from tasks.corpus.host_fetcher import MAX_TDM_BYTES
 from tasks.corpus.opt_out import (
+    MAX_LOCATIONS,
     OPT_OUT,
+    Location,
     headers_reserve,
     meta_reserves,
     reserves,
     tdm_locations,
     tdm_reserves,
 )
-from tasks.corpus.robots import MAX_AGE, Robots
+from tasks.corpus.robots import ASK_AGAIN, MAX_AGE, Robots
 
 SEVERAL = "User-agent: GPTBot\nUser-agent: CCBot\nDisallow: /\n\nUser-agent: *\nAllow: /\n"
 
@@ -187,6 +192,10 @@ async def silent() -> web.Response:
     return web.Response()
 
 
+def too_many() -> web.Response:
+    return web.json_response([{"location": f"/{n}"} for n in range(MAX_LOCATIONS + 1)])
+
+
 def too_large() -> web.Response:
     return web.Response(text="[" + " " * MAX_TDM_BYTES + "]")
 
@@ -197,6 +206,7 @@ def too_large() -> web.Response:
         (down, "tdmrep.json answered 503"),
         (silent, "tdmrep.json: timeout"),
         (too_large, "tdmrep.json: too large"),
+        (too_many, "tdmrep.json: more than 10,000 locations"),
     ],
 )
 def test_nothing_is_taken_from_a_site_that_cannot_say_what_it_reserves(
@@ -219,6 +229,8 @@ def test_nothing_is_taken_from_a_site_that_cannot_say_what_it_reserves(
         lambda: web.Response(status=403),
         redirect("/.well-known/tdmrep.json"),
         redirect("mailto:a@b.org"),
+        redirect("http://10.0.0.1/login"),
+        redirect("http://login.invalid/"),
     ],
 )
 def test_a_site_without_a_tdm_file_reserves_nothing_by_it(tmp_path: Path, answer: Any) -> None:
@@ -249,6 +261,76 @@ def test_what_was_reserved_stays_so_while_the_site_cannot_say(
     assert {url.removeprefix(site.url) for url in result.pages} == {"/", "/open"}
 
 
+def test_new_rules_hold_with_what_was_reserved_while_the_site_cannot_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.time
+    shift = 0.0
+    monkeypatch.setattr("time.time", lambda: clock() + shift)
+    with tdm_site(lambda: web.json_response(RESERVED)) as site:
+
+        def first() -> web.Response:
+            nonlocal shift
+            shift = MAX_AGE + 60
+            rules = "User-agent: *\nDisallow: /open\n"
+            site.pages |= {TDM: down, "/robots.txt": lambda: web.Response(text=rules)}
+            links = page("/closed", "/open", "/a")
+            return web.Response(text=links, content_type="text/html")
+
+        def a() -> web.Response:
+            nonlocal shift
+            shift += ASK_AGAIN + 60
+            site.pages[TDM] = lambda: web.json_response([{"location": "/b", "tdm-reservation": 1}])
+            return web.Response(text=page("/b", "/c"), content_type="text/html")
+
+        site.pages |= {"/": first, "/a": a, "/b": page(), "/c": page()}
+        result = Crawler(tmp_path / "home").crawl(site.url, max_delay=0.1)
+    assert {url.removeprefix(site.url) for url in result.pages} == {"/", "/a", "/c"}
+    assert result.reason(f"{site.url}/open") == ("denied", "robots.txt disallows it")
+    assert result.reason(f"{site.url}/closed")[1] == f"{OPT_OUT}: tdmrep.json reserves /closed"
+    assert result.reason(f"{site.url}/b")[1] == f"{OPT_OUT}: tdmrep.json reserves /b"
+
+
+def test_rules_that_hid_the_tdm_file_are_no_word_on_what_it_reserves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.time
+    shift = 0.0
+    monkeypatch.setattr("time.time", lambda: clock() + shift)
+    with tdm_site(down) as site:
+        hidden = f"User-agent: *\nDisallow: {TDM}\n"
+
+        def first() -> web.Response:
+            nonlocal shift
+            shift = MAX_AGE + 60
+            site.pages["/robots.txt"] = lambda: web.Response(status=404)
+            return web.Response(text=page("/open"), content_type="text/html")
+
+        site.pages |= {"/": first, "/robots.txt": lambda: web.Response(text=hidden)}
+        result = Crawler(tmp_path / "home").crawl(site.url, max_delay=0.1)
+    assert result.reason(f"{site.url}/open") == ("error", "tdmrep.json answered 503")
+
+
+def test_a_long_pause_for_the_tdm_file_alone_leaves_no_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = time.time
+    shift = 0.0
+    monkeypatch.setattr("time.time", lambda: clock() + shift)
+    with tdm_site(lambda: web.json_response(RESERVED)) as site:
+
+        def first() -> web.Response:
+            nonlocal shift
+            shift = MAX_AGE + 60
+            site.pages[TDM] = lambda: web.Response(status=429, headers={"Retry-After": "86400"})
+            return web.Response(text=page("/closed", "/open"), content_type="text/html")
+
+        site.pages["/"] = first
+        result = Crawler(tmp_path / "home").crawl(site.url, max_delay=0.1)
+    assert site.paths[TDM] == 2
+    assert {url.removeprefix(site.url) for url in result.pages} == {"/", "/open"}
+
+
 @pytest.mark.parametrize(
     ("text", "path", "reserved"),
     [
@@ -259,6 +341,12 @@ def test_what_was_reserved_stays_so_while_the_site_cannot_say(
         ('{"tdm-reservation": 1}', "/anything", True),
         ('[{"location": "/x(", "tdm-reservation": 1}, 3, null]', "/x(y", True),
         ('[{"location": 7, "tdm-reservation": []}]', "/", False),
+        ('[{"location": "/*.pdf$", "tdm-reservation": 1}]', "/x.pdf/y.pdf", True),
+        ('[{"location": "/*.pdf$", "tdm-reservation": 1}]', "/x.pdf?y", False),
+        ('[{"location": "/a*a$", "tdm-reservation": 1}]', "/a", False),
+        ('[{"location": "/a*", "tdm-reservation": 1}, {"location": "/ab"}]', "/ab", False),
+        ('[{"location": "/ab"}, {"location": "/a*", "tdm-reservation": 1}]', "/ab", True),
+        ('[{"location": "/"}, {"location": "/", "tdm-reservation": 1}]', "/", True),
         ("<html>not found</html>", "/", False),
         ("[" * 100_000, "/", False),
         ("", "/", False),
@@ -271,3 +359,20 @@ def test_any_text_is_a_tdm_file(text: str, path: str, reserved: bool) -> None:
 def test_a_pattern_of_many_stars_takes_no_time() -> None:
     bomb = json.dumps([{"location": "/*a" * 200, "tdm-reservation": 1}])
     tdm_reserves(tdm_locations(bomb), "/" + "a" * 300 + "b")
+
+
+@given(st.text("/ab*$", max_size=8), st.text("/ab", max_size=12))
+def test_locations_match_as_their_regular_expressions_do(pattern: str, path: str) -> None:
+    parts = (re.escape(part) for part in pattern.removesuffix("$").split("*"))
+    expression = ".*".join(parts) + (r"\Z" if pattern.endswith("$") else "")
+    assert Location(pattern, True).matches(path) is bool(re.match(expression, path))
+
+
+def test_many_locations_take_no_time() -> None:
+    rules = [{"location": f"/*x{n}/*.pdf$", "tdm-reservation": 1} for n in range(MAX_LOCATIONS)]
+    robots = Robots("all", tdm=json.dumps(rules))
+    assert robots.opts_out("http://e.org/x1/a.pdf")
+    begun = time.process_time()
+    for n in range(10):
+        assert not robots.opts_out(f"http://e.org/page/{n}")
+    assert time.process_time() - begun < 1

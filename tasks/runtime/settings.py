@@ -146,10 +146,10 @@ class Settings(BaseModel):
             "MLFLOW_TRACKING_URI": self.mlflow,
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Embedded, Ray otherwise takes 127.0.0.1 as the machine's public address and listens
+            # everywhere. Said both ways, as other settings may have been applied before.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if self.ray_address is None else "1",
         }
-        if self.ray_address is None:
-            # Ray otherwise takes 127.0.0.1 as the machine's public address and listens everywhere.
-            environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         if self.ray_token_path.exists():
             environment |= {
                 "RAY_AUTH_MODE": "token",

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import secrets
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 
 from tasks.runtime.rest import Refused, call
 from tasks.runtime.settings import Settings
@@ -76,6 +76,13 @@ def start(settings: Settings, log: Path, *arguments: str) -> psutil.Popen:
         )
 
 
+def own_address() -> str:
+    """The machine's own, as Ray finds it where nothing was said of loopback in this process."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
     """A cluster of one node, on the machine's own address as another node could not join one on
@@ -87,7 +94,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stack]:
         (home / "ray.token").write_text(secrets.token_hex(32))
         settings = Settings(
             home=home,
-            ray_address=f"{ray.util.get_node_ip_address()}:{gcs}",
+            ray_address=f"{own_address()}:{gcs}",
             ray_dashboard_url=f"http://127.0.0.1:{dashboard}",
             mlflow_url=f"sqlite:///{home}/mlflow.db",
         )

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,11 @@ hypothesis.settings.register_profile("gristmill", deadline=None)
 hypothesis.settings.load_profile("gristmill")
 
 CHECKOUT = Path(__file__).parents[1]
+
+
+def pytest_configure() -> None:
+    """Whoever ends the tests by SIGTERM leaves no stack behind, as with control-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def free_ports(count: int) -> list[int]:

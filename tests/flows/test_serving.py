@@ -28,10 +28,12 @@ class Stack:
         self.deploys = 0
         self.served: list[tuple[str, dict[str, Any]]] = []
         monkeypatch.setattr(models, "models", lambda: sorted({v.model for v in self.known}))
-        of = lambda model: [one for one in self.known if one.model == model]  # noqa: E731
-        monkeypatch.setattr(models, "versions", of)
+        monkeypatch.setattr(models, "versions", self._versions)
         monkeypatch.setattr("flows.deploy.deploy_version", self._write)
         monkeypatch.setattr(serving, "deploy", self._serve)
+
+    def _versions(self, model: str) -> list[models.Version]:
+        return [one for one in self.known if one.model == model]
 
     def register(self, model: str, number: str, *aliases: str) -> None:
         artifact = f"finetune/{model}{number}"

@@ -23,12 +23,12 @@ from tasks.training.finetune import FinetuneConfig
 from tasks.training.pretrain import PretrainConfig, pretrain
 from tests.foreign_checkpoints import byte_level
 from tests.tasks.corpus.inline_shards import InlineSession
-from tests.tasks.export.test_export import commit, home  # noqa: F401
+from tests.tasks.made_artifacts import commit
 from tests.tiny_models import transformer
 
 
 @pytest.fixture
-def theirs(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+def theirs(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint whose tokenizer is in another layout."""
     monkeypatch.setenv("GRISTMILL_SOURCE_ROOTS", str(home))
     monkeypatch.setattr("tasks.training.made.ray_session", InlineSession)

@@ -176,12 +176,12 @@ class Failing:
 
 
 def test_a_program_that_fails_is_left_and_its_answer_goes_on(
-    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, (prompt,) = transformer(), prompts(1)
     core = Core(model, None, slots=3, compiled=True)
     failing = Failing()
-    core.runner.single = failing  # type: ignore[assignment]
+    monkeypatch.setattr(core.runner, "single", failing)
     core.add(core.sequence("1", prompt, GREEDY))
     answer: list[int] = []
     with caplog.at_level(logging.WARNING):

@@ -11,6 +11,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import pytest
 from aiohttp import web
 
 from tasks.corpus.crawl import CrawlConfig, crawl_site
@@ -22,6 +23,15 @@ from tasks.runtime.stage import Outcome, Workspace, discard
 from tasks.runtime.store import MANIFEST, Store
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Clock:
+    """The time, for a test that does not want to wait for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ahead = 0.0  # seconds
+        now = time.time
+        monkeypatch.setattr("time.time", lambda: now() + self.ahead)
 
 
 def page(*links: str, text: str = "Some words.", head: str = "") -> str:

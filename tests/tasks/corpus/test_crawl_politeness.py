@@ -1,7 +1,6 @@
 """The crawler asks a host as rarely as it wishes: rules, delays, pauses, limits over all hosts."""
 
 import asyncio
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import datetime
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from loopback_site import Crawler, CrawlResult, LoopbackSite, page, small_site
+from loopback_site import Clock, Crawler, CrawlResult, LoopbackSite, page, small_site
 
 from tasks.corpus.crawl import SiteDown
 from tasks.corpus.robots import ASK_AGAIN, MAX_AGE, MAX_BYTES
@@ -212,14 +211,11 @@ def crawl_with_old_rules(
 ) -> tuple[CrawlResult, LoopbackSite]:
     """A crawl in small rounds; `after` seconds pass behind the first page, and robots.txt answers
     with `later` from then on."""
-    clock = time.time
-    shift = 0.0
-    monkeypatch.setattr("time.time", lambda: clock() + shift)
+    clock = Clock(monkeypatch)
     with LoopbackSite({}, "User-agent: *\nDisallow: /b\n") as site:
 
         def first() -> web.Response:
-            nonlocal shift
-            shift = after
+            clock.ahead = after
             site.pages["/robots.txt"] = later
             return web.Response(text=page("/a", "/b"), content_type="text/html")
 
@@ -261,9 +257,7 @@ def test_rules_of_today_are_not_asked_for_again(
 def test_a_host_that_could_not_say_is_asked_again_later_in_the_crawl(
     crawler: Crawler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = time.time
-    shift = 0.0
-    monkeypatch.setattr("time.time", lambda: clock() + shift)
+    clock = Clock(monkeypatch)
     with (
         LoopbackSite({"/": page()}) as other,
         LoopbackSite({"/": page("/a"), "/b": page()}) as site,
@@ -271,8 +265,7 @@ def test_a_host_that_could_not_say_is_asked_again_later_in_the_crawl(
         other.pages["/robots.txt"] = lambda: web.Response(status=503)
 
         def a() -> web.Response:
-            nonlocal shift
-            shift = ASK_AGAIN + 60
+            clock.ahead = ASK_AGAIN + 60
             other.pages["/robots.txt"] = lambda: web.Response(status=404)
             return web.Response(text=page("/b"), content_type="text/html")
 

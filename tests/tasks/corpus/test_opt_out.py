@@ -13,7 +13,7 @@ from crawled import Page, crawl, html
 from hypothesis import given
 from hypothesis import strategies as st
 from inline_shards import stages_inline
-from loopback_site import Crawler, LoopbackSite, page, redirect
+from loopback_site import Clock, Crawler, LoopbackSite, page, redirect
 
 from tasks.corpus.extract import ExtractConfig, extract
 from tasks.corpus.host_fetcher import MAX_TDM_BYTES
@@ -244,14 +244,11 @@ def test_a_site_without_a_tdm_file_reserves_nothing_by_it(tmp_path: Path, answer
 def test_what_was_reserved_stays_so_while_the_site_cannot_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = time.time
-    shift = 0.0
-    monkeypatch.setattr("time.time", lambda: clock() + shift)
+    clock = Clock(monkeypatch)
     with tdm_site(lambda: web.json_response(RESERVED)) as site:
 
         def first() -> web.Response:
-            nonlocal shift
-            shift = MAX_AGE + 60
+            clock.ahead = MAX_AGE + 60
             site.pages[TDM] = down
             return web.Response(text=page("/closed", "/open"), content_type="text/html")
 
@@ -264,22 +261,18 @@ def test_what_was_reserved_stays_so_while_the_site_cannot_say(
 def test_new_rules_hold_with_what_was_reserved_while_the_site_cannot_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = time.time
-    shift = 0.0
-    monkeypatch.setattr("time.time", lambda: clock() + shift)
+    clock = Clock(monkeypatch)
     with tdm_site(lambda: web.json_response(RESERVED)) as site:
 
         def first() -> web.Response:
-            nonlocal shift
-            shift = MAX_AGE + 60
+            clock.ahead = MAX_AGE + 60
             rules = "User-agent: *\nDisallow: /open\n"
             site.pages |= {TDM: down, "/robots.txt": lambda: web.Response(text=rules)}
             links = page("/closed", "/open", "/a")
             return web.Response(text=links, content_type="text/html")
 
         def a() -> web.Response:
-            nonlocal shift
-            shift += ASK_AGAIN + 60
+            clock.ahead += ASK_AGAIN + 60
             site.pages[TDM] = lambda: web.json_response([{"location": "/b", "tdm-reservation": 1}])
             return web.Response(text=page("/b", "/c"), content_type="text/html")
 
@@ -294,15 +287,12 @@ def test_new_rules_hold_with_what_was_reserved_while_the_site_cannot_say(
 def test_rules_that_hid_the_tdm_file_are_no_word_on_what_it_reserves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = time.time
-    shift = 0.0
-    monkeypatch.setattr("time.time", lambda: clock() + shift)
+    clock = Clock(monkeypatch)
     with tdm_site(down) as site:
         hidden = f"User-agent: *\nDisallow: {TDM}\n"
 
         def first() -> web.Response:
-            nonlocal shift
-            shift = MAX_AGE + 60
+            clock.ahead = MAX_AGE + 60
             site.pages["/robots.txt"] = lambda: web.Response(status=404)
             return web.Response(text=page("/open"), content_type="text/html")
 
@@ -314,14 +304,11 @@ def test_rules_that_hid_the_tdm_file_are_no_word_on_what_it_reserves(
 def test_a_long_pause_for_the_tdm_file_alone_leaves_no_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = time.time
-    shift = 0.0
-    monkeypatch.setattr("time.time", lambda: clock() + shift)
+    clock = Clock(monkeypatch)
     with tdm_site(lambda: web.json_response(RESERVED)) as site:
 
         def first() -> web.Response:
-            nonlocal shift
-            shift = MAX_AGE + 60
+            clock.ahead = MAX_AGE + 60
             site.pages[TDM] = lambda: web.Response(status=429, headers={"Retry-After": "86400"})
             return web.Response(text=page("/closed", "/open"), content_type="text/html")
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flows.corpus import CorpusParams
 from flows.pretrain import train_base
 from model.families import family_of
 from model.huggingface import save_directory
@@ -357,7 +358,7 @@ def test_weights_that_cannot_be_gone_on_from_are_refused_before_any_work(
         file.unlink() if data is None else file.write_bytes(data)
         told = rf"^pretrain\.start_from: .*{message}"
         with pytest.raises(UserError, match=told):
-            train_base(None, TokenizerConfig(import_from=str(folder)), config)  # type: ignore[arg-type]
+            train_base(CorpusParams(), TokenizerConfig(import_from=str(folder)), config)
         with pytest.raises(UserError, match=told):
             require_weights(folder, names.data)
     file.write_bytes(whole)

@@ -289,18 +289,14 @@ def deployments(settings: Settings) -> Any:
 
 def checked_parameters(settings: Settings, arguments: argparse.Namespace) -> dict[str, Any]:
     """The run's parameters, checked by the flow's own model before anything is triggered."""
-    from flows.parameters import explain, merged
+    from flows.parameters import check, merged
 
-    served = deployments(settings)
-    entry = served.FLOWS.get(arguments.flow)
-    names = entry and entry.params_model.model_fields
-    values = merged(arguments.config, arguments.set or [], names)
-    try:
-        served.parameters(arguments.flow, values)
-    except ValidationError as error:
-        model = served.FLOWS[arguments.flow].params_model
-        raise UserError(explain(arguments.flow, model, error)) from error
-    return values
+    served = deployments(settings).FLOWS
+    if arguments.flow not in served:
+        raise UserError(f"no flow is called {arguments.flow!r}; there are {', '.join(served)}")
+    model = served[arguments.flow].params_model
+    values = merged(arguments.config, arguments.set or [], model.model_fields)
+    return check(arguments.flow, model, values)
 
 
 def with_ports(settings: Settings, arguments: argparse.Namespace) -> Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import tomllib
@@ -100,12 +101,26 @@ def put(values: dict[str, Any], key: str, value: Any) -> None:
         place[last] = value
 
 
-def check(flow: str, model: type[BaseModel], values: Mapping[str, Any]) -> None:
-    """Raises UserError with one sentence for each wrong key or value of a run of `flow`."""
+def check(flow: str, model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+    """The values as a run of `flow` takes them: a whole number where only text is wanted, such as
+    `version=3`, is that text. Raises UserError with one sentence for each wrong key or value.
+    """
     try:
-        model.model_validate(dict(values))
+        model.model_validate(values)
     except ValidationError as error:
-        raise UserError(explain(flow, model, error)) from error
+        problems = error.errors()
+        numbers = [p for p in problems if p["type"] == "string_type" and type(p["input"]) is int]
+        if not numbers:
+            raise UserError(explain(flow, model, error)) from error
+        values = copy.deepcopy(values)
+        for problem in numbers:
+            *above, last = _place(model, problem["loc"])
+            place: Any = values
+            for part in above:
+                place = place[int(part) if isinstance(place, list) else part]
+            place[int(last) if isinstance(place, list) else last] = str(problem["input"])
+        return check(flow, model, values)
+    return values
 
 
 def explain(flow: str, model: type[BaseModel], error: ValidationError) -> str:

@@ -40,6 +40,7 @@ class Parameters(Strict):
     crawl: Crawl = Crawl()
     optimiser: Annotated[Adam | Muon, Field(discriminator="kind")] = Adam()
     warmup: float | None = None
+    version: str = "champion"
 
 
 def told(values: dict[str, object]) -> str:
@@ -93,7 +94,7 @@ def test_an_unknown_key_is_told_with_its_neighbours() -> None:
         "pipeline has no parameter 'crawl.max_page'; did you mean max_pages?"
     )
     assert "did you mean crawl?" in told({"crowl": {}})
-    assert "valid names: crawl, optimiser, warmup" in told({"xyz": 1})
+    assert "valid names: crawl, optimiser, version, warmup" in told({"xyz": 1})
     assert told({"optimiser": {"kind": "muon", "momentun": 1}}) == (
         "pipeline has no parameter 'optimiser.momentun'; did you mean momentum?"
     )
@@ -108,6 +109,18 @@ def test_an_impossible_value_is_told_with_its_bounds() -> None:
 
 def test_every_mistake_is_told_at_once() -> None:
     assert len(told({"crawl": {"max_pages": 0, "nope": 1}, "warmup": []}).splitlines()) == 3
+
+
+def test_a_whole_number_where_only_text_is_wanted_is_that_text() -> None:
+    values = {"version": 3, "crawl": {"seeds": [7, "https://b.example"], "max_pages": 5}}
+    checked = check("pipeline", Parameters, values)
+    seeds = ["7", "https://b.example"]
+    assert checked == {"version": "3", "crawl": {"seeds": seeds, "max_pages": 5}}
+    assert values["version"] == 3
+    assert "version = true is impossible" in told({"version": True})
+    settings = merged(None, ["version=3", "deploy.canary=2", 'deploy.beside=["other@4"]'])
+    deploy = check("deploy", FLOWS["deploy"].params_model, settings)
+    assert (deploy["version"], deploy["deploy"]["canary"]) == ("3", "2")
 
 
 @pytest.mark.parametrize("setting", ["crawl", "=3", "a..b=1", ".a=1"])

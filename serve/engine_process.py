@@ -359,7 +359,7 @@ class _Server:
         assert asked is not None
         try:
             constraint = self.grammars.compile(asked)
-        except Exception:
+        except Exception:  # a pool keeps it to itself, and the answer would wait for ever
             log.exception("a grammar that was checked cannot be compiled")
         self.constrained.put((ask, constraint))
         os.write(self.signalling, b"1")

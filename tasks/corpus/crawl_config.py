@@ -46,7 +46,7 @@ class CrawlOptions(StageConfig):
         10_000,
         ge=1,
         description="Pages of one host that differ in numbers alone, of those whose path ends in "
-        "year and month, or year, month and day (/calendar/2024/5/17). Further ones are taken for "
+        "a month or a day (/calendar/2024/5/17, /05-2024, /20240517). Further ones are taken for "
         "an endless calendar, unless a sitemap names them or an earlier epoch had them; 10,000 "
         "days are 27 years. Articles by date and name are not counted.",
     )

@@ -35,8 +35,14 @@ _BINARY = re.compile(
 )
 # A path that is its own canonical spelling: no dot segments, nothing encoded, no parameters.
 _PLAIN_PATH = re.compile(r"/(?:[A-Za-z0-9_~-][A-Za-z0-9_.~-]*(?:/|\Z))*\Z")
+_DAY, _MONTH = "(?:0?[1-9]|[12][0-9]|3[01])", "(?:0?[1-9]|1[0-2])"
 _CALENDAR = re.compile(
-    r"/[12][0-9]{3}[/._-](?:0?[1-9]|1[0-2])(?:[/._-](?:0?[1-9]|[12][0-9]|3[01]))?/?\Z"
+    "/(?:"
+    f"[12][0-9]{{3}}[/._-]{_MONTH}(?:[/._-]{_DAY})?"  # 2024/5, 2024-05-17
+    f"|(?:{_DAY}[/._-])?{_MONTH}[/._-](?:1[89]|2[01])[0-9]{{2}}"  # 5/2024, 17.05.2024
+    f"|{_MONTH}[/._-]{_DAY}[/._-](?:1[89]|2[01])[0-9]{{2}}"  # 5/17/2024
+    "|(?:1[89]|2[01])[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])"  # 20240517
+    r")/?\Z"
 )
 _PLACE = re.compile(r"([A-Za-z*]+)://([^/]*)(/.*)?")  # scheme, host and path of a pattern
 _NAMES = re.compile(r"[^*]+|\*(?:\.[A-Za-z0-9-]+){2,}")  # a host, `*.example.org`; not `*.html`
@@ -236,8 +242,9 @@ def trap_reason(url: str) -> str:
 
 
 def numbered_shape(url: str) -> str:
-    """The path with `#` for its numbers, where it ends in a year and a month, perhaps a day, as
-    the pages of a calendar do (`/cal/2024/5/17`, `/2024-05`); else empty.
+    """The path with `#` for its numbers, where it ends in a year and a month, perhaps a day, in
+    one of their usual orders, as the pages of a calendar do (`/cal/2024/5/17`, `/2024-05`,
+    `/17.05.2024`, `/20240517`); else empty.
 
     Articles by date or by number are no calendar: theirs ends in a word, or in no date (a verse
     `/bible/1/2/3`, a preprint `/abs/1409.1556`).

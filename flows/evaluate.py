@@ -12,6 +12,7 @@ from tasks.evaluation.baseline import BaselineConfig, compression_baseline
 from tasks.evaluation.evaluate import EvaluateConfig, evaluate
 from tasks.runtime.manifest import Manifest
 from tasks.tokenizer.train import TokenizerConfig
+from tasks.training.conversations import ConversationsConfig
 from tasks.training.finetune import FinetuneConfig
 from tasks.training.pretrain import PretrainConfig
 
@@ -31,9 +32,10 @@ def evaluate_flow(
     pretrain: PretrainConfig = PretrainConfig(),
     pairs: PairsConfig = PairsConfig(),
     finetune: FinetuneConfig = FinetuneConfig(),
+    conversations: ConversationsConfig = ConversationsConfig(),
     baseline: BaselineConfig = BaselineConfig(),
     evaluate: EvaluateConfig = EvaluateConfig(),
 ) -> None:
     """Score the model of these settings: bits per byte, questions in three groups, samples."""
-    chat = train_chat(corpus, tokenizer, pretrain, pairs, finetune)
+    chat = train_chat(corpus, tokenizer, pretrain, pairs, finetune, conversations)
     score(evaluate, baseline, chat)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from model.chat import Tokenizer
 from model.huggingface import FormatError, load_directory
+from model.tokenizer_files import chat_template
 from serve.about import ancestry
 from tasks.export.card import card
 from tasks.export.gguf_file import write_gguf
@@ -86,7 +87,8 @@ def _to_gguf(directory: Path, name: str) -> None:
     """Put one file in the place of the directory's others; the card stays."""
     try:
         model = load_directory(directory)
-        write_gguf(directory / name, model, Tokenizer.load(directory), Path(name).stem)
+        names = Tokenizer.load(directory)
+        write_gguf(directory / name, model, names, Path(name).stem, chat_template(directory))
     except FormatError as error:
         raise UserError(str(error)) from error
     for file in directory.iterdir():

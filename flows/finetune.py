@@ -12,6 +12,7 @@ from flows.pretrain import train_base
 from tasks.corpus.pairs import PairsConfig, write_instruction_pairs
 from tasks.runtime.manifest import Manifest
 from tasks.tokenizer.train import TokenizerConfig
+from tasks.training.conversations import ConversationsConfig, standing_conversations
 from tasks.training.finetune import FinetuneConfig, finetune
 from tasks.training.pretrain import PretrainConfig
 
@@ -32,11 +33,13 @@ def train_chat(
     pretrain: PretrainConfig,
     pairs: PairsConfig,
     finetuning: FinetuneConfig,
+    conversations: ConversationsConfig,
 ) -> Chat:
     finetuning.require_context(pretrain.require_served().context)  # said before the work
     base = train_base(corpus, tokenizer, pretrain)
     questions = write_instruction_pairs(pairs, corpus=base.corpus)
-    model = finetune(finetuning, base=base.model, pairs=questions)
+    own = standing_conversations(conversations)
+    model = finetune(finetuning, base=base.model, pairs=questions, **own)
     return Chat(base.corpus, base.model, questions, model)
 
 
@@ -47,6 +50,7 @@ def finetune_flow(
     pretrain: PretrainConfig = PretrainConfig(),
     pairs: PairsConfig = PairsConfig(),
     finetune: FinetuneConfig = FinetuneConfig(),
+    conversations: ConversationsConfig = ConversationsConfig(),
 ) -> None:
     """Train a model that answers questions about the corpus."""
-    train_chat(corpus, tokenizer, pretrain, pairs, finetune)
+    train_chat(corpus, tokenizer, pretrain, pairs, finetune, conversations)

@@ -15,6 +15,7 @@ from tasks.evaluation.baseline import BaselineConfig
 from tasks.evaluation.evaluate import EvaluateConfig
 from tasks.registry.register import RegisterBaseConfig, RegisterConfig, register, register_base
 from tasks.tokenizer.train import TokenizerConfig
+from tasks.training.conversations import ConversationsConfig
 from tasks.training.finetune import FinetuneConfig
 from tasks.training.pretrain import PretrainConfig
 
@@ -26,6 +27,7 @@ def pipeline(
     pretrain: PretrainConfig = PretrainConfig(),
     pairs: PairsConfig = PairsConfig(),
     finetune: FinetuneConfig = FinetuneConfig(),
+    conversations: ConversationsConfig = ConversationsConfig(),
     baseline: BaselineConfig = BaselineConfig(),
     evaluate: EvaluateConfig = EvaluateConfig(),
     register_as: RegisterConfig = RegisterConfig(),
@@ -33,7 +35,7 @@ def pipeline(
     deploy: DeployConfig = DeployConfig(),
 ) -> None:
     """Crawl, clean, train, fine-tune, evaluate, register, promote and serve a model."""
-    chat = train_chat(corpus, tokenizer, pretrain, pairs, finetune)
+    chat = train_chat(corpus, tokenizer, pretrain, pairs, finetune, conversations)
     register_base(RegisterBaseConfig.beside(register_as), model=chat.base)
     report = score(evaluate, baseline, chat)
     version = register(register_as, model=chat.model, report=report)

@@ -30,6 +30,7 @@ from tasks.runtime.settings import Settings
 from tasks.runtime.store import Store
 from tasks.state.leases import lease
 from tasks.tokenizer.train import TokenizerConfig
+from tasks.training.conversations import ConversationsConfig
 from tasks.training.finetune import FinetuneConfig
 from tasks.training.pretrain import PretrainConfig
 
@@ -60,6 +61,7 @@ def retrain(
     pretrain: PretrainConfig = PretrainConfig(),
     pairs: PairsConfig = PairsConfig(),
     finetune: FinetuneConfig = FinetuneConfig(),
+    conversations: ConversationsConfig = ConversationsConfig(),
     baseline: BaselineConfig = BaselineConfig(),
     evaluate: EvaluateConfig = EvaluateConfig(),
     register_as: RegisterConfig = RegisterConfig(),
@@ -77,7 +79,7 @@ def retrain(
                 message=f"Another retrain of {register_as.model} is at work; one runs at a time.",
             )
         anew = corpus.model_copy(update={"epoch": next_epoch(corpus)})
-        chat = train_chat(anew, tokenizer, pretrain, pairs, finetune)
+        chat = train_chat(anew, tokenizer, pretrain, pairs, finetune, conversations)
         register_base(RegisterBaseConfig.beside(register_as), model=chat.base)
         report = score(evaluate, baseline, chat)
         version = register(register_as, model=chat.model, report=report)

@@ -7,7 +7,7 @@ import argparse
 from tasks.runtime.errors import UserError
 from tasks.runtime.settings import Settings
 
-STAGES = ("token-shards", "pairs")
+STAGES = ("token-shards", "pairs", "conversations")
 
 
 def sequence(settings: Settings, arguments: argparse.Namespace) -> int:
@@ -19,7 +19,7 @@ def sequence(settings: Settings, arguments: argparse.Namespace) -> int:
     stage, _, mark = arguments.artifact.partition("/")
     if stage not in STAGES or not mark:
         raise UserError(
-            f"{arguments.artifact!r} is neither token-shards/FINGERPRINT nor pairs/FINGERPRINT"
+            f"{arguments.artifact!r} is neither {' nor '.join(f'{s}/FINGERPRINT' for s in STAGES)}"
         )
     store = Store.open(settings)
     place = Place(arguments.file, arguments.start, arguments.count)
@@ -31,7 +31,7 @@ def sequence(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("artifact", help="token-shards/FINGERPRINT or pairs/FINGERPRINT")
+    command.add_argument("artifact", help=f"{' or '.join(STAGES)}/FINGERPRINT")
     command.add_argument("file", help="one of its files, such as tokens-00000.npy")
     command.add_argument("start", type=int, help="its first token, or row of a table")
     command.add_argument("--count", type=int, default=1, metavar="N", help="of tokens or rows")

@@ -2,7 +2,8 @@
 
 A conversation is `<s>`, then for each message `<|role|>` its text `<|end|>`, then `<|assistant|>`
 where an answer is wanted. The marks are SentencePiece control symbols: no text a person writes
-encodes to them, so a message cannot pretend to be another one.
+encodes to them, so a message cannot pretend to be another one. How tools stand in it is said in
+`model.tool_calls`.
 """
 
 import codecs
@@ -12,8 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from model import tool_calls
 from model.byte_level import ByteLevelPieces
 from model.sentence_pieces import SentencePieces
+from model.tool_calls import Tool
 
 UNKNOWN, BEGIN, END_OF_DOCUMENT, PAD = range(4)  # ids; padding is not the end of anything
 UNKNOWN_PIECE, BEGIN_PIECE, END_OF_DOCUMENT_PIECE, PAD_PIECE = "<unk>", "<s>", "</s>", "<pad>"
@@ -21,6 +24,7 @@ ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>
 END_OF_TURN_PIECE = "<|end|>"
 MASK_PIECE = "<mask>"
 RESERVED = tuple(f"<|reserved_{number}|>" for number in range(7))
+TOOL_PIECE = RESERVED[0]  # begins what a tool gave; it keeps the name that tokenizers know it by
 # Their order fixes their ids, which follow the four above.
 CONTROL_SYMBOLS = (*ROLES.values(), END_OF_TURN_PIECE, MASK_PIECE, *RESERVED)
 SPECIAL_PIECES = (UNKNOWN_PIECE, BEGIN_PIECE, END_OF_DOCUMENT_PIECE, PAD_PIECE, *CONTROL_SYMBOLS)
@@ -40,7 +44,39 @@ CHAT_TEMPLATE = (
 """The same layout in Jinja, for `tokenizer_config.json`. Other programs render it to text first and
 then look for special tokens in that text, so there, unlike here, a message can contain a mark."""
 
-Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+TOOL_CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% set system = messages[0]['content'] or '' if messages[0]['role'] == 'system' else '' %}"
+    "{% if tools %}"
+    "{{ '<|system|>' ~ system ~ ('\\n' if system else '') ~ '<tools>\\n' }}"
+    "{% for tool in tools %}{{ (tool | tojson) ~ '\\n' }}{% endfor %}"
+    "{{ '</tools><|end|>' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{% set content = message['content'] or '' %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant', 'tool'] %}"
+    "{{ raise_exception('role ' ~ message['role'] ~ ' is not system, user, assistant or tool') }}"
+    "{% elif message['role'] == 'tool' %}"
+    "{{ '<|reserved_0|>' ~ content ~ '<|end|>' }}"
+    "{% elif not (tools and loop.first and message['role'] == 'system') %}"
+    "{{ '<|' ~ message['role'] ~ '|>' ~ content }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{% set arguments = call['function']['arguments'] %}"
+    "{{ '\\n' if content or not loop.first else '' }}"
+    "{{ '<tool_call>{\"name\": ' ~ (call['function']['name'] | tojson) ~ ', \"arguments\": ' }}"
+    "{{ arguments if arguments is string else arguments | tojson }}"
+    "{{ '}</tool_call>' }}"
+    "{% endfor %}"
+    "{{ '<|end|>' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""The layout of a model that was trained to call tools."""
+
+Message = Mapping[str, Any]
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}; an assistant's may have
+"tool_calls" as OpenAI's have, and then no content."""
 
 
 TOKENIZER_FILES = (SentencePieces.file_name, ByteLevelPieces.file_name)
@@ -79,6 +115,7 @@ class Tokenizer:
         self.roles = {role: SPECIAL_PIECES.index(piece) for role, piece in ROLES.items()}
         self.end_of_turn = SPECIAL_PIECES.index(END_OF_TURN_PIECE)
         self.mask = SPECIAL_PIECES.index(MASK_PIECE)
+        self.tool_result = SPECIAL_PIECES.index(TOOL_PIECE)
 
     def _require_layout(self, name: str) -> None:
         for token, piece in enumerate(SPECIAL_PIECES):
@@ -207,41 +244,61 @@ class StreamDecoder:
 
 
 def encode_chat(
-    messages: Sequence[Message], tokenizer: Tokenizer, add_generation_prompt: bool = True
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    add_generation_prompt: bool = True,
+    tools: Sequence[Tool] = (),
 ) -> list[int]:
-    """Ids of a conversation, ending where the assistant's answer begins.
+    """Ids of a conversation, ending where the assistant's answer begins; `tools` are offered in its
+    system message.
 
     Raises ChatError for no messages, an unknown role or a missing content.
     """
-    ids, _ = _layout(messages, tokenizer)
+    ids, _ = _layout(messages, tokenizer, tools)
     return [*ids, tokenizer.roles["assistant"]] if add_generation_prompt else ids
 
 
 def encode_example(
-    messages: Sequence[Message], tokenizer: Tokenizer
+    messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Tool] = ()
 ) -> tuple[list[int], list[bool]]:
     """A conversation to learn from: its ids, and which of them the assistant says.
 
     Learned are the answers and the end mark of each; the mark that opens an answer is given.
     Raises ChatError as `encode_chat` does, and when there is no answer to learn.
     """
-    ids, learned = _layout(messages, tokenizer)
+    ids, learned = _layout(messages, tokenizer, tools)
     if not any(learned):
         raise ChatError("the conversation has no assistant message to learn from")
     return ids, learned
 
 
-def _layout(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+def _layout(
+    messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Tool]
+) -> tuple[list[int], list[bool]]:
     if not messages:
         raise ChatError("messages is empty; give at least one message")
+    marks = {**tokenizer.roles, "tool": tokenizer.tool_result}
     ids, learned = [tokenizer.begin], [False]
+
+    def say(role: str, content: str) -> None:
+        text = tokenizer.encode(content)
+        ids.extend([marks[role], *text, tokenizer.end_of_turn])
+        learned.extend([False] + [role == "assistant"] * (len(text) + 1))
+
+    if tools and messages[0].get("role") != "system":
+        say("system", tool_calls.offer("", tools))
     for number, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
-        if role not in tokenizer.roles:
-            raise ChatError(f"messages[{number}].role {role!r} is not {', '.join(ROLES)}")
+        if role not in marks:
+            raise ChatError(f"messages[{number}].role {role!r} is not {', '.join(marks)}")
+        calls = message.get("tool_calls") or () if role == "assistant" else ()
+        if calls and content is None:
+            content = ""
         if not isinstance(content, str):
             raise ChatError(f"messages[{number}].content is not a text")
-        text = tokenizer.encode(content)
-        ids += [tokenizer.roles[role], *text, tokenizer.end_of_turn]
-        learned += [False] + [role == "assistant"] * (len(text) + 1)
+        if calls:
+            content = tool_calls.said(content, calls)
+        elif tools and number == 0 and role == "system":
+            content = tool_calls.offer(content, tools)
+        say(role, content)
     return ids, learned

@@ -10,6 +10,7 @@ words and NFC for every model of the architecture Qwen 2, whatever these files s
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 from model.chat import (
@@ -21,6 +22,7 @@ from model.chat import (
     PAD_PIECE,
     SPECIAL_PIECES,
     SPECIAL_TOKENS,
+    TOOL_CHAT_TEMPLATE,
     UNKNOWN_PIECE,
     Tokenizer,
 )
@@ -29,10 +31,15 @@ from model.sentence_pieces import SPACE_MARK
 NEVER = -1e6  # the score of a Unigram piece that must not be chosen
 
 
-def tokenizer_files(tokenizer: Tokenizer, context: int | None = None) -> dict[str, bytes]:
+CONFIG = "tokenizer_config.json"
+
+
+def tokenizer_files(
+    tokenizer: Tokenizer, context: int | None = None, *, tools: bool = False
+) -> dict[str, bytes]:
     """File name → content: the file that `Tokenizer.load` reads, and those of other programs.
 
-    context: the model's, in tokens, for callers that cut to it.
+    context: the model's, in tokens, for callers that cut to it. tools: it was trained to call some.
     """
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -41,7 +48,7 @@ def tokenizer_files(tokenizer: Tokenizer, context: int | None = None) -> dict[st
         "unk_token": UNKNOWN_PIECE,
         "pad_token": PAD_PIECE,
         "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": TOOL_CHAT_TEMPLATE if tools else CHAT_TEMPLATE,
     }
     if context is not None:
         config["model_max_length"] = context
@@ -50,9 +57,23 @@ def tokenizer_files(tokenizer: Tokenizer, context: int | None = None) -> dict[st
     return {
         tokenizer.file_name: tokenizer.data,
         **{name: to_json(body) for name, body in theirs.items()},
-        "tokenizer_config.json": to_json(config),
+        CONFIG: to_json(config),
         "special_tokens_map.json": to_json({name: config[name] for name in names}),
     }
+
+
+def chat_template(directory: Path) -> str:
+    """Of a model's directory; empty where none is said."""
+    try:
+        config = json.loads((directory / CONFIG).read_bytes())
+    except FileNotFoundError:
+        return ""
+    return str(config.get("chat_template") or "")
+
+
+def calls_tools(directory: Path) -> bool:
+    """Whether the model of a directory was trained to call tools."""
+    return chat_template(directory) == TOOL_CHAT_TEMPLATE
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from tasks.runtime.store import Store, open_filesystem
 EXAMPLES = 24
 LONGEST_EXAMPLE = 70  # characters, to fit a button
 QUESTIONS = "pairs-train.parquet"
-DATA = ("crawl", "gather", "split", "tokenizer", "pairs")  # stages whose digests name the data
+# Stages whose digests name the data.
+DATA = ("crawl", "gather", "split", "tokenizer", "pairs", "conversations")
 # Of a corpus that has them, the modules most readers know come first.
 FAMILIAR = (
     *("shutil", "os", "json", "random", "re", "math", "pathlib", "datetime", "collections", "csv"),

@@ -26,7 +26,7 @@ from serve.gateway import Gateway, Meter
 from serve.host import ModelHost, NotReady, ServedModel, UnknownModel
 from serve.keys import KeyRing
 from serve.mailbox import Mailbox
-from serve.prompts import encode_messages, encode_prompts
+from serve.prompts import encode_messages, encode_prompts, require_tools
 from serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -96,9 +96,11 @@ def create_app(host: ModelHost, replica: str = "", keys: KeyRing | None = None) 
 
     async def tokenize(request: Request) -> JSONResponse:
         asked = validate(TokenizeRequest, decode_json(await read_body(request)))
-        engine = host.first(asked.model).engine
+        served = host.first(asked.model)
+        engine, tools = served.engine, asked.tools or []
         if asked.messages is not None:
-            tokens = await encode_messages(asked.messages, engine)
+            require_tools(bool(tools), asked.messages, served.calls_tools, served.spec.names[0])
+            tokens = await encode_messages(asked.messages, engine, tools=tools)
         else:
             (tokens,) = await encode_prompts([asked.prompt or ""], engine, "prompt")
         return JSONResponse(

@@ -26,6 +26,7 @@ def card(served: ServedModel, name: str) -> dict[str, Any]:
         "created": int(served.since),
         "owned_by": "gristmill",
         "max_model_len": served.engine.context,
+        "calls_tools": served.calls_tools,
         "version": spec.version,
         "aliases": spec.aliases,
         "share": spec.share,

@@ -87,6 +87,7 @@ UNIONS = {
     "schema": "a JSON schema",
     "prompt": "a text, a list of texts, a list of token ids or a list of such lists, none empty",
     "stop": "a text or a list of at most 16 texts",
+    "tool_choice": "'none', 'auto', 'required' or an object that names a function of tools",
 }
 
 

@@ -16,11 +16,12 @@ from model.engine import (
 from serve.errors import ApiError, not_ready, overloaded
 from serve.host import ServedModel
 from serve.mailbox import Mail, Mailbox
-from serve.prompts import encode_messages, encode_prompts
+from serve.prompts import encode_messages, encode_prompts, require_tools
 from serve.protocol import ChatRequest, CompletionRequest
-from serve.responses import DONE, Clock, Envelope, Usage, event
+from serve.responses import DONE, Clock, Envelope, Usage, ended, event
 from serve.specification import MAX_CHOICES
 from serve.token_logprobs import Entries, Offsets, chat_logprobs, text_logprobs
+from serve.tools import AnswerReader, whole_message
 
 
 class Completion:
@@ -58,6 +59,8 @@ class Completion:
         self.accepted = False  # by the engine
         self.clock = Clock()
         self._offsets: dict[int, Offsets] = {}  # answer → where its next token begins
+        self.may_call = isinstance(request, ChatRequest) and bool(request.offered)
+        self._readers: dict[int, AnswerReader] = {}  # answer → what is text and what a call
 
     @classmethod
     async def prepare(
@@ -76,7 +79,9 @@ class Completion:
                 code="invalid_value",
             )
         if isinstance(request, ChatRequest):
-            prompts = [await encode_messages(request.messages, served.engine, request.source)]
+            tools, messages = request.offered, request.messages
+            require_tools(bool(tools), messages, served.calls_tools, served.spec.names[0])
+            prompts = [await encode_messages(messages, served.engine, request.source, tools)]
         else:
             prompts = await encode_prompts(request.prompts(), served.engine, request.source)
         constraint = None
@@ -100,7 +105,10 @@ class Completion:
                 text = (self._prompt_text(prompt) if self.echo else "") + update.text
                 logprobs = self._logprobs(number, prompt, update)
                 reason = update.finish_reason
-                choices.append(self.envelope.choice(len(choices), text, reason, logprobs))
+                message = whole_message(text) if self.may_call else None
+                choices.append(
+                    self.envelope.choice(len(choices), text, reason, logprobs, message=message)
+                )
         return self.envelope.whole(choices, self.usage)
 
     async def events(self, mailbox: Mailbox) -> AsyncGenerator[bytes, None]:
@@ -126,8 +134,13 @@ class Completion:
                     echoed.add(index)
                     text = self._prompt_text(prompt) + text
                 logprobs = self._logprobs(index, prompt, update)
-                reason = update.finish_reason
-                for delta in self.envelope.deltas(index, text, reason, logprobs):
+                reason: str | None = update.finish_reason
+                parts = None
+                if self.may_call:
+                    reader = self._readers.setdefault(index, AnswerReader())
+                    parts = reader.push(text, last=reason is not None)
+                    reason = ended(reason, reader.called)
+                for delta in self.envelope.deltas(index, text, reason, logprobs, parts):
                     yield event(self.envelope.chunk([delta], with_usage))
             if with_usage:
                 yield event(self.envelope.usage_chunk(self.usage))

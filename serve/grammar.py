@@ -51,7 +51,7 @@ class Grammar:
     engine's process, which compiles it.
     """
 
-    kind: str  # "json_schema" or "regex"
+    kind: str  # "json_schema", "regex" or "grammar", llguidance's variant of Lark's
     text: str
     param: str  # of the request, which errors name
     limits: Limits
@@ -93,6 +93,8 @@ class Compiled:
         try:
             if kind == "json_schema":
                 grammar = LLMatcher.grammar_from_json_schema(text)
+            elif kind == "grammar":
+                grammar = LLMatcher.grammar_from_lark(text)
             else:
                 grammar = LLMatcher.grammar_from_regex(text)
             self._make = functools.partial(

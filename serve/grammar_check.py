@@ -42,7 +42,7 @@ class GrammarCheck:
         self._known: OrderedDict[Key, str] = OrderedDict()  # its problem, least recent first
 
     async def check(self, kind: str, text: str, param: str) -> Grammar:
-        """kind: "json_schema" or "regex". Raises ApiError: 400 naming `param` for what is no
+        """kind: as a `Grammar` has it. Raises ApiError: 400 naming `param` for what is no
         grammar or too large a one, 429 when too many others are being compiled, 503 when none can
         be compiled.
         """

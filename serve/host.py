@@ -17,6 +17,7 @@ from typing import Any
 
 from model.chat import Tokenizer
 from model.engine import Sampling
+from model.tokenizer_files import calls_tools
 from serve.engine_process import EngineProcess
 from serve.grammar_check import GrammarCheck
 from serve.metrics import RequestMetrics
@@ -42,6 +43,7 @@ class ServedModel:
     spec: ModelSpec
     engine: EngineProcess
     grammars: GrammarCheck
+    calls_tools: bool = False  # it was trained to
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     since: float = field(default_factory=time.time)
     leases: int = 0
@@ -270,7 +272,7 @@ class ModelHost:
         if not finished.wait(WARM_UP_SECONDS) or not engine.healthy:
             engine.close()
             raise RuntimeError(f"the engine gave no token within {WARM_UP_SECONDS} s")
-        served = ServedModel(spec, engine, GrammarCheck(directory))
+        served = ServedModel(spec, engine, GrammarCheck(directory), calls_tools(directory))
         engine.when_lost(lambda: self._revive(served))
         return served
 

@@ -1,6 +1,7 @@
 """Prompts to token ids, with the endless ones refused before they cost anything."""
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from typing import ParamSpec
 
@@ -8,22 +9,45 @@ from model.chat import ChatError, Tokenizer, encode_chat
 from serve.engine_process import EngineProcess
 from serve.errors import ApiError
 from serve.protocol import Message
+from serve.tools import Tool
 
 P = ParamSpec("P")
 LONG = 20_000  # characters from which on encoding is worth another thread
 
 
 async def encode_messages(
-    messages: Sequence[Message], engine: EngineProcess, param: str = "messages"
+    messages: Sequence[Message],
+    engine: EngineProcess,
+    param: str = "messages",
+    tools: Sequence[Tool] = (),
 ) -> list[int]:
     """A conversation laid out for an answer. Raises ApiError 400 for one beyond the context."""
     laid_out = [message.layout() for message in messages]
+    offered = [tool.offered() for tool in tools]
     size = sum(len(message["content"]) for message in laid_out)
+    if offered:
+        size += len(json.dumps(offered, ensure_ascii=False))
     _refuse_endless(size, engine, param)
     try:
-        return await _encode(size, encode_chat, laid_out, engine.tokenizer)
+        return await _encode(size, encode_chat, laid_out, engine.tokenizer, tools=offered)
     except ChatError as error:
         raise ApiError(400, str(error), param=param, code="invalid_value") from error
+
+
+def require_tools(called_for: bool, messages: Sequence[Message], trained: bool, model: str) -> None:
+    """Raises ApiError 400 for tools, or messages of theirs, where the model was not trained for
+    them. called_for: the request offers some."""
+    if trained:
+        return
+    found = next((n for n, message in enumerate(messages) if message.has_tools), None)
+    if called_for or found is not None:
+        raise ApiError(
+            400,
+            f"{model} was not trained to call tools; leave them out, or fine-tune it on "
+            "conversations that call some",
+            param="tools" if called_for else f"messages[{found}]",
+            code="unsupported_parameter",
+        )
 
 
 async def encode_prompts(

@@ -6,12 +6,20 @@ from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from model.engine import ConstraintFactory, Sampling
 from model.engine.sampling import MAX_LOGPROBS
 from serve.errors import ApiError
 from serve.specification import MAX_CHOICES
+from serve.tools import MOST_TOOLS, CalledTool, NamedTool, Tool, grammar_of
 
 MAX_NUMBER = 2**31 - 1  # of tokens; what is more is a mistake, and no tensor holds it
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
@@ -37,21 +45,53 @@ class Part(BaseModel):
 class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    tool_calls: list[CalledTool] | None = None
+    tool_call_id: str | None = Field(None, validate_default=True)
+    content: str | list[Part] | None = Field(None, validate_default=True)
     # What clients echo of an earlier answer; there is nothing to do with any other value.
     name: None = None
     refusal: None = None
     audio: None = None
     annotations: list[Part] | None = Field(None, max_length=0)
-    tool_calls: list[Part] | None = Field(None, max_length=0)
     function_call: None = None
 
-    def layout(self) -> dict[str, str]:
+    @field_validator("tool_calls")
+    @classmethod
+    def _of_an_assistant(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("role") != "assistant":
+            raise pydantic_core.PydanticCustomError("tool_calls", "only an assistant calls tools")
+        return value
+
+    @field_validator("tool_call_id")
+    @classmethod
+    def _of_a_tool(cls, value: Any, info: ValidationInfo) -> Any:
+        is_tool = info.data.get("role") == "tool"
+        if is_tool and value is None:
+            raise pydantic_core.PydanticCustomError("missing", "required by role 'tool'")
+        if not is_tool and value is not None:
+            raise pydantic_core.PydanticCustomError("tool_call_id", "only allowed with role 'tool'")
+        return value
+
+    @field_validator("content")
+    @classmethod
+    def _without_calls(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and not info.data.get("tool_calls"):
+            raise pydantic_core.PydanticCustomError("missing", "required without tool_calls")
+        return value
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether a model must know of tools to read it."""
+        return self.role == "tool" or bool(self.tool_calls)
+
+    def layout(self) -> dict[str, Any]:
         """As `model.chat.encode_chat` takes it; "developer" is OpenAI's newer word for system."""
-        content = self.content
+        content = self.content or ""
         text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        role = "system" if self.role == "developer" else self.role
+        calls = [call.model_dump() for call in self.tool_calls or ()]
+        return {"role": role, "content": text} | ({"tool_calls": calls} if calls else {})
 
 
 class StreamOptions(BaseModel):
@@ -248,10 +288,53 @@ class ChatRequest(Request):
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_NUMBER)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def source(self) -> str:
         return "messages"
+
+    @model_validator(mode="after")
+    def _tools_that_can_be_chosen(self) -> "ChatRequest":
+        names = [tool.function.name for tool in self.tools or ()]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise pydantic_core.PydanticCustomError("tools", f"two tools are called {twice!r}")
+        choice = self.tool_choice
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise pydantic_core.PydanticCustomError(
+                "tool_choice", f"{choice.function.name!r} is not among the tools"
+            )
+        if choice == "required" and not names:
+            raise pydantic_core.PydanticCustomError(
+                "tool_choice", "'required' is only allowed with tools"
+            )
+        if self.offered and self.structured_outputs:
+            raise pydantic_core.PydanticCustomError(
+                "structured_outputs", "structured_outputs is not possible with tools"
+            )
+        return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """Tools that the answer may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    def grammar(self) -> tuple[str, str, str] | None:
+        form, tools, choice = super().grammar(), self.offered, self.tool_choice
+        if not tools:
+            return form
+        if named := isinstance(choice, NamedTool):
+            tools = [tool for tool in tools if tool.function.name == choice.function.name]
+        text = grammar_of(
+            tools,
+            must=named or choice == "required",
+            several=not named and self.parallel_tool_calls is not False,
+            answer=form and form[1],
+        )
+        return "grammar", text, "tools"
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "ChatRequest":
@@ -355,11 +438,14 @@ class TokenizeRequest(BaseModel):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
             raise pydantic_core.PydanticCustomError("one_of", "give either prompt or messages")
+        if self.tools and self.messages is None:
+            raise pydantic_core.PydanticCustomError("tools", "tools are only allowed with messages")
         return self
 
 

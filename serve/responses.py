@@ -122,13 +122,20 @@ class Envelope:
         }
 
     def choice(
-        self, index: int, text: str, finish_reason: str | None, logprobs: Any = None
+        self,
+        index: int,
+        text: str,
+        finish_reason: str | None,
+        logprobs: Any = None,
+        message: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """One finished answer."""
-        common = {"index": index, "logprobs": logprobs, "finish_reason": finish_reason}
+        """One finished answer. message: what it says instead of `text`, its calls of tools too."""
+        message = message or {"content": text}
+        reason = ended(finish_reason, "tool_calls" in message)
+        common = {"index": index, "logprobs": logprobs, "finish_reason": reason}
         if self.kind == "text":
             return {"text": text} | common
-        return {"message": {"role": "assistant", "content": text, "refusal": None}} | common
+        return {"message": {"role": "assistant", "refusal": None} | message} | common
 
     def opening(self, index: int) -> dict[str, Any]:
         """The first delta of a chat choice, which says who speaks."""
@@ -136,19 +143,34 @@ class Envelope:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def deltas(
-        self, index: int, text: str, finish_reason: str | None, logprobs: Any = None
+        self,
+        index: int,
+        text: str,
+        finish_reason: str | None,
+        logprobs: Any = None,
+        said: list[dict[str, Any]] | None = None,
     ) -> list[dict[str, Any]]:
-        """What to send for an update: the new text, then, in a chat, an empty delta at the end."""
+        """What to send for an update: the new text, or what is `said` instead of it, then, in a
+        chat, an empty delta at the end."""
         if self.kind == "text":
             if not text and finish_reason is None:
                 return []
             choice = {"index": index, "logprobs": logprobs, "text": text}
             return [choice | {"finish_reason": finish_reason}]
+        if said is None:
+            said = [{"content": text}] if text else []
+        if logprobs and not said:
+            said = [{"content": ""}]
         parts: list[dict[str, Any]] = []
-        if text or logprobs:
-            delta = {"index": index, "logprobs": logprobs, "delta": {"content": text}}
-            parts.append(delta | {"finish_reason": None})
+        for delta in said:
+            parts.append({"index": index, "logprobs": logprobs, "delta": delta})
+            logprobs = None  # they come once
         if finish_reason is not None:
-            last: dict[str, Any] = {"index": index, "logprobs": None, "delta": {}}
-            parts.append(last | {"finish_reason": finish_reason})
-        return parts
+            parts.append({"index": index, "logprobs": None, "delta": {}})
+        ends = [None] * (len(parts) - 1) + [finish_reason]
+        return [part | {"finish_reason": end} for part, end in zip(parts, ends, strict=False)]
+
+
+def ended(reason: str | None, called: bool) -> str | None:
+    """Why an answer ended: one that calls tools and is whole says so."""
+    return "tool_calls" if called and reason == "stop" else reason

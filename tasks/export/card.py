@@ -142,6 +142,12 @@ def _data(made: Mapping[str, Manifest]) -> str:
         count = made["gather"].counts.get(f"documents_{source['name']}", 0)
         licence = source.get("licence") or UNSTATED
         lines.append(f"Source `{source['name']}`: {count:,} documents. Licence: {licence}.")
+    if own := made.get("conversations"):
+        calling = own.counts["with_calls"]
+        lines.append(
+            f"Conversations of its makers: {own.counts['conversations']:,}, of which {calling:,} "
+            f"call tools. Licence: {own.config.get('licence') or UNSTATED}."
+        )
     if "pii" in made:
         lines.append("Personal data: masked.")
     removed = [

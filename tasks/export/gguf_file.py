@@ -24,10 +24,18 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6  # llama.cpp's types of tokens
 
 
-def write_gguf(path: Path, model: Transformer, tokenizer: Tokenizer, name: str) -> None:
-    """The model and its tokenizer as one file. Raises FormatError for what llama.cpp lacks."""
+def write_gguf(
+    path: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    name: str,
+    template: str = CHAT_TEMPLATE,
+) -> None:
+    """The model, its tokenizer and its chat template as one file. Raises FormatError for what
+    llama.cpp lacks."""
     writer = begin(path, model.config, name)
     add_vocabulary(writer, tokenizer, model.config.vocab_size)
+    writer.add_chat_template(template)
     finish(writer, model)
 
 
@@ -123,7 +131,6 @@ def add_vocabulary(writer: Any, tokenizer: Tokenizer, size: int) -> None:
     writer.add_pad_token_id(tokenizer.pad)
     writer.add_add_bos_token(True)
     writer.add_add_space_prefix(False)
-    writer.add_chat_template(CHAT_TEMPLATE)
 
 
 def finish(writer: Any, model: Transformer) -> None:

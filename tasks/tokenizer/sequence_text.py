@@ -20,7 +20,7 @@ from tasks.runtime.store import Store
 from tasks.tokenizer.shards import CRAWLED, SPLITS, written_rows
 from tasks.tokenizer.stored import load_tokenizer
 
-PAIRS, SHARDS = "pairs", "token-shards"
+PAIRS, CONVERSATIONS, SHARDS = "pairs", "conversations", "token-shards"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Passage:
 
 
 def passages(store: Store, artifact: Manifest, place: Place) -> Iterator[Passage]:
-    """What lies at a place of token shards or of question pairs.
+    """What lies at a place of token shards, of question pairs or of conversations.
 
     Raises UserError when the artifact has no such file or place.
     """
@@ -46,6 +46,8 @@ def passages(store: Store, artifact: Manifest, place: Place) -> Iterator[Passage
         )
     if artifact.stage == PAIRS:
         yield from _examples(store, artifact, place)
+    elif artifact.stage == CONVERSATIONS:
+        yield from _conversations(store, artifact, place)
     else:
         yield from _documents(store, artifact, place)
 
@@ -54,6 +56,8 @@ def _is_data(stage: str, name: str) -> bool:
     """Whether a file holds what is learned, and not where documents begin or how it was made."""
     if stage == PAIRS:
         return name.startswith(("pairs-", "questions-")) and name.endswith(".parquet")
+    if stage == CONVERSATIONS:
+        return name.endswith(".parquet")
     return name.endswith(".npy") and not name.endswith(".documents.npy")
 
 
@@ -62,6 +66,13 @@ def _examples(store: Store, pairs: Manifest, place: Place) -> Iterator[Passage]:
     _require(place, table.num_rows, "rows")
     for row in table.slice(place.start, place.count).to_pylist():
         yield Passage(row.get("fact", ""), "", f"{row['question']} ▶ {row['answer']}")
+
+
+def _conversations(store: Store, conversations: Manifest, place: Place) -> Iterator[Passage]:
+    table = store.of(conversations).read_table(place.file)
+    _require(place, table.num_rows, "rows")
+    for row in table.slice(place.start, place.count).to_pylist():
+        yield Passage(row["id"], "", f"{row['messages']} {row['tools']}")
 
 
 def _documents(store: Store, shards: Manifest, place: Place) -> Iterator[Passage]:

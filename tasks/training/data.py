@@ -13,6 +13,7 @@ from model.packing import Example, PackedLoader
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.store import Store
 from tasks.tokenizer.shards import shard_sources
+from tasks.training.conversations import read_conversations
 from tasks.training.job import TrainingJob
 from tasks.training.samples import ASKED
 
@@ -41,9 +42,14 @@ def training_data(
         assert windows is not None
         return windows, int(job.loop["total_tokens"]), counts
     examples, too_long = read_examples(store, job.pairs.pairs, tokenizer, job.sequence)
+    counts = {"examples": len(examples), "examples_too_long": too_long}
+    if job.pairs.conversations is not None:
+        own, too_long = own_examples(store, job.pairs.conversations, tokenizer, job.sequence)
+        examples += own
+        counts |= {"conversations": len(own), "conversations_too_long": too_long}
     packed = PackedLoader(examples, job.sequence, job.seed, pad=tokenizer.pad)
     rows = packed.rows(job.pairs.passes)
-    counts = {"examples": len(examples), "examples_too_long": too_long, "rows": rows}
+    counts |= {"rows": rows}
     if windows is None or job.pairs.replay == 0:
         return packed, rows * job.sequence, counts
     batch = int(job.loop["batch"])
@@ -141,4 +147,24 @@ def read_examples(
                 too_long += 1
             else:
                 examples.append(example)
+    return examples, too_long
+
+
+def own_examples(
+    store: Store, conversations: Manifest, tokenizer: Tokenizer, sequence: int
+) -> tuple[list[Example], int]:
+    """(a person's own conversations, each as often as its config says, how many of them were left
+    out as longer than `sequence`). Raises DataError where that leaves none."""
+    examples, too_long = [], 0
+    for file, number, messages, tools in read_conversations(store, conversations):
+        example = Example(*encode_example(messages, tokenizer, tools), Place(file, number, 1))
+        if len(example.ids) > sequence + 1:
+            too_long += 1
+        else:
+            examples += [example] * int(conversations.config["repeat"])
+    if not examples:
+        raise DataError(
+            f"all {too_long} conversations are longer than finetune.sequence {sequence} tokens; "
+            "raise it, up to the model's context, or give shorter ones"
+        )
     return examples, too_long

@@ -10,6 +10,7 @@ from tasks.runtime.manifest import Manifest
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.store import Store
+from tasks.training.conversations import TABLE
 from tasks.training.job import PairsData, TrainingJob
 from tasks.training.launch import launch, require_whole
 from tasks.training.options import OptimizerOptions, ScheduleOptions, TrainingConfig, shown_first
@@ -45,7 +46,12 @@ class FinetuneConfig(TrainingConfig):
 
 @stage("finetune", version=3)
 def finetune(
-    config: FinetuneConfig, work: Workspace, *, base: Manifest, pairs: Manifest
+    config: FinetuneConfig,
+    work: Workspace,
+    *,
+    base: Manifest,
+    pairs: Manifest,
+    conversations: Manifest | None = None,
 ) -> Outcome:
     """Teach the base model to answer the corpus's questions, by Ray Train."""
     config.require_context(base.counts.get("context") or int(base.config["model"]["context"]))
@@ -58,6 +64,8 @@ def finetune(
     tokenizer = store.get("tokenizer", base.inputs["tokenizer"])
     shards = store.get("token-shards", base.inputs["shards"]) if config.replay else None
     inputs = {"base": base, "pairs": pairs}
+    if conversations is not None:
+        inputs[TABLE] = conversations
     require_whole(work, [*inputs.values(), tokenizer, *([shards] if shards else [])])
     with tracked("finetune", work.fingerprint, config.model_dump(), inputs) as run_id:
         outcome = launch(
@@ -72,7 +80,12 @@ def finetune(
                 tokenizer=tokenizer,
                 shards=shards,
                 base=base,
-                pairs=PairsData(pairs=pairs, passes=config.passes, replay=config.replay),
+                pairs=PairsData(
+                    pairs=pairs,
+                    passes=config.passes,
+                    replay=config.replay,
+                    conversations=conversations,
+                ),
                 judged=config.heldout_sequences > 0,
                 run=config.run,
                 tracking_uri=Settings.load().mlflow,

@@ -38,13 +38,25 @@ ALLOCATOR = ":".join(
 
 
 class PairsData(BaseModel):
-    """Questions and answers to learn, and the share of documents replayed among them."""
+    """Questions and answers to learn, a person's own conversations, and the share of documents
+    replayed among them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     pairs: Manifest
     passes: int
     replay: float
+    conversations: Manifest | None = None
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether some of the answers call tools."""
+        return self.conversations is not None and bool(self.conversations.counts["with_calls"])
+
+    def artifact_of(self, file: str) -> Manifest:
+        """Which of the two has a file."""
+        own = self.conversations
+        return own if own is not None and file in own.names() else self.pairs
 
 
 class TrainingJob(BaseModel):
@@ -125,11 +137,9 @@ def _fit(job: TrainingJob, directory: Directory) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from tasks.training.worker import train_worker
-
     least, most = job.run.least_workers, job.run.workers
     trainer = TorchTrainer(
-        train_worker,
+        _train,
         train_loop_config={"uri": directory.uri, "path": directory.path},
         # Counts of the loop and the digests of checkpoints go between CPUs also where GPUs train.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if job.run.gpu else "gloo"),
@@ -147,6 +157,13 @@ def _fit(job: TrainingJob, directory: Directory) -> None:
         ),
     )
     trainer.fit()
+
+
+def _train(config: dict[str, str]) -> None:
+    """In a worker: the driver waits, and spares the 100 MB of what only workers need."""
+    from tasks.training.worker import train_worker
+
+    train_worker(config)
 
 
 def _worker_environment(job: TrainingJob) -> dict[str, str]:

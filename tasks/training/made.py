@@ -17,14 +17,17 @@ from tasks.runtime.store import Directory
 from tasks.tokenizer.stored import load_tokenizer
 
 
-def save_model(model: Transformer, tokenizer: Tokenizer, directory: Directory) -> dict[str, int]:
-    """Write the artifact; returns its counts for the manifest."""
+def save_model(
+    model: Transformer, tokenizer: Tokenizer, directory: Directory, *, tools: bool = False
+) -> dict[str, int]:
+    """Write the artifact; returns its counts for the manifest. tools: it learned to call
+    some."""
     tokens = SpecialTokens(bos=tokenizer.begin, eos=tokenizer.stop_ids, pad=tokenizer.pad)
     with tempfile.TemporaryDirectory() as folder:
         save_directory(Path(folder), model, tokens)
         for file in sorted(Path(folder).iterdir()):
             directory.put(file, file.name)
-    for name, body in tokenizer_files(tokenizer, model.config.context).items():
+    for name, body in tokenizer_files(tokenizer, model.config.context, tools=tools).items():
         directory.write_bytes(name, body)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"parameters": parameters, "context": model.config.context}

@@ -76,7 +76,9 @@ def _explained(error: Exception, directory: Directory) -> str:
     if not isinstance(error, training.DivergedError) or not error.places:
         return str(error)
     job, place = TrainingJob.load(directory), error.places[0]
-    data = job.shards if place.file.endswith(".npy") or job.pairs is None else job.pairs.pairs
+    data = job.shards
+    if job.pairs is not None and not place.file.endswith(".npy"):
+        data = job.pairs.artifact_of(place.file)
     assert data is not None
     return (
         f"{error}: gristmill sequence {data.stage}/{data.fingerprint[:12]} {place.file} "
@@ -160,7 +162,8 @@ def _train(job: TrainingJob, directory: Directory) -> None:
             model.load_state_dict(load_whole_model(best))
             counts |= {"best_step": step_of(best)}
     if rank == 0:
-        counts |= save_model(model, tokenizer, directory)
+        tools = job.pairs is not None and job.pairs.calls_tools
+        counts |= save_model(model, tokenizer, directory, tools=tools)
         result = {
             "curve": [asdict(record) for record in curve],
             "heldout": losses,

@@ -132,7 +132,7 @@ def test_a_message_cannot_pretend_to_be_another() -> None:
     ("messages", "message"),
     [
         ([], "messages is empty"),
-        ([{"role": "tool", "content": "x"}], r"messages\[0\].role 'tool' is not system, user"),
+        ([{"role": "robot", "content": "x"}], r"messages\[0\].role 'robot' is not system, user"),
         ([{"role": "user"}], r"messages\[0\].content is not a text"),
     ],
 )

@@ -62,7 +62,7 @@ from tests.serve.conftest import Endpoint, eventually
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", 400),
         ({"best_of": 2}, "best_of", 400),
         ({"echo": True}, "echo", 400),
-        ({"tools": [{"type": "function"}]}, "tools", 400),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", 400),
         ({"response_format": {"type": "xml"}}, "response_format.type", 400),
         ({"response_format": {"type": "json_schema"}}, "response_format", 400),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", 400),

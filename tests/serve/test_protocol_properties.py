@@ -135,7 +135,7 @@ def test_what_is_not_implemented_is_told_from_what_is_unknown() -> None:
         (EmbeddingRequest, "dimensions", 8),
         (ResponsesRequest, "context_management", [{"type": "compaction"}]),
         (ResponsesRequest, "prompt_cache_options", {"mode": "explicit"}),
-        (ChatRequest, "tools", [{"type": "function"}]),
+        (ChatRequest, "functions", [{"name": "f"}]),
     ):
         with pytest.raises(ApiError) as caught:
             parse(kind, VALID[kind] | {name: value})

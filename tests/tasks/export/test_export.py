@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flows.cli import main
-from model.chat import encode_chat
+from model.chat import TOOL_CHAT_TEMPLATE, encode_chat
 from model.config import ModelConfig
 from model.engine import Sampling, generate_batch, load_model
 from model.huggingface import FormatError
@@ -112,13 +112,16 @@ def test_a_card_names_what_was_made_elsewhere(registered, home) -> None:
     theirs = {"start_from": "/sources/theirs", "start_digest": "ab" * 32}
     words = {"import_from": "/sources/theirs/tokenizer.json", "import_digest": "cd" * 32}
     language = made("language", {"languages": ["en"]})
+    talk = made("conversations", {"licence": "CC0"}, conversations=12, with_calls=3)
     lineage = [made("pretrain", theirs, steps=4, tokens=4096), made("tokenizer", words), language]
+    lineage.append(talk)
     told = card(registered, home / "made", lineage)
     for said in (
         "It goes on from the checkpoint `theirs` (SHA-256 `abababababababab`…), which was made",
         "Left out of that checkpoint: vision_tower (7 tensors).",
         "Its vocabulary is that of `tokenizer.json` (SHA-256 `cdcdcdcdcdcdcdcd`…), which was made",
         "Licence: not known here; its owner's terms hold for this model, too.",
+        "Conversations of its makers: 12, of which 3 call tools. Licence: CC0.",
         "- What `theirs` had read before is not known here.",
         "- It read text in en here.",
     ):
@@ -286,3 +289,29 @@ def test_a_version_leaves_as_gguf(registered, home) -> None:
     found = {path.name for path in (home / "tiny-1-gguf").iterdir()}
     assert found == {"tiny-1.gguf", "README.md"}
     assert "llama-cli -m tiny-1.gguf" in (home / "tiny-1-gguf" / "README.md").read_text()
+
+
+@pytest.mark.peer
+def test_llama_cpp_lays_tools_out_as_we_do(tmp_path: Path) -> None:
+    from benchmarks.llama_cpp import LlamaCpp
+
+    names = tokenizer()
+    write_gguf(tmp_path / "tiny.gguf", transformer(context=512), names, "tiny", TOOL_CHAT_TEMPLATE)
+    peer = LlamaCpp(tmp_path / "tiny.gguf", 512).server
+    properties = {"place": {"type": "string"}}
+    function = {"name": "weather", "description": "of a place", "parameters": {}}
+    function["parameters"] = {"type": "object", "properties": properties}
+    tools = [{"type": "function", "function": function}]
+    called = {"name": "weather", "arguments": '{"place": "Oslo"}'}
+    calls = [{"id": "c", "type": "function", "function": called}]
+    talk = [
+        *QUESTION,
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "c", "content": "snow"},
+    ]
+    for messages in (QUESTION, talk):
+        asked = {"messages": messages, "tools": tools}
+        template = ask(peer, "/apply-template", asked)["prompt"]
+        options = {"add_special": True, "parse_special": True}
+        read = ask(peer, "/tokenize", {"content": template, **options})
+        assert read["tokens"] == encode_chat(messages, names, tools=tools)

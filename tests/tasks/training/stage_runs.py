@@ -35,7 +35,7 @@ from tasks.training.options import ModelOptions, RunOptions
 from tasks.training.pretrain import PretrainConfig
 from tests.conftest import CHECKOUT, Stack
 
-SMALL = ModelOptions(width=32, layers=2, heads=2, context=64)
+SMALL = ModelOptions(width=32, layers=2, heads=2, context=160)
 RUN = RunOptions(workers=1, threads=1, checkpoint_every=10, log_every=2, peak_tflops=0.5)
 CONFIG = PretrainConfig(
     tokens=40 * 8 * 64, sequence=64, batch=8, model=SMALL, precision="fp32", run=RUN

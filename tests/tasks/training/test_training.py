@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import time
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 
 from model.chat import Tokenizer, encode_chat
 from model.huggingface import load_directory
+from model.tokenizer_files import calls_tools
 from tasks.registry import tracking
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.store import Store
+from tasks.training.conversations import ConversationsStageConfig, gather_conversations
 from tasks.training.finetune import FinetuneConfig
 from tasks.training.options import OptimizerOptions
 from tasks.training.pretrain import PretrainConfig, pretrain
@@ -107,19 +110,40 @@ def test_pretraining_leaves_a_model_with_its_curve_and_run(base: Manifest, corpu
     }
 
 
-def test_fine_tuning_answers_what_it_was_taught(base: Manifest, corpus, stack: Stack) -> None:
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+CALLED = [
+    {"role": "user", "content": "What is the time?"},
+    {"role": "assistant", "tool_calls": [{"function": {"name": "clock", "arguments": {}}}]},
+]
+
+
+@pytest.fixture
+def conversations(home: Path) -> Manifest:
+    """One that calls a tool."""
+    path = home / "sources" / "talk.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"messages": CALLED, "tools": [CLOCK]}) + "\n")
+    return gather_conversations(ConversationsStageConfig(path=str(path), repeat=2))
+
+
+def test_fine_tuning_answers_and_calls_what_it_was_taught(
+    base: Manifest, corpus, conversations: Manifest, stack: Stack
+) -> None:
     config = FinetuneConfig(
         passes=250,
-        sequence=64,
+        sequence=160,
         batch=4,
         replay=0.2,
         run=RUN,
         optimizer=OptimizerOptions(learning_rate=3e-3),
         precision="fp32",
     )
-    with training(config, stack, {"base": base, "pairs": corpus["pairs"]}) as process:
+    inputs = {"base": base, "pairs": corpus["pairs"], "conversations": conversations}
+    with training(config, stack, inputs) as process:
         chat = trained(process)
     assert chat.counts["examples"] == 8 and chat.counts["examples_too_long"] == 0
+    assert chat.counts["conversations"] == 2 and chat.counts["conversations_too_long"] == 0
+    assert chat.inputs["conversations"] == conversations.fingerprint
     folder = Path(Store.open().of(chat).path)
     tokenizer, model = Tokenizer.load(folder), load_directory(folder).eval()
     # While it learned it was asked in words it is not taught.
@@ -128,14 +152,19 @@ def test_fine_tuning_answers_what_it_was_taught(base: Manifest, corpus, stack: S
     shown = [file.path for file in mlflow.list_artifacts(run_id, "samples")]
     said = Path(mlflow.download_artifacts(run_id, shown[-1])).read_text()
     assert "And where does train 0 go?" in said and " ▶ " in said
-    right = 0
-    for number, city in enumerate(CITIES):
-        question = {"role": "user", "content": f"Where does train {number} go?"}
-        ids = encode_chat([question], tokenizer)
-        while ids[-1] not in tokenizer.stop_ids and len(ids) < 60:
+
+    def answer(question: str, tools: list[dict]) -> str:
+        ids = encode_chat([{"role": "user", "content": question}], tokenizer, tools=tools)
+        begins = len(ids)
+        while ids[-1] not in tokenizer.stop_ids and len(ids) < 160:
             ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-        right += tokenizer.decode(ids).endswith(f"To {city}.")
-    assert right >= 7
+        return tokenizer.decode(ids[begins:])
+
+    said = [answer(f"Where does train {number} go?", []) for number in range(len(CITIES))]
+    assert sum(text == f"To {city}." for text, city in zip(said, CITIES, strict=True)) >= 7
+    assert calls_tools(folder) and not calls_tools(Path(Store.open().of(base).path))
+    call = '<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
+    assert answer("What is the time?", [CLOCK]) == call
 
 
 @pytest.mark.slow

@@ -83,6 +83,11 @@ class CallReader:
         self._ending = False  # between the arguments of a call and its end
         self._fresh = False  # behind a call, before any text
 
+    @property
+    def inside(self) -> bool:
+        """Whether the arguments of a call are not whole yet."""
+        return self._inside is not None
+
     def push(self, text: str) -> list[Piece]:
         """What is certain with this text."""
         self._held += text

@@ -1,5 +1,6 @@
 """A parsed request answered: prompts to the engine, updates to response bodies or stream events."""
 
+import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from serve.host import ServedModel
 from serve.mailbox import Mail, Mailbox
 from serve.prompts import encode_messages, encode_prompts, require_tools
 from serve.protocol import ChatRequest, CompletionRequest
-from serve.responses import DONE, Clock, Envelope, Usage, ended, event
+from serve.responses import DONE, Clock, Envelope, Usage, event
 from serve.specification import MAX_CHOICES
 from serve.token_logprobs import Entries, Offsets, chat_logprobs, text_logprobs
 from serve.tools import AnswerReader, whole_message
@@ -85,6 +86,12 @@ class Completion:
         else:
             prompts = await encode_prompts(request.prompts(), served.engine, request.source)
         constraint = None
+        if isinstance(request, ChatRequest):
+            # By themselves: an answer may come to a call late, and then all others would wait.
+            for number, tool in enumerate(request.offered):
+                schema = json.dumps(tool.arguments())
+                param = f"tools[{number}].function.parameters"
+                await served.grammars.check("json_schema", schema, param)
         if grammar := request.grammar():
             constraint = await served.grammars.check(*grammar)
         return cls(request, served, prompts, constraint)
@@ -104,8 +111,10 @@ class Completion:
                 update = answers[number]
                 text = (self._prompt_text(prompt) if self.echo else "") + update.text
                 logprobs = self._logprobs(number, prompt, update)
-                reason = update.finish_reason
-                message = whole_message(text) if self.may_call else None
+                reason: str | None = update.finish_reason
+                message = None
+                if self.may_call:
+                    message, reason = whole_message(text, reason)
                 choices.append(
                     self.envelope.choice(len(choices), text, reason, logprobs, message=message)
                 )
@@ -139,7 +148,7 @@ class Completion:
                 if self.may_call:
                     reader = self._readers.setdefault(index, AnswerReader())
                     parts = reader.push(text, last=reason is not None)
-                    reason = ended(reason, reader.called)
+                    reason = reader.ended(reason)
                 for delta in self.envelope.deltas(index, text, reason, logprobs, parts):
                     yield event(self.envelope.chunk([delta], with_usage))
             if with_usage:

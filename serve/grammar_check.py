@@ -13,12 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from serve.errors import ApiError, not_ready, overloaded
-from serve.grammar import AT_ONCE, KEPT, LIMITS, Grammar, Limits
+from serve.grammar import AT_ONCE, LIMITS, Grammar, Limits
 from tasks.runtime.killable import ChildDied, ChildTimeout, KillableChild, NeverBegan
 
 log = logging.getLogger(__name__)
 
 MAX_GRAMMAR_CHARACTERS = 65_536
+REMEMBERED = 256  # verdicts: twice the tools of a request
 SECONDS = 1.0  # a grammar may take; the usual one takes milliseconds
 MEGABYTES = 1024  # of the process, its tokenizer included
 PATIENCE = 2.0  # seconds a grammar may wait until it is begun
@@ -59,7 +60,7 @@ class GrammarCheck:
         if problem != TOO_MUCH:  # which depends on what else the machine does
             self._known[key] = problem
             self._known.move_to_end(key)
-            if len(self._known) > KEPT:
+            if len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
         if problem:
             message = f"not a usable {kind}: {problem}"

@@ -130,12 +130,11 @@ class Envelope:
         message: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """One finished answer. message: what it says instead of `text`, its calls of tools too."""
-        message = message or {"content": text}
-        reason = ended(finish_reason, "tool_calls" in message)
-        common = {"index": index, "logprobs": logprobs, "finish_reason": reason}
+        common = {"index": index, "logprobs": logprobs, "finish_reason": finish_reason}
         if self.kind == "text":
             return {"text": text} | common
-        return {"message": {"role": "assistant", "refusal": None} | message} | common
+        said = message or {"content": text}
+        return {"message": {"role": "assistant", "refusal": None} | said} | common
 
     def opening(self, index: int) -> dict[str, Any]:
         """The first delta of a chat choice, which says who speaks."""
@@ -169,8 +168,3 @@ class Envelope:
             parts.append({"index": index, "logprobs": None, "delta": {}})
         ends = [None] * (len(parts) - 1) + [finish_reason]
         return [part | {"finish_reason": end} for part, end in zip(parts, ends, strict=False)]
-
-
-def ended(reason: str | None, called: bool) -> str | None:
-    """Why an answer ended: one that calls tools and is whole says so."""
-    return "tool_calls" if called and reason == "stop" else reason

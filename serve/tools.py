@@ -132,7 +132,12 @@ class AnswerReader:
 
     def __init__(self) -> None:
         self._reader = CallReader()
-        self.called = False
+        self._called = False
+
+    def ended(self, reason: str | None) -> str | None:
+        """Why the answer ended: one whose calls are whole, as a stop text may cut them, says so."""
+        whole = self._called and not self._reader.inside
+        return "tool_calls" if whole and reason == "stop" else reason
 
     def push(self, text: str, *, last: bool) -> list[dict[str, Any]]:
         """Deltas that are certain with this text. last: nothing follows."""
@@ -144,7 +149,7 @@ class AnswerReader:
             return {"content": piece.text}
         called: dict[str, Any] = {"index": piece.number}
         if isinstance(piece, Call):
-            self.called = True
+            self._called = True
             named = {"name": piece.name, "arguments": ""}
             called |= {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": named}
         else:
@@ -152,11 +157,11 @@ class AnswerReader:
         return {"tool_calls": [called]}
 
 
-def whole_message(text: str) -> dict[str, Any]:
-    """`content`, and `tool_calls` where there are any, of a finished answer."""
-    content = ""
+def whole_message(text: str, reason: str | None) -> tuple[dict[str, Any], str | None]:
+    """(`content`, and `tool_calls` where there are any, of a finished answer; why it ended)."""
+    content, reader = "", AnswerReader()
     calls: list[dict[str, Any]] = []
-    for delta in AnswerReader().push(text, last=True):
+    for delta in reader.push(text, last=True):
         content += delta.get("content", "")
         for part in delta.get("tool_calls", ()):
             place = part.pop("index")
@@ -164,4 +169,6 @@ def whole_message(text: str) -> dict[str, Any]:
                 calls.append(part)
             else:
                 calls[place]["function"]["arguments"] += part["function"]["arguments"]
-    return {"content": content or None, "tool_calls": calls} if calls else {"content": content}
+    if not calls:
+        return {"content": content}, reason
+    return {"content": content or None, "tool_calls": calls}, reader.ended(reason)

@@ -33,3 +33,9 @@ def error(endpoint: Endpoint, path: str, **request: object) -> tuple[int, dict]:
     body = response.json()["error"]
     assert set(body) == {"message", "type", "param", "code"}
     return response.status_code, body
+
+
+def bomb(title: str = "") -> str:
+    """600 characters that take llguidance a minute and gigabytes, whatever its own limits."""
+    patterns = [{"type": "string", "pattern": f".*a[ab]{{{n}}}b.*"} for n in range(3, 20)]
+    return json.dumps({"title": title, "allOf": patterns})

@@ -23,17 +23,11 @@ from serve.errors import ApiError
 from serve.grammar import LIMITS, Compiled, Grammar, GrammarError, Limits, vocabulary
 from serve.grammar_check import GrammarCheck
 from serve.token_mask import ConstraintError, GrammarCompiler
-from tests.serve.calls import TEXT, error, post
+from tests.serve.calls import TEXT, bomb, error, post
 from tests.serve.conftest import Endpoint, eventually
 from tests.tiny_models import model_directory
 
 NUMBERS = ("regex", "[0-9]{3}", "form")
-
-
-def bomb(title: str = "") -> str:
-    """600 characters that take llguidance a minute and gigabytes, whatever its own limits."""
-    patterns = [{"type": "string", "pattern": f".*a[ab]{{{n}}}b.*"} for n in range(3, 20)]
-    return json.dumps({"title": title, "allOf": patterns})
 
 
 def of_names(count: int, schema: object) -> str:

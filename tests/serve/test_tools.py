@@ -14,7 +14,7 @@ from serve.app import create_app
 from serve.grammar import LIMITS, Compiled, vocabulary
 from serve.host import ModelHost
 from serve.tools import Tool, grammar_of, whole_message
-from tests.serve.calls import CHAT, error, post, stream
+from tests.serve.calls import CHAT, bomb, error, post, stream
 from tests.serve.conftest import Endpoint, eventually, listening, spec
 from tests.tiny_models import model_directory, tokenizer
 
@@ -166,7 +166,7 @@ def test_calls_and_results_travel_back(caller: Endpoint) -> None:
                     }
                 ]
             },
-            "tools",
+            "tools[0].function.parameters",
         ),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [CLOCK], "tool_choice": "sometimes"}, "tool_choice"),
@@ -258,11 +258,42 @@ def test_the_grammar_holds_calls_to_their_tools(options: dict, yes: list, no: li
 
 
 def test_a_whole_answer_is_text_and_calls() -> None:
-    assert whole_message("just text") == {"content": "just text"}
-    message = whole_message(f"I see.\n{ROME}\n{TIME}")
+    assert whole_message("just text", "stop") == ({"content": "just text"}, "stop")
+    message, reason = whole_message(f"I see.\n{ROME}\n{TIME}", "stop")
+    assert reason == "tool_calls" and whole_message(ROME, "length")[1] == "length"
     assert message["content"] == "I see."
     assert [call["function"] for call in message["tool_calls"]] == [
         {"name": "weather", "arguments": '{"place": "Rome"}'},
         {"name": "clock", "arguments": "{}"},
     ]
     assert all("index" not in call for call in message["tool_calls"])
+
+
+def test_a_call_that_a_stop_text_cuts_is_not_said_to_be_whole(caller: Endpoint) -> None:
+    named = {"type": "function", "function": {"name": "weather"}}
+    body = SHORT | {"tools": TOOLS, "tool_choice": named, "stop": "place", "max_tokens": 99}
+    (choice,) = post(caller, "/v1/chat/completions", body)["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "stop" and "place" not in call["function"]["arguments"]
+    deltas = stream(caller, "/v1/chat/completions", body | {"stream": True})
+    assert deltas[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"a": {"pattern": "(?=x)"}}},
+        {"properties": {"a": {"$ref": "#/nowhere"}}, "required": ["a"]},
+        {"properties": {"a": json.loads(bomb())}, "required": ["a"]},
+    ],
+)
+def test_a_schema_that_cannot_be_followed_is_refused(
+    caller: Endpoint, schema: dict, choice: str
+) -> None:
+    """Also where an answer might never come to the call."""
+    tools = [CLOCK, {"type": "function", "function": {"name": "f", "parameters": schema}}]
+    body = SHORT | {"tools": tools, "tool_choice": choice}
+    status, said = error(caller, "/v1/chat/completions", json=body)
+    assert (status, said["param"]) == (400, "tools[1].function.parameters"), said
+    assert said["message"].startswith("not a usable json_schema: ")

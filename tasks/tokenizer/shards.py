@@ -11,6 +11,7 @@ weight says (`tasks.corpus.weights`). The training split gives `tokens-*`, the h
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
@@ -52,10 +53,13 @@ def write_token_shards(
         for unit in ("documents", "bytes", "tokens")
     }
     by_source: dict[tuple[str, str], list[int]] = {}
+    new: Counter[str] = Counter()
     with ray_session() as session:
         for index, report in session.map(_write_shard, items, label="Tokens"):
             prefix = "heldout_" if items[index][4].startswith("heldout") else ""
-            for source, amounts in report.items():
+            for source, (*amounts, first) in report.items():
+                if not prefix:
+                    new[source] += first
                 row = by_source.setdefault((prefix, source), [0, 0, 0])
                 for place, (unit, amount) in enumerate(
                     zip(("documents", "bytes", "tokens"), amounts, strict=True)
@@ -77,6 +81,9 @@ def write_token_shards(
     ]
     if len({source for _, source in by_source}) > 1:
         counts |= {f"{p}tokens_{source}": row[2] for (p, source), row in by_source.items()}
+    # Where a weight has written copies; forecasts ask for it.
+    copied = [source for source in new if new[source] < by_source["", source][2]]
+    counts |= {f"new_tokens_{source}": new[source] for source in copied}
     return Outcome(
         counts=counts,
         metrics={"bytes_per_token": round(rate, 4)},
@@ -132,9 +139,9 @@ def _write_shard(
     name: str,
     output: str,
     number: str,
-) -> dict[str, tuple[int, int, int]]:
+) -> dict[str, tuple[int, int, int, int]]:
     """In a Ray worker: an input shard's sources, each unless an earlier attempt wrote it; their
-    documents, bytes and tokens."""
+    documents, bytes and tokens, and how many of these are not of copies."""
     store = work.store
     table = store.of(corpus).read_table(name)
     every = table["text"].to_pylist()
@@ -148,7 +155,12 @@ def _write_shard(
             work.write_bytes(f"{target}.documents.npy", _npy(starts))
             work.write_bytes(f"{target}.npy", _npy(ids))
         size = sum(len(text.encode("utf-8", "replace")) for text in texts)
-        report[source] = (len(texts), size, _length(work.read_bytes(f"{target}.npy")))
+        tokens = _length(work.read_bytes(f"{target}.npy"))
+        new = tokens
+        if len(documents := set(rows)) < len(rows):  # copies come last
+            starts = np.load(io.BytesIO(work.read_bytes(f"{target}.documents.npy")))
+            new = int(starts[len(documents)])
+        report[source] = (len(texts), size, tokens, new)
     return report
 
 

@@ -130,12 +130,13 @@ def effective_tokens(tokens: float, unique: float) -> float:
     return used + used * REPEATS * (1 - math.exp(-repeats / REPEATS))
 
 
-def effective_tokens_of(config: PretrainConfig, sizes: Mapping[str, int]) -> float:
-    """Of a whole run, whose sources (sizes: tokens by name) repeat each by itself where they are
-    weighed. Raises UserError for weights that a training would refuse."""
-    weights = config.source_weights
-    if not weights:
-        return effective_tokens(config.tokens, sum(sizes.values()))
+def effective_tokens_of(
+    config: PretrainConfig, sizes: Mapping[str, int], new: Mapping[str, int]
+) -> float:
+    """Of a whole run, whose sources repeat each by itself. sizes: tokens by name; new: those of
+    them that are not of copies, where there are any. Raises UserError for weights that a training
+    would refuse."""
+    weights: Mapping[str, float] = config.source_weights or sizes
     if weights.keys() != sizes.keys():
         raise UserError(
             f"source_weights are for {', '.join(sorted(weights))}, sources are "
@@ -143,7 +144,7 @@ def effective_tokens_of(config: PretrainConfig, sizes: Mapping[str, int]) -> flo
         )
     total = sum(weights.values())
     return sum(
-        effective_tokens(weight / total * config.tokens, sizes[name])
+        effective_tokens(weight / total * config.tokens, new.get(name, sizes[name]))
         for name, weight in weights.items()
         if weight
     )
@@ -194,7 +195,8 @@ def forecast(
     if config.start_from:
         say("no loss is foreseen of a run that goes on from a checkpoint")
         return found
-    effective = effective_tokens_of(config, _source_sizes(Store.open(), shards))
+    sizes = _source_sizes(Store.open(), shards)
+    effective = effective_tokens_of(config, sizes, _new_tokens(shards))
     runs = []
     for width, layers, tokens in QUICK_RUNS:
         say(f"a quick run: width {width}, {layers} layers, {tokens:,} tokens")
@@ -213,6 +215,13 @@ def _source_sizes(store: Store, shards: Manifest) -> dict[str, int]:
         source: sum(len(np.load(store.local(shards, name), mmap_mode="r")) for name in names)
         for source, names in shard_sources(shards.names(), "tokens").items()
     }
+
+
+def _new_tokens(shards: Manifest) -> dict[str, int]:
+    """Of the sources that a weight has copied, tokens that are not of copies."""
+    mark = "new_tokens_"
+    counts = shards.counts.items()
+    return {name.removeprefix(mark): count for name, count in counts if name.startswith(mark)}
 
 
 def machine_memory() -> int:

@@ -88,6 +88,13 @@ def test_every_token_leads_back_to_its_document(store: Store, shards: Manifest) 
         seen += len(everything)
     assert seen == (1 + 3 + 1 + 2) + (1 + 3 + 1) + 2  # copies by weight, held-out ones once
     assert max(met) > 1
+    sizes = [
+        len(tokenizer().encode_document(text))
+        for url, text in sorted(texts.values())
+        if "/a/" in url
+    ]
+    assert shards.counts["new_tokens_notes"] == sizes[1] + sizes[3]
+    assert shards.counts["tokens_notes"] == 3 * sizes[1] + 2 * sizes[3]
 
 
 def test_a_corpus_that_is_gone_leaves_the_text(store: Store, shards: Manifest) -> None:

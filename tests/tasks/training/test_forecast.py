@@ -120,15 +120,18 @@ def test_repeated_tokens_count_as_less_than_new_ones() -> None:
         assert effective_tokens(passes * 1e9, 1e9) == pytest.approx(worth * 1e9, rel=2e-3)
     config = PretrainConfig(tokens=4000)
     sizes = {"seeds": 1000, "notes": 1000, "mail": 10}
-    assert effective_tokens_of(config, sizes) == effective_tokens(4000, 2010)
+    assert effective_tokens_of(config, sizes, {}) == pytest.approx(effective_tokens(4000, 2010))
     # Weighed sources repeat each by itself, and one that is left out not at all.
     weighed = config.model_copy(update={"source_weights": {"seeds": 1, "notes": 3, "mail": 0}})
-    assert effective_tokens_of(weighed, sizes) == 1000 + effective_tokens(3000, 1000)
+    assert effective_tokens_of(weighed, sizes, {}) == 1000 + effective_tokens(3000, 1000)
     for wrong in ({"nots": 1}, {"seeds": 1}):  # before any quick run
         weighed = config.model_copy(update={"source_weights": wrong})
         with pytest.raises(UserError, match="sources are mail, notes, seeds; give every source"):
-            effective_tokens_of(weighed, sizes)
-    assert effective_tokens_of(config, {}) == 0
+            effective_tokens_of(weighed, sizes, {})
+    assert effective_tokens_of(config, {}, {}) == 0
+    # Notes whose weight has written each of them four times are 250 tokens and 750 of copies.
+    copied = effective_tokens_of(config.model_copy(update={"tokens": 2010}), sizes, {"notes": 250})
+    assert copied == pytest.approx(1010 + effective_tokens(1000, 250))
 
 
 def test_quick_runs_are_small_copies_of_the_model() -> None:

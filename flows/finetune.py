@@ -36,9 +36,9 @@ def train_chat(
     conversations: ConversationsConfig,
 ) -> Chat:
     finetuning.require_context(pretrain.require_served().context)  # said before the work
+    own = standing_conversations(conversations)
     base = train_base(corpus, tokenizer, pretrain)
     questions = write_instruction_pairs(pairs, corpus=base.corpus)
-    own = standing_conversations(conversations)
     model = finetune(finetuning, base=base.model, pairs=questions, **own)
     return Chat(base.corpus, base.model, questions, model)
 

@@ -76,7 +76,8 @@ TOOL_CHAT_TEMPLATE = (
 
 Message = Mapping[str, Any]
 """{"role": "system" | "user" | "assistant" | "tool", "content": text}; an assistant's may have
-"tool_calls" as OpenAI's have, and then no content."""
+"tool_calls" as OpenAI's have, and then no content, or a "weight" of 0, which keeps it from being
+learned; a tool's "tool_call_id" says which call it answers."""
 
 
 TOKENIZER_FILES = (SentencePieces.file_name, ByteLevelPieces.file_name)
@@ -263,7 +264,8 @@ def encode_example(
 ) -> tuple[list[int], list[bool]]:
     """A conversation to learn from: its ids, and which of them the assistant says.
 
-    Learned are the answers and the end mark of each; the mark that opens an answer is given.
+    Learned are the answers and the end mark of each; the mark that opens an answer is given, and
+    so is an answer of weight 0.
     Raises ChatError as `encode_chat` does, and when there is no answer to learn.
     """
     ids, learned = _layout(messages, tokenizer, tools)
@@ -280,14 +282,18 @@ def _layout(
     marks = {**tokenizer.roles, "tool": tokenizer.tool_result}
     ids, learned = [tokenizer.begin], [False]
 
-    def say(role: str, content: str) -> None:
+    def say(role: str, content: str, says: bool) -> None:
         text = tokenizer.encode(content)
         ids.extend([marks[role], *text, tokenizer.end_of_turn])
-        learned.extend([False] + [role == "assistant"] * (len(text) + 1))
+        learned.extend([False] + [says] * (len(text) + 1))
 
+    try:
+        ordered = tool_calls.in_order(messages)
+    except ValueError as error:
+        raise ChatError(str(error)) from error
     if tools and messages[0].get("role") != "system":
-        say("system", tool_calls.offer("", tools))
-    for number, message in enumerate(messages):
+        say("system", tool_calls.offer("", tools), False)
+    for number, message in enumerate(ordered):
         role, content = message.get("role"), message.get("content")
         if role not in marks:
             raise ChatError(f"messages[{number}].role {role!r} is not {', '.join(marks)}")
@@ -300,5 +306,6 @@ def _layout(
             content = tool_calls.said(content, calls)
         elif tools and number == 0 and role == "system":
             content = tool_calls.offer(content, tools)
-        say(role, content)
+        says = role == "assistant" and message.get("weight", 1) != 0
+        say(role, content, says)
     return ids, learned

@@ -41,6 +41,35 @@ def said(content: str, calls: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([content, *texts] if content else texts)
 
 
+def in_order(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Messages with the results of each answer's calls in the order of the calls, as the layout has
+    no room for ids. Results and calls without ids stay where they are.
+
+    Raises ValueError naming a result whose `tool_call_id` no call before it has.
+    """
+    ordered: list[Mapping[str, Any]] = []
+    ids: list[str] = []
+    for number, message in enumerate(messages):
+        if message.get("role") != "tool":
+            ids = [call.get("id") or "" for call in message.get("tool_calls") or ()]
+        elif (id := message.get("tool_call_id")) and id not in ids:
+            raise ValueError(f"messages[{number}].tool_call_id {id!r} is of no call before it")
+        ordered.append(message)
+    place = 0
+    while place < len(ordered):
+        end = place + 1
+        if calls := ordered[place].get("tool_calls"):
+            ids = [call.get("id") or "" for call in calls]
+            while end < len(ordered) and ordered[end].get("role") == "tool":
+                end += 1
+            results = ordered[place + 1 : end]
+            if all(result.get("tool_call_id") in ids for result in results):
+                results.sort(key=lambda result: ids.index(result["tool_call_id"]))
+            ordered[place + 1 : end] = results
+        place = end
+    return ordered
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 

@@ -18,7 +18,7 @@ from serve.errors import ApiError, not_ready, overloaded
 from serve.host import ServedModel
 from serve.mailbox import Mail, Mailbox
 from serve.prompts import encode_messages, encode_prompts, require_tools
-from serve.protocol import ChatRequest, CompletionRequest
+from serve.protocol import ChatRequest, CompletionRequest, Request
 from serve.responses import DONE, Clock, Envelope, Usage, event
 from serve.specification import MAX_CHOICES
 from serve.token_logprobs import Entries, Offsets, chat_logprobs, text_logprobs
@@ -61,6 +61,7 @@ class Completion:
         self.clock = Clock()
         self._offsets: dict[int, Offsets] = {}  # answer → where its next token begins
         self.may_call = isinstance(request, ChatRequest) and bool(request.offered)
+        self.must_call = isinstance(request, ChatRequest) and request.must_call
         self._readers: dict[int, AnswerReader] = {}  # answer → what is text and what a call
 
     @classmethod
@@ -86,8 +87,10 @@ class Completion:
         else:
             prompts = await encode_prompts(request.prompts(), served.engine, request.source)
         constraint = None
-        if isinstance(request, ChatRequest):
+        if isinstance(request, ChatRequest) and request.offered:
             # By themselves: an answer may come to a call late, and then all others would wait.
+            if form := Request.grammar(request):
+                await served.grammars.check(*form)
             for number, tool in enumerate(request.offered):
                 schema = json.dumps(tool.arguments())
                 param = f"tools[{number}].function.parameters"
@@ -114,7 +117,7 @@ class Completion:
                 reason: str | None = update.finish_reason
                 message = None
                 if self.may_call:
-                    message, reason = whole_message(text, reason)
+                    message, reason = whole_message(text, reason, must=self.must_call)
                 choices.append(
                     self.envelope.choice(len(choices), text, reason, logprobs, message=message)
                 )
@@ -146,7 +149,7 @@ class Completion:
                 reason: str | None = update.finish_reason
                 parts = None
                 if self.may_call:
-                    reader = self._readers.setdefault(index, AnswerReader())
+                    reader = self._readers.setdefault(index, AnswerReader(self.must_call))
                     parts = reader.push(text, last=reason is not None)
                     reason = reader.ended(reason)
                 for delta in self.envelope.deltas(index, text, reason, logprobs, parts):

@@ -8,8 +8,8 @@ from typing import ParamSpec
 from model.chat import ChatError, Tokenizer, encode_chat
 from serve.engine_process import EngineProcess
 from serve.errors import ApiError
-from serve.protocol import Message
 from serve.tools import Tool
+from serve.turns import Message
 
 P = ParamSpec("P")
 LONG = 20_000  # characters from which on encoding is worth another thread
@@ -24,7 +24,7 @@ async def encode_messages(
     """A conversation laid out for an answer. Raises ApiError 400 for one beyond the context."""
     laid_out = [message.layout() for message in messages]
     offered = [tool.offered() for tool in tools]
-    size = sum(len(message["content"]) for message in laid_out)
+    size = sum(message.characters for message in messages)
     if offered:
         size += len(json.dumps(offered, ensure_ascii=False))
     _refuse_endless(size, engine, param)

@@ -6,20 +6,14 @@ from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
 import pydantic_core
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.engine import ConstraintFactory, Sampling
 from model.engine.sampling import MAX_LOGPROBS
 from serve.errors import ApiError
 from serve.specification import MAX_CHOICES
-from serve.tools import MOST_TOOLS, CalledTool, NamedTool, Tool, grammar_of
+from serve.tools import MOST_TOOLS, NamedTool, Tool, grammar_of
+from serve.turns import Message
 
 MAX_NUMBER = 2**31 - 1  # of tokens; what is more is a mistake, and no tensor holds it
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions
@@ -33,65 +27,6 @@ Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=16),
 ]
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    tool_calls: list[CalledTool] | None = None
-    tool_call_id: str | None = Field(None, validate_default=True)
-    content: str | list[Part] | None = Field(None, validate_default=True)
-    # What clients echo of an earlier answer; there is nothing to do with any other value.
-    name: None = None
-    refusal: None = None
-    audio: None = None
-    annotations: list[Part] | None = Field(None, max_length=0)
-    function_call: None = None
-
-    @field_validator("tool_calls")
-    @classmethod
-    def _of_an_assistant(cls, value: Any, info: ValidationInfo) -> Any:
-        if value and info.data.get("role") != "assistant":
-            raise pydantic_core.PydanticCustomError("tool_calls", "only an assistant calls tools")
-        return value
-
-    @field_validator("tool_call_id")
-    @classmethod
-    def _of_a_tool(cls, value: Any, info: ValidationInfo) -> Any:
-        is_tool = info.data.get("role") == "tool"
-        if is_tool and value is None:
-            raise pydantic_core.PydanticCustomError("missing", "required by role 'tool'")
-        if not is_tool and value is not None:
-            raise pydantic_core.PydanticCustomError("tool_call_id", "only allowed with role 'tool'")
-        return value
-
-    @field_validator("content")
-    @classmethod
-    def _without_calls(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is None and not info.data.get("tool_calls"):
-            raise pydantic_core.PydanticCustomError("missing", "required without tool_calls")
-        return value
-
-    @property
-    def has_tools(self) -> bool:
-        """Whether a model must know of tools to read it."""
-        return self.role == "tool" or bool(self.tool_calls)
-
-    def layout(self) -> dict[str, Any]:
-        """As `model.chat.encode_chat` takes it; "developer" is OpenAI's newer word for system."""
-        content = self.content or ""
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        role = "system" if self.role == "developer" else self.role
-        calls = [call.model_dump() for call in self.tool_calls or ()]
-        return {"role": role, "content": text} | ({"tool_calls": calls} if calls else {})
 
 
 class StreamOptions(BaseModel):
@@ -322,6 +257,11 @@ class ChatRequest(Request):
         """Tools that the answer may call."""
         return [] if self.tool_choice == "none" else self.tools or []
 
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer is calls and nothing else."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
     def grammar(self) -> tuple[str, str, str] | None:
         form, tools, choice = super().grammar(), self.offered, self.tool_choice
         if not tools:
@@ -330,7 +270,7 @@ class ChatRequest(Request):
             tools = [tool for tool in tools if tool.function.name == choice.function.name]
         text = grammar_of(
             tools,
-            must=named or choice == "required",
+            must=self.must_call,
             several=not named and self.parallel_tool_calls is not False,
             answer=form and form[1],
         )

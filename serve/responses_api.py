@@ -20,12 +20,11 @@ from serve.protocol import (
     MAX_NUMBER,
     ChatRequest,
     JsonSchema,
-    Message,
     Metadata,
-    Part,
     ResponseFormat,
 )
 from serve.responses import Clock, Usage
+from serve.turns import Message, Part
 
 
 class InputText(BaseModel):

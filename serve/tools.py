@@ -12,12 +12,16 @@ from typing import Annotated, Any, Literal
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from model.tool_calls import BEGINS, ENDS, Arguments, Call, CallReader, Text
+from model.tool_calls import BEGINS, ENDS, Call, CallReader, Piece, Text
 
 MOST_TOOLS = 128
 MOST_CALLS = 16  # of one answer that must call
-NOTHING = {"properties": {}, "additionalProperties": False}
-SPACING = {"x-guidance": {"whitespace_pattern": " ?"}}  # llguidance's; else blanks without end
+NOTHING: dict[str, Any] = {"properties": {}, "additionalProperties": False}
+SPACING = {"whitespace_pattern": " ?"}  # llguidance's option; else there are blanks without end
+# What it does not know, of schemas that are not strict, guides and does not bind.
+LENIENT = {"lenient": True, "coerce_one_of": True}
+NOTES = ("title", "description", "examples", "default")  # of a schema: they bind nothing
+NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
@@ -52,8 +56,24 @@ class Tool(BaseModel):
 
     def arguments(self) -> dict[str, Any]:
         """Their schema, for llguidance."""
-        given = self.function.parameters
-        return {"type": "object"} | (given or NOTHING) | SPACING
+        given = _binding(self.function.parameters or NOTHING)
+        options = SPACING | ({} if self.function.strict else LENIENT)
+        return {"type": "object"} | given | {"x-guidance": options}
+
+
+def _binding(schema: Any) -> Any:
+    """A schema without notes for people, which would count as its size."""
+    if isinstance(schema, list):
+        return [_binding(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {}
+    for key, value in schema.items():
+        if key in NAMED and isinstance(value, dict):
+            found[key] = {name: _binding(part) for name, part in value.items()}
+        elif key not in NOTES:
+            found[key] = value if key in ("enum", "const", "required") else _binding(value)
+    return found
 
 
 class FunctionName(BaseModel):
@@ -75,18 +95,8 @@ class CalledFunction(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     name: str
-    arguments: str
-
-    @field_validator("arguments")
-    @classmethod
-    def _are_an_object(cls, text: str) -> str:
-        try:
-            value = pydantic_core.from_json(text)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            raise pydantic_core.PydanticCustomError("arguments", "must be a JSON object in a text")
-        return text
+    arguments: str  # as they were, also where the answer was cut
+    parsed_arguments: Any = None  # the same once more, as openai-python has read them
 
 
 class CalledTool(BaseModel):
@@ -97,6 +107,12 @@ class CalledTool(BaseModel):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
+    index: int | None = None  # that of a stream's delta
+
+    def layout(self) -> dict[str, Any]:
+        """As `model.chat.encode_chat` takes it."""
+        function = {"name": self.function.name, "arguments": self.function.arguments or "{}"}
+        return {"id": self.id, "function": function}
 
 
 def grammar_of(
@@ -128,9 +144,12 @@ def _quoted(text: str) -> str:
 
 
 class AnswerReader:
-    """Turns the text of one answer into what a client is told: parts of the message, as deltas."""
+    """Turns the text of one answer into what a client is told: parts of the message, as deltas.
+    must: the answer has nothing but calls.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, must: bool) -> None:
+        self._must = must
         self._reader = CallReader()
         self._called = False
 
@@ -142,9 +161,15 @@ class AnswerReader:
     def push(self, text: str, *, last: bool) -> list[dict[str, Any]]:
         """Deltas that are certain with this text. last: nothing follows."""
         pieces = self._reader.push(text)
-        return [*map(self._delta, pieces + self._reader.finish() if last else pieces)]
+        if last:
+            pieces += filter(self._is_told, self._reader.finish())
+        return [*map(self._delta, pieces)]
 
-    def _delta(self, piece: Text | Call | Arguments) -> dict[str, Any]:
+    def _is_told(self, held: Piece) -> bool:
+        """A call that is cut before its arguments says nothing to anybody."""
+        return not (isinstance(held, Text) and (self._must or BEGINS in held.text))
+
+    def _delta(self, piece: Piece) -> dict[str, Any]:
         if isinstance(piece, Text):
             return {"content": piece.text}
         called: dict[str, Any] = {"index": piece.number}
@@ -157,9 +182,11 @@ class AnswerReader:
         return {"tool_calls": [called]}
 
 
-def whole_message(text: str, reason: str | None) -> tuple[dict[str, Any], str | None]:
+def whole_message(
+    text: str, reason: str | None, *, must: bool
+) -> tuple[dict[str, Any], str | None]:
     """(`content`, and `tool_calls` where there are any, of a finished answer; why it ended)."""
-    content, reader = "", AnswerReader()
+    content, reader = "", AnswerReader(must)
     calls: list[dict[str, Any]] = []
     for delta in reader.push(text, last=True):
         content += delta.get("content", "")

@@ -42,7 +42,8 @@ DERIVED = frozenset({"signatures", "token-shards", "pairs", "evaluate"})
 # Unfinished, a crawl has the table of its addresses; a training has weights and no text.
 TOLD_BY_TABLES = frozenset({"crawl", "pretrain", "finetune"})
 PAGE = "report.html"  # of a corpus report, which quotes what any stage removed
-KEPT = ("documents-", "train-", "heldout-", "pages.parquet")  # what later stages read
+# What later stages read.
+KEPT = ("documents-", "train-", "heldout-", "conversations-", "pages.parquet")
 KEYS = ("url", "fetch_url", "id", "before", "record_id", "digest", "host")
 TEXTS = ("reason", "source", "location", "canonical")  # may name the address in another's row
 READERS = 8  # tables at a time: each waits for its place of storage

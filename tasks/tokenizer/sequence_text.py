@@ -72,7 +72,7 @@ def _conversations(store: Store, conversations: Manifest, place: Place) -> Itera
     table = store.of(conversations).read_table(place.file)
     _require(place, table.num_rows, "rows")
     for row in table.slice(place.start, place.count).to_pylist():
-        yield Passage(row["id"], "", f"{row['messages']} {row['tools']}")
+        yield Passage(row["id"], row["url"], f"{row['messages']} {row['tools']}")
 
 
 def _documents(store: Store, shards: Manifest, place: Place) -> Iterator[Passage]:

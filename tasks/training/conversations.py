@@ -1,22 +1,22 @@
 """The conversations stage: a person's own conversations to fine-tune on, from JSON Lines files.
 
 A row is as OpenAI's fine-tuning files have it: `messages`, and `tools` where answers may call some.
-Written is conversations-NNNNN.parquet with columns id (SHA-256 of the two), messages and tools, in
-JSON.
+Written is conversations-NNNNN.parquet with columns id (as documents have one), url (file and line),
+messages and tools, the two in JSON. A purge finds rows by id or url.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from model.tool_calls import in_order
+from tasks.corpus.documents import document_id
 from tasks.corpus.source_config import SourceConfig, content_digest, files_of
 from tasks.corpus.source_rows import text_lines
 from tasks.runtime.errors import UserError
@@ -27,9 +27,9 @@ from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.stage_config import StageConfig
 from tasks.runtime.store import Store
 
-TABLE = "conversations"
-CONVERSATIONS = pa.schema([("id", pa.string()), ("messages", pa.string()), ("tools", pa.string())])
-ROWS = 10_000  # of one file
+TABLE, TOO_LONG = "conversations", "conversations_too_long"
+CONVERSATIONS = pa.schema([(name, pa.string()) for name in ("id", "url", "messages", "tools")])
+LARGEST = 32 << 20  # characters of one file
 
 
 class ConversationsConfig(StageConfig):
@@ -76,15 +76,23 @@ class CalledFunction(_Row):
     name: str
     arguments: str | dict[str, Any]
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """The arguments. Raises ValueError where they are no JSON object."""
+        if not isinstance(self.arguments, str):
+            return self.arguments
+        value = json.loads(self.arguments or "{}")
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds {type(value).__name__}")
+        return value
+
     @model_validator(mode="after")
     def _are_an_object(self) -> Self:
-        if isinstance(self.arguments, str):
-            try:
-                value = json.loads(self.arguments)
-            except ValueError:
-                value = None
-            if not isinstance(value, dict):
-                raise ValueError(f"the arguments {self.arguments[:80]!r} are no JSON object")
+        try:
+            self.values  # noqa: B018
+        except (ValueError, RecursionError) as error:
+            shown = str(self.arguments)[:80]
+            raise ValueError(f"the arguments {shown!r} are no JSON object") from error
         return self
 
 
@@ -94,35 +102,62 @@ class Call(_Row):
     function: CalledFunction
 
 
+class TextPart(_Row):
+    type: Literal["text"]
+    text: str
+
+
 class Turn(_Row):
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str | None = None
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
+    name: str | None = None  # of the function, where a tool speaks
+    weight: Literal[0, 1] | None = None  # 0: an answer that is not learned
+    refusal: None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"only an assistant calls tools, not a {self.role}")
+        if self.weight is not None and self.role != "assistant":
+            raise ValueError(f"only an assistant's message has a weight, not a {self.role}'s")
+        if self.name is not None and self.role != "tool":
+            raise ValueError(f"only a tool's message has a name, not a {self.role}'s")
         if self.content is None and not self.tool_calls:
             raise ValueError("the message has neither content nor tool_calls")
         return self
+
+    def laid_out(self, schemas: Mapping[str, Any]) -> dict[str, Any]:
+        """As `model.chat` takes it. schemas: of the arguments, by function."""
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        said: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": text,
+        }
+        if self.tool_calls:
+            said["tool_calls"] = [_call(call, schemas) for call in self.tool_calls]
+        said |= {"weight": 0} if self.weight == 0 else {}
+        return said | ({"tool_call_id": self.tool_call_id} if self.tool_call_id else {})
 
 
 class Conversation(_Row):
     """One row of a file."""
 
     messages: list[Turn]
-    tools: list[Tool] = []
+    tools: list[Tool] | None = None
+    parallel_tool_calls: bool | None = None  # of the request; the messages say what was called
 
     @model_validator(mode="after")
     def _can_be_learned(self) -> Self:
-        if not any(turn.role == "assistant" for turn in self.messages):
-            raise ValueError("no message is the assistant's, so there is nothing to learn")
-        offered = {tool.function.name for tool in self.tools}
+        if not any(turn.role == "assistant" and turn.weight != 0 for turn in self.messages):
+            raise ValueError("no message is the assistant's to learn")
+        offered = {tool.function.name for tool in self.tools or ()}
         for name in self.called:
             if name not in offered:
                 raise ValueError(f"it calls {name!r}, which is not among its tools")
+        in_order(self._messages())
         return self
 
     @property
@@ -132,57 +167,80 @@ class Conversation(_Row):
             for call in turn.tool_calls or ():
                 yield call.function.name
 
-    def row(self) -> dict[str, str]:
+    def _messages(self) -> list[dict[str, Any]]:
+        functions = [tool.function for tool in self.tools or ()]
+        schemas = {function.name: function.parameters for function in functions}
+        return [turn.laid_out(schemas) for turn in self.messages]
+
+    def row(self, url: str) -> dict[str, str]:
         """As the table has it: what `model.chat.encode_example` takes, in JSON."""
-        messages = [
-            {"role": turn.role, "content": turn.content or ""}
-            | ({"tool_calls": [_call(call) for call in turn.tool_calls]} if turn.tool_calls else {})
-            for turn in self.messages
-        ]
         # As the endpoint offers tools (`serve.tools.Tool.offered`).
-        offered = {"exclude_none": True, "exclude": {"function": {"strict"}}}
-        tools = [tool.model_dump(**offered) for tool in self.tools]  # type: ignore[arg-type]
-        said = {"messages": _json(messages), "tools": _json(tools)}
-        told = "\n".join(said.values()).encode("utf-8", "surrogatepass")
-        return {"id": hashlib.sha256(told).hexdigest(), **said}
+        offered: dict[str, Any] = {"exclude_none": True, "exclude": {"function": {"strict"}}}
+        tools = [tool.model_dump(**offered) for tool in self.tools or ()]
+        said = {"messages": json.dumps(self._messages()), "tools": json.dumps(tools)}
+        return {"id": document_id("\n".join(said.values())), "url": url, **said}
 
 
-def _call(call: Call) -> dict[str, Any]:
-    return {"type": "function", "function": call.function.model_dump()}
+def _call(call: Call, schemas: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as the endpoint's grammar has them: one spacing, keys in the schema's order."""
+    arguments = _in_order_of(schemas.get(call.function.name), call.function.values)
+    function = {"name": call.function.name, "arguments": arguments}
+    return ({"id": call.id} if call.id else {}) | {"function": function}
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value)
+def _in_order_of(schema: Any, value: Any) -> Any:
+    if isinstance(value, list):
+        items = schema.get("items") if isinstance(schema, dict) else None
+        return [_in_order_of(items, one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    known = properties if isinstance(properties, dict) else {}
+    keys = [key for key in known if key in value]
+    keys += [key for key in value if key not in known]
+    return {key: _in_order_of(known.get(key), value[key]) for key in keys}
 
 
 @stage("conversations", version=1)
 def gather_conversations(config: ConversationsStageConfig, work: Workspace) -> Outcome:
     """Read and check a person's own conversations."""
     counts = Counter(conversations=0, answers=0, with_calls=0)
-    rows = _rows(conversations_of(config, Settings.load()), counts)
-    for number, some in enumerate(iter(lambda: list(islice(rows, ROWS)), [])):
-        table = pa.Table.from_pylist(some, schema=CONVERSATIONS)
-        work.write_table(f"{TABLE}-{number:05d}.parquet", table)
-    return Outcome(counts=counts)
+    rows: list[dict[str, str]] = []
+    size = files = 0
 
+    def write() -> None:
+        nonlocal size, files
+        table = pa.Table.from_pylist(rows, schema=CONVERSATIONS)
+        work.write_table(f"{TABLE}-{files:05d}.parquet", table)
+        rows.clear()
+        size, files = 0, files + 1
 
-def _rows(found: Iterable[Conversation], counts: Counter[str]) -> Iterator[dict[str, str]]:
-    for conversation in found:
+    for url, conversation in conversations_of(config, Settings.load()):
         counts["conversations"] += 1
         counts["answers"] += sum(turn.role == "assistant" for turn in conversation.messages)
         counts["with_calls"] += any(True for _ in conversation.called)
-        yield conversation.row()
+        rows.append(conversation.row(url))
+        size += len(rows[-1]["messages"]) + len(rows[-1]["tools"])
+        if size >= LARGEST:
+            write()
+    if rows:
+        write()
+    return Outcome(counts=counts)
 
 
 def conversations_of(
     config: ConversationsStageConfig, settings: Settings
-) -> Iterator[Conversation]:
-    """All conversations. Raises UserError naming file and line of what is none, and for none."""
-    found = False
+) -> Iterator[tuple[str, Conversation]]:
+    """All conversations, each with its place. Raises UserError naming file and line of what is
+    none, and for none."""
+    some = False
     for path in files_of(config.source(), settings):
         for number, line in text_lines(path, TABLE):
+            line = line.removeprefix("\ufeff")
+            if "\ufffd" in line:
+                raise _wrong(path.name, number, "it is not all UTF-8")
             try:
-                yield Conversation.model_validate(json.loads(line))
+                found = Conversation.model_validate(json.loads(line))
             except ValidationError as error:
                 first = error.errors(include_url=False, include_input=False)[0]
                 where = ".".join(map(str, first["loc"]))
@@ -190,8 +248,9 @@ def conversations_of(
                 raise _wrong(path.name, number, f"{where}: {said}" if where else said) from error
             except (ValueError, RecursionError) as error:
                 raise _wrong(path.name, number, f"it is no JSON ({error})") from error
-            found = True
-    if not found:
+            some = True
+            yield f"{TABLE}:{path.name}#{number}", found
+    if not some:
         raise UserError(f"conversations: {config.path!r} has no rows; give a file with some")
 
 

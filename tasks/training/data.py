@@ -13,7 +13,7 @@ from model.packing import Example, PackedLoader
 from tasks.runtime.manifest import Manifest
 from tasks.runtime.store import Store
 from tasks.tokenizer.shards import shard_sources
-from tasks.training.conversations import read_conversations
+from tasks.training.conversations import TOO_LONG, read_conversations
 from tasks.training.job import TrainingJob
 from tasks.training.samples import ASKED
 
@@ -44,9 +44,9 @@ def training_data(
     examples, too_long = read_examples(store, job.pairs.pairs, tokenizer, job.sequence)
     counts = {"examples": len(examples), "examples_too_long": too_long}
     if job.pairs.conversations is not None:
-        own, too_long = own_examples(store, job.pairs.conversations, tokenizer, job.sequence)
+        own, said = own_examples(store, job.pairs.conversations, tokenizer, job.sequence)
         examples += own
-        counts |= {"conversations": len(own), "conversations_too_long": too_long}
+        counts |= said
     packed = PackedLoader(examples, job.sequence, job.seed, pad=tokenizer.pad)
     rows = packed.rows(job.pairs.passes)
     counts |= {"rows": rows}
@@ -152,19 +152,23 @@ def read_examples(
 
 def own_examples(
     store: Store, conversations: Manifest, tokenizer: Tokenizer, sequence: int
-) -> tuple[list[Example], int]:
-    """(a person's own conversations, each as often as its config says, how many of them were left
-    out as longer than `sequence`). Raises DataError where that leaves none."""
-    examples, too_long = [], 0
+) -> tuple[list[Example], dict[str, int]]:
+    """(a person's own conversations, each as often as its config says; how many there are, how many
+    call tools, how many were left out as longer than `sequence`). Raises DataError where that
+    leaves none."""
+    examples: list[Example] = []
+    counts = dict.fromkeys(("conversations", "conversations_with_calls", TOO_LONG), 0)
     for file, number, messages, tools in read_conversations(store, conversations):
         example = Example(*encode_example(messages, tokenizer, tools), Place(file, number, 1))
         if len(example.ids) > sequence + 1:
-            too_long += 1
-        else:
-            examples += [example] * int(conversations.config["repeat"])
+            counts[TOO_LONG] += 1
+            continue
+        examples += [example] * int(conversations.config["repeat"])
+        counts["conversations"] += 1
+        counts["conversations_with_calls"] += any(m.get("tool_calls") for m in messages)
     if not examples:
         raise DataError(
-            f"all {too_long} conversations are longer than finetune.sequence {sequence} tokens; "
-            "raise it, up to the model's context, or give shorter ones"
+            f"all {counts[TOO_LONG]} conversations are longer than finetune.sequence {sequence} "
+            "tokens; raise it, up to the model's context, or give shorter ones"
         )
-    return examples, too_long
+    return examples, counts

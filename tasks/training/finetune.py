@@ -7,10 +7,11 @@ from pydantic import ConfigDict, Field
 from tasks.registry.tracking import tracked
 from tasks.runtime.errors import UserError
 from tasks.runtime.manifest import Manifest
+from tasks.runtime.progress import run_logger
 from tasks.runtime.settings import Settings
 from tasks.runtime.stage import Outcome, Workspace, stage
 from tasks.runtime.store import Store
-from tasks.training.conversations import TABLE
+from tasks.training.conversations import TABLE, TOO_LONG
 from tasks.training.job import PairsData, TrainingJob
 from tasks.training.launch import launch, require_whole
 from tasks.training.options import OptimizerOptions, ScheduleOptions, TrainingConfig, shown_first
@@ -92,5 +93,10 @@ def finetune(
                 run_id=run_id,
             ),
             work,
+        )
+    if left_out := outcome.counts.get(TOO_LONG):
+        run_logger().warning(
+            f"{left_out} of {left_out + outcome.counts[TABLE]} conversations are longer than "
+            f"finetune.sequence {config.sequence} tokens and were left out"
         )
     return outcome

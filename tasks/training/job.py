@@ -48,11 +48,6 @@ class PairsData(BaseModel):
     replay: float
     conversations: Manifest | None = None
 
-    @property
-    def calls_tools(self) -> bool:
-        """Whether some of the answers call tools."""
-        return self.conversations is not None and bool(self.conversations.counts["with_calls"])
-
     def artifact_of(self, file: str) -> Manifest:
         """Which of the two has a file."""
         own = self.conversations

@@ -162,8 +162,8 @@ def _train(job: TrainingJob, directory: Directory) -> None:
             model.load_state_dict(load_whole_model(best))
             counts |= {"best_step": step_of(best)}
     if rank == 0:
-        tools = job.pairs is not None and job.pairs.calls_tools
-        counts |= save_model(model, tokenizer, directory, tools=tools)
+        learned_calls = counts.get("conversations_with_calls", 0) > 0
+        counts |= save_model(model, tokenizer, directory, tools=learned_calls)
         result = {
             "curve": [asdict(record) for record in curve],
             "heldout": losses,

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.chat import TOOL_CHAT_TEMPLATE, encode_chat, encode_example
+from model.chat import TOOL_CHAT_TEMPLATE, ChatError, encode_chat, encode_example
 from model.tokenizer_files import calls_tools, tokenizer_files
-from model.tool_calls import Arguments, Call, CallReader, Piece, Text, offer, said
+from model.tool_calls import Arguments, Call, CallReader, Piece, Text, in_order, offer, said
 from tests.tiny_models import tokenizer
 
 NAMES = tokenizer()
@@ -25,8 +25,8 @@ WEATHER = {
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 
 
-def call(name: str, arguments: object) -> dict:
-    return {"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}
+def call(name: str, arguments: object, id: str = "call_1") -> dict:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 TALK = [
@@ -34,10 +34,10 @@ TALK = [
     {
         "role": "assistant",
         "content": "Let me look.",
-        "tool_calls": [call("weather", '{"place":"Łódź"}'), call("clock", {})],
+        "tool_calls": [call("weather", '{"place":"Łódź"}'), call("clock", {}, "call_2")],
     },
     {"role": "tool", "content": '{"sky": "blue"}', "tool_call_id": "call_1"},
-    {"role": "tool", "content": "noon", "tool_call_id": "call_1"},
+    {"role": "tool", "content": "noon", "tool_call_id": "call_2"},
     {"role": "assistant", "content": "Blue, at noon."},
 ]
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -78,6 +78,24 @@ def test_calls_are_learned_and_neither_tools_nor_results() -> None:
     ids, learned = encode_example(TALK, NAMES, [WEATHER])
     text = NAMES.decode([token for token, says in zip(ids, learned, strict=True) if says])
     assert text == said("Let me look.", TALK[1]["tool_calls"]) + "Blue, at noon."
+
+
+def test_results_stand_in_the_order_of_their_calls() -> None:
+    mixed = [*TALK[:2], TALK[3], TALK[2], *TALK[4:]]
+    assert encode_chat(mixed, NAMES) == encode_chat(TALK, NAMES)
+    for wrong in ([*TALK[:2], TALK[2] | {"tool_call_id": "x"}], [TALK[0], TALK[2]]):
+        with pytest.raises(ChatError, match=r"messages\[[12]\].tool_call_id '.*' is of no call"):
+            encode_chat(wrong, NAMES)
+    bare = [{"role": "tool", "content": "noon"}, {"role": "tool", "content": "snow"}]
+    assert in_order([*TALK[:2], *bare]) == [*TALK[:2], *bare]
+
+
+def test_an_answer_of_no_weight_is_read_and_not_learned() -> None:
+    talk = [TALK[0], TALK[1] | {"weight": 0}, *TALK[2:]]
+    ids, learned = encode_example(talk, NAMES)
+    assert ids == encode_chat(TALK, NAMES, add_generation_prompt=False)
+    said = NAMES.decode([token for token, says in zip(ids, learned, strict=True) if says])
+    assert said == "Blue, at noon."
 
 
 def test_a_directory_says_whether_its_model_calls_tools(tmp_path) -> None:

@@ -130,16 +130,81 @@ def test_tools_are_read_and_with_none_they_are_not(caller: Endpoint) -> None:
 
 
 def test_calls_and_results_travel_back(caller: Endpoint) -> None:
-    function = {"name": "weather", "arguments": '{"place": "Oslo"}'}
+    """As clients send them: what openai-python made of a stream or parsed, what was cut, in any
+    order, with fields that say nothing.
+    """
+    cut = {"name": "weather", "arguments": '{"place": "Os', "parsed_arguments": None}
+    void = {"name": "clock", "arguments": ""}
     called = {
         "role": "assistant",
-        "tool_calls": [{"id": "c1", "type": "function"} | {"function": function}],
+        "content": None,
+        "refusal": None,
+        "annotations": [],
+        "parsed": None,
+        "reasoning_content": None,
+        "tool_calls": [
+            {"id": "c1", "type": "function", "function": cut, "index": 0},
+            {"id": "c2", "type": "function", "function": void, "index": 1},
+        ],
     }
-    talk = [*ASKED, called, {"role": "tool", "tool_call_id": "c1", "content": "snow"}]
-    usage = post(
-        caller, "/v1/chat/completions", {"model": "tiny", "messages": talk, "max_tokens": 2}
-    )
-    assert usage["usage"]["prompt_tokens"] == len(encode_chat(talk, NAMES))
+    gave = [
+        {"role": "tool", "tool_call_id": "c2", "name": "clock", "content": "noon"},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "snow"}]},
+    ]
+    body = {"model": "tiny", "messages": [*ASKED, called, *gave], "max_tokens": 2}
+    usage = post(caller, "/v1/chat/completions", body)["usage"]
+    calls = [{"function": cut}, {"function": void | {"arguments": "{}"}}]
+    read = [
+        *ASKED,
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "content": "snow"},
+        {"role": "tool", "content": "noon"},
+    ]
+    assert usage["prompt_tokens"] == len(encode_chat(read, NAMES))
+    counted = post(caller, "/tokenize", {"messages": body["messages"]})
+    assert counted["tokens"] == encode_chat(read, NAMES)
+
+
+@pytest.mark.parametrize("length", [4, 12])
+def test_a_call_that_is_cut_before_its_arguments_is_not_shown(
+    caller: Endpoint, length: int
+) -> None:
+    body = SHORT | {"tools": TOOLS, "tool_choice": "required", "max_tokens": length}
+    (choice,) = post(caller, "/v1/chat/completions", body)["choices"]
+    assert choice["message"]["content"] == "" and choice["finish_reason"] == "length"
+    chunks = stream(caller, "/v1/chat/completions", body | {"stream": True})
+    assert [c["choices"][0]["delta"].get("content") for c in chunks] == ["", None]
+
+
+NO_FORM = {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}
+LOOSE = {
+    "type": "object",
+    "title": "Loose",
+    "properties": {
+        "tags": {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
+        "count": {"type": "integer", "format": "int32", "description": "x" * 600},
+        "either": {"oneOf": [{"type": "string"}, {"type": "string", "minLength": 1}]},
+        "title": {"type": "string"},
+    },
+    "minProperties": 1,
+}
+
+
+def test_schemas_as_programs_make_them_are_taken(caller: Endpoint) -> None:
+    names = [f"f{number}" for number in range(128)]
+    functions = [{"name": name, "parameters": LOOSE} for name in names]
+    tools = [{"type": "function", "function": function} for function in functions]
+    asked = [Tool.model_validate(tool) for tool in tools]
+    assert len(grammar_of(asked, must=True, several=True)) < 65_536
+    assert asked[0].arguments()["properties"].keys() == LOOSE["properties"].keys()
+    short = {"name": "f", "parameters": json.loads(json.dumps(LOOSE).replace("x" * 600, ""))}
+    tools = [{"type": "function", "function": short}]
+    body = SHORT | {"tools": tools, "tool_choice": "required", "max_tokens": 3}
+    post(caller, "/v1/chat/completions", body)
+    strict = {"name": "f", "parameters": LOOSE, "strict": True}
+    wrong = body | {"tools": [{"type": "function", "function": strict}]}
+    status, said = error(caller, "/v1/chat/completions", json=wrong)
+    assert (status, said["param"]) == (400, "tools[0].function.parameters")
 
 
 @pytest.mark.parametrize(
@@ -175,23 +240,15 @@ def test_calls_and_results_travel_back(caller: Endpoint) -> None:
             "tool_choice",
         ),
         ({"tools": [CLOCK], "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"tools": [CLOCK], "response_format": NO_FORM}, "response_format.json_schema.schema"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
         (
             {"messages": [{"role": "user", "content": "x", "tool_call_id": "c"}]},
             "messages[0].tool_call_id",
         ),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "assistant",
-                        "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "[1]"}}],
-                    }
-                ]
-            },
-            "messages[0].tool_calls[0].function.arguments",
-        ),
+        ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages[0].name"),
+        ({"messages": [*ASKED, {"role": "tool", "tool_call_id": "z", "content": "x"}]}, "messages"),
     ],
 )
 def test_wrong_tools_are_named(caller: Endpoint, more: dict, param: str) -> None:
@@ -258,9 +315,9 @@ def test_the_grammar_holds_calls_to_their_tools(options: dict, yes: list, no: li
 
 
 def test_a_whole_answer_is_text_and_calls() -> None:
-    assert whole_message("just text", "stop") == ({"content": "just text"}, "stop")
-    message, reason = whole_message(f"I see.\n{ROME}\n{TIME}", "stop")
-    assert reason == "tool_calls" and whole_message(ROME, "length")[1] == "length"
+    assert whole_message("just text", "stop", must=False) == ({"content": "just text"}, "stop")
+    message, reason = whole_message(f"I see.\n{ROME}\n{TIME}", "stop", must=False)
+    assert reason == "tool_calls" and whole_message(ROME, "length", must=True)[1] == "length"
     assert message["content"] == "I see."
     assert [call["function"] for call in message["tool_calls"]] == [
         {"name": "weather", "arguments": '{"place": "Rome"}'},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ import pytest
 from flows.deployments import plan
 from model.chat import encode_example
 from model.loader import DataError
+from tasks.corpus.erase import erase
+from tasks.corpus.tombstoned import Forgotten, parse
 from tasks.runtime.errors import UserError
 from tasks.runtime.settings import Settings
 from tasks.runtime.store import Store
+from tasks.state.tombstones import Tombstones
 from tasks.training.conversations import (
     ConversationsConfig,
     ConversationsStageConfig,
@@ -21,6 +25,7 @@ from tasks.training.conversations import (
     standing_conversations,
 )
 from tasks.training.data import own_examples
+from tests.tasks.made_artifacts import commit
 from tests.tiny_models import tokenizer
 
 CLOCK = {"type": "function", "function": {"name": "clock", "description": "now", "strict": None}}
@@ -29,6 +34,7 @@ CALLS = {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type"
 CALLS["tool_calls"][0]["function"] = {"name": "clock", "arguments": "{}"}
 GAVE = {"role": "tool", "tool_call_id": "c", "content": "noon"}
 SAYS = {"role": "assistant", "content": "Noon."}
+STRAY = [ASKED, CALLS, GAVE | {"tool_call_id": "d"}, SAYS]
 
 
 @pytest.fixture
@@ -38,8 +44,13 @@ def sources(home: Path) -> Path:
 
 
 def write(path: Path, *rows: object) -> ConversationsStageConfig:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return ConversationsStageConfig(path=str(path))
+
+
+def said(kept: int, calling: int, too_long: int) -> dict[str, int]:
+    names = ("conversations", "conversations_with_calls", "conversations_too_long")
+    return dict(zip(names, (kept, calling, too_long), strict=True))
 
 
 def test_conversations_become_examples(sources: Path) -> None:
@@ -51,15 +62,78 @@ def test_conversations_become_examples(sources: Path) -> None:
     rows = list(read_conversations(Store.open(), manifest))
     assert [row[:2] for row in rows] == [("conversations-00000.parquet", n) for n in (0, 1)]
     names = tokenizer()
-    examples, too_long = own_examples(Store.open(), manifest, names, 500)
-    assert too_long == 0 and len(examples) == 6
+    examples, counts = own_examples(Store.open(), manifest, names, 500)
+    assert counts == said(2, 1, 0) and len(examples) == 6
     offered = [{"type": "function", "function": {"name": "clock", "description": "now"}}]
     ids, learned = encode_example(calling["messages"], names, offered)
     assert (examples[3].ids, examples[3].learned) == (ids, learned)
     (short,) = {len(example.ids) for example in examples[:3]}
-    assert own_examples(Store.open(), manifest, names, short)[1] == 1
+    # None that is left calls a tool, so the model will not be said to.
+    assert own_examples(Store.open(), manifest, names, short)[1] == said(1, 0, 1)
     with pytest.raises(DataError, match=r"all 2 conversations are longer than finetune.sequence 4"):
         own_examples(Store.open(), manifest, names, 4)
+
+
+def test_rows_of_openais_files_are_read(sources: Path) -> None:
+    """As their guide to fine-tuning has them, and as tables of others write what is not there."""
+    schema = {
+        "type": "object",
+        "properties": {"zone": {}, "at": {"properties": {"a": {}, "b": {}}}},
+    }
+    tool = {"type": "function", "function": {"name": "clock", "parameters": schema}}
+    pretty = '{\n "at": [1], "more": 1,\n "zone": "\\u0141"\n}'
+    calls = [
+        {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": pretty}},
+        {"id": "c2", "type": "function", "function": {"name": "clock", "arguments": ""}},
+    ]
+    row = {
+        "messages": [
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": [{"type": "text", "text": "Time?"}]},
+            {"role": "assistant", "content": "Hm.", "weight": 0},
+            {"role": "assistant", "content": None, "tool_calls": calls, "refusal": None},
+            {"role": "tool", "tool_call_id": "c2", "name": "clock", "content": "two"},
+            {"role": "tool", "tool_call_id": "c1", "content": "one"},
+            {"role": "assistant", "content": "Noon.", "tool_calls": None, "weight": 1},
+        ],
+        "parallel_tool_calls": False,
+        "tools": [tool],
+    }
+    path = sources / "talk.jsonl"
+    other = {"messages": [ASKED, SAYS], "tools": None}
+    path.write_text("\ufeff" + json.dumps(row) + "\r\n" + json.dumps(other))
+    manifest = gather_conversations(ConversationsStageConfig(path=str(path)))
+    names = tokenizer()
+    ((example, _), _) = own_examples(Store.open(), manifest, names, 2000)
+    told = zip(example.ids, example.learned, strict=True)
+    learned = names.decode([token for token, learns in told if learns])
+    assert learned == (
+        '<tool_call>{"name": "clock", "arguments": {"zone": "Ł", "at": [1], "more": 1}}</tool_call>'
+        '\n<tool_call>{"name": "clock", "arguments": {}}</tool_call>Noon.'
+    )
+    text = names.decode(example.ids)
+    assert text.index("one") < text.rindex("two")  # in the order of the calls
+    assert text.startswith("Be brief.\n<tools>")
+
+
+def test_a_purge_finds_a_row_and_marks_what_learned_it(sources: Path) -> None:
+    rows = [{"messages": [ASKED, SAYS | {"content": f"{n}."}]} for n in range(3)]
+    manifest = gather_conversations(write(sources / "talk.jsonl", *rows))
+    (table,) = Store.open().tables(manifest)
+    assert table["url"].to_pylist() == [f"conversations:talk.jsonl#{n}" for n in (1, 2, 3)]
+    made = commit("finetune", {"model.safetensors": b"x"}, {"conversations": manifest.fingerprint})
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    Store.open().amend(made, created=now)  # after what it was made of
+    settings = Settings.load()
+    kind, value = parse(table["id"][1].as_py())
+    Tombstones(settings.database_url).add(kind, value, "asked")
+    done = {one.stage: one.action for one in erase(settings, Forgotten.standing(settings))}
+    assert done == {"conversations": "rewritten", "finetune": "marked"}
+    left = Store.open().get("conversations", manifest.fingerprint)
+    assert [row[1:3] for row in read_conversations(Store.open(), left)] == [
+        (n, [ASKED, SAYS | {"content": f"{2 * n}."}]) for n in range(2)
+    ]
+    assert Store.open().get("finetune", made.fingerprint).not_replayable
 
 
 def test_they_are_known_by_their_content(sources: Path) -> None:
@@ -78,7 +152,7 @@ def test_fine_tuning_without_any_stays_the_artifact_it_was(sources: Path) -> Non
     write(sources / "talk.jsonl", {"messages": [ASKED, SAYS]})
     named = {"conversations": {"path": str(sources / "talk.jsonl")}}
     stages = [one.stage for one in plan("finetune", named)]
-    assert stages[-2:] == ["conversations", "finetune"]
+    assert stages[0] == "conversations" and stages[-1] == "finetune"  # checked before the work
     assert "conversations" not in [one.stage for one in plan("finetune", {})]
 
 
@@ -86,7 +160,7 @@ def test_fine_tuning_without_any_stays_the_artifact_it_was(sources: Path) -> Non
     ("row", "why"),
     [
         ([1], "Input should be"),
-        ({"messages": [ASKED]}, "no message is the assistant's, so there is nothing to learn"),
+        ({"messages": [ASKED]}, "no message is the assistant's to learn"),
         ({"messages": []}, "no message is the assistant's"),
         ({"messages": [ASKED, CALLS]}, "it calls 'clock', which is not among its tools"),
         ({"messages": [{"role": "robot", "content": "x"}, SAYS]}, "messages.0.role: Input should"),
@@ -95,7 +169,15 @@ def test_fine_tuning_without_any_stays_the_artifact_it_was(sources: Path) -> Non
             {"messages": [ASKED | {"tool_calls": CALLS["tool_calls"]}, SAYS]},
             "messages.0: only an assistant",
         ),
-        ({"messages": [ASKED, SAYS | {"weight": 0}]}, "messages.1.weight: Extra inputs are not"),
+        ({"messages": [ASKED, SAYS | {"weight": 0}]}, "no message is the assistant's to learn"),
+        (
+            {"messages": [ASKED | {"weight": 1}, SAYS]},
+            "messages.0: only an assistant's",
+        ),
+        ({"messages": [ASKED | {"name": "Ann"}, SAYS]}, "messages.0: only a tool's message has"),
+        ({"messages": [ASKED, SAYS], "prompt": 1}, "prompt: Extra inputs are not"),
+        ({"messages": STRAY, "tools": [CLOCK]}, "messages[2].tool_call_id 'd' is of no call"),
+        ({"messages": [ASKED, SAYS | {"content": "Z\ufffdrich"}]}, "it is not all UTF-8"),
         ({"messages": [ASKED, SAYS], "tools": [{"type": "x"}]}, "tools.0.type: Input should be"),
         ({"question": "a", "answer": "b"}, "messages: Field required"),
     ],

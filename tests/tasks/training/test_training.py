@@ -142,7 +142,7 @@ def test_fine_tuning_answers_and_calls_what_it_was_taught(
     with training(config, stack, inputs) as process:
         chat = trained(process)
     assert chat.counts["examples"] == 8 and chat.counts["examples_too_long"] == 0
-    assert chat.counts["conversations"] == 2 and chat.counts["conversations_too_long"] == 0
+    assert chat.counts["conversations"] == chat.counts["conversations_with_calls"] == 1
     assert chat.inputs["conversations"] == conversations.fingerprint
     folder = Path(Store.open().of(chat).path)
     tokenizer, model = Tokenizer.load(folder), load_directory(folder).eval()

@@ -249,7 +249,7 @@ def conversations_of(
             except (ValueError, RecursionError) as error:
                 raise _wrong(path.name, number, f"it is no JSON ({error})") from error
             some = True
-            yield f"{TABLE}:{path.name}#{number}", found
+            yield f"{TABLE}://{path.name}#{number}", found
     if not some:
         raise UserError(f"conversations: {config.path!r} has no rows; give a file with some")
 

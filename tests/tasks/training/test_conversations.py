@@ -117,16 +117,16 @@ def test_rows_of_openais_files_are_read(sources: Path) -> None:
 
 
 def test_a_purge_finds_a_row_and_marks_what_learned_it(sources: Path) -> None:
-    rows = [{"messages": [ASKED, SAYS | {"content": f"{n}."}]} for n in range(3)]
+    rows = [{"messages": [ASKED, SAYS | {"content": f"{n}."}]} for n in range(4)]
     manifest = gather_conversations(write(sources / "talk.jsonl", *rows))
     (table,) = Store.open().tables(manifest)
-    assert table["url"].to_pylist() == [f"conversations:talk.jsonl#{n}" for n in (1, 2, 3)]
+    assert table["url"].to_pylist() == [f"conversations://talk.jsonl#{n}" for n in (1, 2, 3, 4)]
     made = commit("finetune", {"model.safetensors": b"x"}, {"conversations": manifest.fingerprint})
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     Store.open().amend(made, created=now)  # after what it was made of
     settings = Settings.load()
-    kind, value = parse(table["id"][1].as_py())
-    Tombstones(settings.database_url).add(kind, value, "asked")
+    for what in (table["id"][1].as_py(), "conversations://talk.jsonl#4"):
+        Tombstones(settings.database_url).add(*parse(what), "asked")
     done = {one.stage: one.action for one in erase(settings, Forgotten.standing(settings))}
     assert done == {"conversations": "rewritten", "finetune": "marked"}
     left = Store.open().get("conversations", manifest.fingerprint)

@@ -49,24 +49,17 @@ def in_order(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """
     ordered: list[Mapping[str, Any]] = []
     ids: list[str] = []
+    first = 0  # of the results after the latest answer
     for number, message in enumerate(messages):
+        ordered.append(message)
         if message.get("role") != "tool":
             ids = [call.get("id") or "" for call in message.get("tool_calls") or ()]
-        elif (id := message.get("tool_call_id")) and id not in ids:
+            first = len(ordered)
+            continue
+        if (id := message.get("tool_call_id")) and id not in ids:
             raise ValueError(f"messages[{number}].tool_call_id {id!r} is of no call before it")
-        ordered.append(message)
-    place = 0
-    while place < len(ordered):
-        end = place + 1
-        if calls := ordered[place].get("tool_calls"):
-            ids = [call.get("id") or "" for call in calls]
-            while end < len(ordered) and ordered[end].get("role") == "tool":
-                end += 1
-            results = ordered[place + 1 : end]
-            if all(result.get("tool_call_id") in ids for result in results):
-                results.sort(key=lambda result: ids.index(result["tool_call_id"]))
-            ordered[place + 1 : end] = results
-        place = end
+        if all(result.get("tool_call_id") in ids for result in ordered[first:]):
+            ordered[first:] = sorted(ordered[first:], key=lambda r: ids.index(r["tool_call_id"]))
     return ordered
 
 

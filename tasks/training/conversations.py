@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from model.tool_calls import in_order
 from tasks.corpus.documents import document_id
@@ -74,26 +74,21 @@ class Tool(_Row):
 
 class CalledFunction(_Row):
     name: str
-    arguments: str | dict[str, Any]
+    arguments: dict[str, Any]
 
-    @property
-    def values(self) -> dict[str, Any]:
-        """The arguments. Raises ValueError where they are no JSON object."""
-        if not isinstance(self.arguments, str):
-            return self.arguments
-        value = json.loads(self.arguments or "{}")
-        if not isinstance(value, dict):
-            raise ValueError(f"it holds {type(value).__name__}")
-        return value
-
-    @model_validator(mode="after")
-    def _are_an_object(self) -> Self:
+    @field_validator("arguments", mode="before")
+    @classmethod
+    def _from_text(cls, given: Any) -> Any:
+        """OpenAI's files have them as text, empty for none."""
+        if not isinstance(given, str):
+            return given
         try:
-            self.values  # noqa: B018
-        except (ValueError, RecursionError) as error:
-            shown = str(self.arguments)[:80]
-            raise ValueError(f"the arguments {shown!r} are no JSON object") from error
-        return self
+            value = json.loads(given or "{}")
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise ValueError(f"{given[:80]!r} is no JSON object")
+        return value
 
 
 class Call(_Row):
@@ -183,7 +178,7 @@ class Conversation(_Row):
 
 def _call(call: Call, schemas: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as the endpoint's grammar has them: one spacing, keys in the schema's order."""
-    arguments = _in_order_of(schemas.get(call.function.name), call.function.values)
+    arguments = _in_order_of(schemas.get(call.function.name), call.function.arguments)
     function = {"name": call.function.name, "arguments": arguments}
     return ({"id": call.id} if call.id else {}) | {"function": function}
 

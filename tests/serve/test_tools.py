@@ -14,6 +14,7 @@ from serve.app import create_app
 from serve.grammar import LIMITS, Compiled, vocabulary
 from serve.host import ModelHost
 from serve.tools import Tool, grammar_of, whole_message
+from tasks.training.conversations import Conversation
 from tests.serve.calls import CHAT, bomb, error, post, stream
 from tests.serve.conftest import Endpoint, eventually, listening, spec
 from tests.tiny_models import model_directory, tokenizer
@@ -127,6 +128,12 @@ def test_tools_are_read_and_with_none_they_are_not(caller: Endpoint) -> None:
     assert counted["tokens"] == encode_chat(ASKED, NAMES, tools=offered)
     with caller.client() as client:
         assert client.get("/v1/models/tiny").json()["calls_tools"] is True
+
+
+def test_tools_are_offered_as_they_were_when_they_were_learned() -> None:
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    learned = Conversation.model_validate({"messages": messages, "tools": TOOLS}).row("")["tools"]
+    assert json.loads(learned) == [Tool.model_validate(tool).offered() for tool in TOOLS]
 
 
 def test_calls_and_results_travel_back(caller: Endpoint) -> None:

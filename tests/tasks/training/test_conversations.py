@@ -34,6 +34,8 @@ CALLS = {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type"
 CALLS["tool_calls"][0]["function"] = {"name": "clock", "arguments": "{}"}
 GAVE = {"role": "tool", "tool_call_id": "c", "content": "noon"}
 SAYS = {"role": "assistant", "content": "Noon."}
+CALLED_WITH_A_LIST = {"function": {"name": "clock", "arguments": "[1]"}}
+NO_OBJECT = {"role": "assistant", "tool_calls": [CALLED_WITH_A_LIST]}
 STRAY = [ASKED, CALLS, GAVE | {"tool_call_id": "d"}, SAYS]
 
 
@@ -176,6 +178,10 @@ def test_fine_tuning_without_any_stays_the_artifact_it_was(sources: Path) -> Non
         ),
         ({"messages": [ASKED | {"name": "Ann"}, SAYS]}, "messages.0: only a tool's message has"),
         ({"messages": [ASKED, SAYS], "prompt": 1}, "prompt: Extra inputs are not"),
+        (
+            {"messages": [ASKED, NO_OBJECT], "tools": [CLOCK]},
+            "messages.1.tool_calls.0.function.arg",
+        ),
         ({"messages": STRAY, "tools": [CLOCK]}, "messages[2].tool_call_id 'd' is of no call"),
         ({"messages": [ASKED, SAYS | {"content": "Z\ufffdrich"}]}, "it is not all UTF-8"),
         ({"messages": [ASKED, SAYS], "tools": [{"type": "x"}]}, "tools.0.type: Input should be"),

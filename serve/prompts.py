@@ -24,9 +24,10 @@ async def encode_messages(
     """A conversation laid out for an answer. Raises ApiError 400 for one beyond the context."""
     laid_out = [message.layout() for message in messages]
     offered = [tool.offered() for tool in tools]
-    size = sum(message.characters for message in messages)
-    if offered:
-        size += len(json.dumps(offered, ensure_ascii=False))
+    calls = (call["function"] for said in laid_out for call in said.get("tool_calls", ()))
+    size = sum(len(said["content"]) for said in laid_out)
+    size += sum(len(call["name"]) + len(call["arguments"]) for call in calls)
+    size += len(json.dumps(offered, ensure_ascii=False)) if offered else 0
     _refuse_endless(size, engine, param)
     try:
         return await _encode(size, encode_chat, laid_out, engine.tokenizer, tools=offered)
@@ -34,18 +35,18 @@ async def encode_messages(
         raise ApiError(400, str(error), param=param, code="invalid_value") from error
 
 
-def require_tools(called_for: bool, messages: Sequence[Message], trained: bool, model: str) -> None:
-    """Raises ApiError 400 for tools, or messages of theirs, where the model was not trained for
-    them. called_for: the request offers some."""
+def require_tools(offered: bool, messages: Sequence[Message], trained: bool, model: str) -> None:
+    """Raises ApiError 400 for tools that are offered, or messages of theirs, where the model was
+    not trained for them."""
     if trained:
         return
     found = next((n for n, message in enumerate(messages) if message.has_tools), None)
-    if called_for or found is not None:
+    if offered or found is not None:
         raise ApiError(
             400,
             f"{model} was not trained to call tools; leave them out, or fine-tune it on "
             "conversations that call some",
-            param="tools" if called_for else f"messages[{found}]",
+            param="tools" if offered else f"messages[{found}]",
             code="unsupported_parameter",
         )
 

@@ -162,9 +162,10 @@ class Envelope:
             said = [{"content": ""}]
         parts: list[dict[str, Any]] = []
         for delta in said:
-            parts.append({"index": index, "logprobs": logprobs, "delta": delta})
+            part = {"index": index, "logprobs": logprobs, "delta": delta}
+            parts.append(part | {"finish_reason": None})
             logprobs = None  # they come once
         if finish_reason is not None:
-            parts.append({"index": index, "logprobs": None, "delta": {}})
-        ends = [None] * (len(parts) - 1) + [finish_reason]
-        return [part | {"finish_reason": end} for part, end in zip(parts, ends, strict=False)]
+            last: dict[str, Any] = {"index": index, "logprobs": None, "delta": {}}
+            parts.append(last | {"finish_reason": finish_reason})
+        return parts

@@ -77,10 +77,3 @@ class Message(BaseModel):
         if self.tool_calls:
             said["tool_calls"] = [call.layout() for call in self.tool_calls]
         return said | ({"tool_call_id": self.tool_call_id} if self.tool_call_id else {})
-
-    @property
-    def characters(self) -> int:
-        """Of what is said and called."""
-        said = self.layout()
-        calls = (call["function"] for call in said.get("tool_calls", ()))
-        return len(said["content"]) + sum(len(f["name"]) + len(f["arguments"]) for f in calls)
